@@ -1,0 +1,161 @@
+"""From a config to the objects it names; the one library module that reads a config."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from diffusion import data, schedules, solvers, timesteps
+from diffusion.errors import InputError, nearest
+from diffusion.losses import TARGETS
+from diffusion.models import UNet, as_apply_fn
+from diffusion.schedules import NoiseSchedule
+from diffusion.solvers import SamplerTable
+from diffusion.training import checkpoints
+from diffusion.training.run_folder import RunFolder
+from diffusion.types import ApplyFn, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network without its weights.
+
+    Attributes:
+      schedule: the noise schedule it is trained with.
+      prediction: "eps", "x0" or "v".
+      apply_fn: the network.
+      image_shape: (H, W, C).
+      num_classes: 0 if unconditional.
+      init: key -> params.
+    """
+
+    schedule: NoiseSchedule
+    prediction: str
+    apply_fn: ApplyFn
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    init: Any
+
+
+class Trained(NamedTuple):
+    """What a run folder holds: the model, its EMA weights, its whole config, and the step they were saved at."""
+
+    model: Model
+    params: Params
+    config: ConfigDict
+    step: int
+
+
+def load_trained(folder: RunFolder) -> Trained:
+    """The newest checkpoint of a run.
+
+    Raises:
+      InputError: it is damaged or does not fit its own config.
+    """
+    step = folder.latest_step()
+    saved = checkpoints.metadata(folder.checkpoints, step)
+    config = ConfigDict(saved["config"])
+    model = make_model(config, tuple(saved["image_shape"]))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    return Trained(model, checkpoints.load_ema(folder.checkpoints, step, like), config, step)
+
+
+def make_schedule(config: ConfigDict) -> NoiseSchedule:
+    """config: the section config.schedule."""
+    if config.name not in schedules.SCHEDULES:
+        raise InputError(f"config.schedule.name is {config.name!r}; {nearest(config.name, schedules.SCHEDULES)}")
+    return schedules.SCHEDULES[config.name](config.num_timesteps, **config[config.name])
+
+
+def make_model(config: ConfigDict, image_shape: tuple[int, int, int]) -> Model:
+    """The network, schedule and prediction type of a whole config, for images of the given shape.
+
+    Raises:
+      InputError: a field out of its range, or a network that does not fit the images.
+    """
+    if config.train.prediction not in TARGETS:
+        raise InputError(
+            f"config.train.prediction is {config.train.prediction!r}; {nearest(config.train.prediction, TARGETS)}"
+        )
+    # JSON has no tuples, and Flax modules must be hashable.
+    attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in config.model.to_dict().items()}
+    module = UNet(**attributes)
+
+    def init(key):
+        return module.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
+
+    jax.eval_shape(init, jax.random.key(0))  # raises what is wrong with the fields before anything is computed
+    return Model(
+        schedule=make_schedule(config.schedule),
+        prediction=config.train.prediction,
+        apply_fn=as_apply_fn(module),
+        image_shape=tuple(image_shape),
+        num_classes=module.num_classes,
+        init=jax.jit(init),
+    )
+
+
+def load_data(config: ConfigDict) -> data.Dataset:
+    """config: the section config.data."""
+    return data.load(config.name, path=config.path, split=config.split, size=config.size, channels=config.channels)
+
+
+def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
+    """step -> learning rate: linear warm-up, then constant, or a cosine to 0 at num_steps; config.optimizer."""
+    if config.decay not in ("constant", "cosine"):
+        raise InputError(f"config.optimizer.decay is {config.decay!r}; {nearest(config.decay, ('constant', 'cosine'))}")
+    if config.warmup_steps < 0 or config.learning_rate <= 0 or config.clip_norm <= 0:
+        raise InputError(
+            f"config.optimizer has learning_rate {config.learning_rate}, warmup_steps {config.warmup_steps}, clip_norm "
+            f"{config.clip_norm}; the first and the last must be above 0, warmup_steps at least 0"
+        )
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    if config.decay == "constant":
+        after = optax.constant_schedule(config.learning_rate)
+    else:
+        after = optax.cosine_decay_schedule(config.learning_rate, max(1, num_steps - config.warmup_steps))
+    # Step 0 already moves: a warm-up of n steps ends at update n, not n + 1.
+    return optax.join_schedules([lambda step: warmup(step + 1), after], [config.warmup_steps])
+
+
+def make_optimizer(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Adam with clipping of the whole gradient; config.optimizer."""
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(rate, b1=config.b1, b2=config.b2))
+
+
+def make_tau(schedule: NoiseSchedule, name: str, num_steps: int) -> timesteps.Tau:
+    """A grid by name: a key of GRIDS, "sections:10,15,20", "sections:ddim25" or "explicit:1000,500,250".
+
+    The last two carry their own number of steps and ignore num_steps.
+    """
+    kind, _, spec = name.partition(":")
+    if kind == "sections" and spec:
+        return timesteps.sections(schedule, spec)
+    if kind == "explicit" and spec:
+        try:
+            return timesteps.explicit(schedule, [float(part) for part in spec.split(",")])
+        except ValueError as error:
+            raise InputError(f"tau {name!r}: {error}; write for example explicit:1000,500,250") from None
+    if name not in timesteps.GRIDS:
+        known = [*timesteps.GRIDS, "sections:10,15,20", "explicit:1000,500,250"]
+        raise InputError(f"tau is {name!r}; {nearest(name, known)}")
+    return timesteps.GRIDS[name](schedule, num_steps)
+
+
+def make_table(schedule: NoiseSchedule, sampler: str, num_steps: int, eta: float, tau: str) -> SamplerTable:
+    """A table by the names of its solver and grid; an eta other than 0 goes to a solver that has one.
+
+    Raises:
+      InputError: an unknown name, a number out of its range, or an eta for a solver that has none.
+    """
+    if sampler not in solvers.SOLVERS:
+        raise InputError(f"sampler is {sampler!r}; {nearest(sampler, solvers.SOLVERS)}")
+    if sampler != "ddim" and eta:
+        raise InputError(f"eta is {eta}, but {sampler} has none; leave it out or use sampler ddim")
+    options = {"eta": eta} if sampler == "ddim" else {}
+    return solvers.SOLVERS[sampler](schedule, make_tau(schedule, tau, num_steps), **options)

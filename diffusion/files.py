@@ -1,0 +1,55 @@
+"""Files that appear whole or not at all, and images as pixels."""
+
+import io
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file through a temporary one beside it, which is gone if anything fails."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp gives 0o600
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Pixels in [-1, 1] to the nearest of 0..255; values outside are cut off. NaN becomes 0."""
+    scaled = np.round((np.asarray(images, np.float32) + 1) * 127.5)
+    return np.nan_to_num(np.clip(scaled, 0, 255)).astype(np.uint8)
+
+
+def grid_png(images: UInt8[np.ndarray, "N H W C"], *, columns: int = 0, min_height: int = 32) -> bytes:
+    """A PNG of all images in rows, one pixel apart.
+
+    Args:
+      images: NHWC with 1 or 3 channels.
+      columns: images a row; 0 for a square.
+      min_height: smaller images are enlarged by a whole factor to at least this height.
+    """
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(count**0.5)
+    rows = math.ceil(count / columns)
+    factor = max(1, math.ceil(min_height / height))
+    cell_height, cell_width = height * factor + 1, width * factor + 1
+    canvas = np.full((rows * cell_height + 1, columns * cell_width + 1, channels), 255, np.uint8)
+    for i, image in enumerate(images.repeat(factor, axis=1).repeat(factor, axis=2)):
+        top, left = i // columns * cell_height + 1, i % columns * cell_width + 1
+        canvas[top : top + height * factor, left : left + width * factor] = image
+    buffer = io.BytesIO()
+    Image.fromarray(canvas[..., 0] if channels == 1 else canvas).save(buffer, "PNG")
+    return buffer.getvalue()

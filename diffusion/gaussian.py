@@ -1,0 +1,132 @@
+"""The Gaussian diffusion process: forward noising, prediction conversions, posteriors, and DDIM's noise level.
+
+Public functions are jitted and pure. They take a schedule, arrays in NHWC (or any shape with a leading axis B) and
+timesteps t > s as int scalars or int [B]. Traced code cannot raise, so a timestep outside 0..T or a step with s >= t
+gives NaN instead of a clamped value. Arithmetic holds for any (signal, noise) pair, not just a^2 + n^2 = 1.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from diffusion.schedules import NoiseSchedule
+from diffusion.types import Images, Timesteps
+
+
+@jax.jit
+def q_sample(schedule: NoiseSchedule, x_0: Images, t: Timesteps, eps: Images) -> Images:
+    """Forward process in one jump: x_t = a_t x_0 + n_t eps (DDPM, arXiv:2006.11239, Eq. 4)."""
+    return _signal(schedule, t, x_0) * x_0 + _noise(schedule, t, x_0) * eps
+
+
+@jax.jit
+def predict_x0(schedule: NoiseSchedule, x_t: Images, t: Timesteps, eps: Images) -> Images:
+    """x_0 = (x_t - n_t eps) / a_t (DDPM, Eq. 15); not finite where a_t = 0."""
+    return (x_t - _noise(schedule, t, x_t) * eps) / _signal(schedule, t, x_t)
+
+
+@jax.jit
+def predict_eps(schedule: NoiseSchedule, x_t: Images, t: Timesteps, x_0: Images) -> Images:
+    """eps = (x_t - a_t x_0) / n_t, the inverse of predict_x0; not finite at t = 0."""
+    return (x_t - _signal(schedule, t, x_t) * x_0) / _noise(schedule, t, x_t)
+
+
+@jax.jit
+def velocity(schedule: NoiseSchedule, x_0: Images, t: Timesteps, eps: Images) -> Images:
+    """v = a_t eps - n_t x_0 (Salimans & Ho, arXiv:2202.00512, appendix D); then x_0 = a_t x_t - n_t v."""
+    return _signal(schedule, t, x_0) * eps - _noise(schedule, t, x_0) * x_0
+
+
+@jax.jit
+def posterior(
+    schedule: NoiseSchedule, x_t: Images, x_0: Images, t: Timesteps, s: Timesteps
+) -> tuple[Images, Float[Array, ""] | Float[Array, "B"]]:
+    """q(x_s | x_t, x_0) of the respaced process, for any s < t (improved DDPM, arXiv:2102.09672, Eq. 19; DDPM, Eq. 6-7).
+
+    The one-step alpha of the step is alpha_bar_t / alpha_bar_s, not the original alpha_t.
+
+    Returns:
+      mean in x_t's shape; variance in t's shape, squared pixel units, 0 where s = 0.
+    """
+    transition = _transition(schedule, t, s)
+    noise_var = _at(schedule.noise_var, t)
+    keep = _ratio(schedule, t, s) * _at(schedule.noise_var, s) / noise_var
+    add = jnp.sqrt(_at(schedule.alpha_bar, s)) * transition / noise_var
+    mean = _expand(keep, x_t) * x_t + _expand(add, x_t) * x_0
+    return mean, transition * _at(schedule.noise_var, s) / noise_var
+
+
+@jax.jit
+def ddim_sigma(schedule: NoiseSchedule, t: Timesteps, s: Timesteps, eta) -> Float[Array, ""] | Float[Array, "B"]:
+    """Std of the fresh noise added by one reverse step from t down to s.
+
+    Denoising Diffusion Implicit Models (arXiv:2010.02502), Eq. 16, where the paper's alpha is our alpha_bar.
+
+    Args:
+      schedule: the noise schedule.
+      t, s: int [B] or scalars, 0 <= s < t <= T.
+      eta: 0 gives deterministic DDIM, 1 the respaced DDPM posterior.
+
+    Returns:
+      In t's shape, in pixel units of [-1, 1]; 0 where s = 0.
+    """
+    return split_noise(schedule, t, s, eta)[1] * jnp.sqrt(_at(schedule.noise_var, s))
+
+
+@jax.jit
+def split_noise(schedule: NoiseSchedule, t: Timesteps, s: Timesteps, eta):
+    """How DDIM splits the noise of x_s: eps_s = A eps_t + B z with A^2 + B^2 = 1.
+
+    x_s = a_s x_0 + n_s (A eps_t + B z) keeps the marginal of x_s for every eta; ddim_sigma = n_s B (arXiv:2010.02502,
+    Eq. 12).
+
+    Args:
+      schedule: the noise schedule.
+      t, s: int [B] or scalars, 0 <= s < t <= T.
+      eta: 0 (B = 0, deterministic) to 1 (the DDPM posterior).
+
+    Returns:
+      (A, B) in t's shape, both in 0..1.
+    """
+    fresh = eta * jnp.sqrt(_transition(schedule, t, s) / _at(schedule.noise_var, t))
+    return jnp.sqrt(1 - jnp.square(fresh)), fresh
+
+
+def _at(values, t):
+    """values[t] in t's shape; NaN where t lies outside 0..T (plain indexing would clamp or wrap)."""
+    values, t = jnp.asarray(values), jnp.asarray(t)
+    return values.at[jnp.where(t < 0, values.size, t)].get(mode="fill", fill_value=jnp.nan)
+
+
+def _expand(coefficient, x):
+    """Gives a scalar or [B] coefficient the trailing axes of x, and x's dtype."""
+    coefficient = coefficient.astype(x.dtype)
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - 1)) if coefficient.ndim else coefficient
+
+
+def _signal(schedule, t, x):
+    return _expand(jnp.sqrt(_at(schedule.alpha_bar, t)), x)
+
+
+def _noise(schedule, t, x):
+    return _expand(jnp.sqrt(_at(schedule.noise_var, t)), x)
+
+
+def _ratio(schedule, t, s):
+    """a_t / a_s."""
+    return jnp.sqrt(_at(schedule.alpha_bar, t) / _at(schedule.alpha_bar, s))
+
+
+def transition_var(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s):
+    """Variance of q(x_t | x_s), 1 - alpha_bar_t / alpha_bar_s, without its cancellation in float32.
+
+    Plain arithmetic for NumPy and JAX alike. Written with both powers, the difference is small against neither: at small
+    t noise_var is exact, at large t alpha_bar is.
+    """
+    return (noise_var_t * alpha_bar_s - alpha_bar_t * noise_var_s) / alpha_bar_s
+
+
+def _transition(schedule, t, s):
+    """transition_var of a step, NaN unless s < t."""
+    powers = [_at(values, time) for time in (t, s) for values in (schedule.alpha_bar, schedule.noise_var)]
+    return jnp.where(jnp.asarray(s) < jnp.asarray(t), transition_var(*powers), jnp.nan)

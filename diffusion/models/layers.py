@@ -1,0 +1,116 @@
+"""Layers of the UNet: group norm, residual block, self-attention, resampling, time embedding."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# DDPM's initialisation; the last layer of every residual branch starts at zero.
+INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+ZERO = nn.initializers.zeros
+
+
+def sinusoidal_embedding(t, dim: int):
+    """Sines and cosines of t at dim // 2 frequencies from 1 down to 1e-4 (DDPM, arXiv:2006.11239, appendix B).
+
+    Args:
+      t: float or int [B], timesteps in 1..T.
+      dim: even width of the embedding, at least 4.
+
+    Returns:
+      float32 [B, dim].
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation of [B, ..., C] with float32 statistics, returned in x's dtype.
+
+    Per-channel sums are taken first and grouped after, so that x is read once for the statistics and once for one fused
+    multiply-add: on CPU about twice as fast as normalising a reshaped array.
+    """
+
+    max_groups: int = 32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        groups = min(self.max_groups, channels)
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x32 = x.astype(jnp.float32)
+        pixels = tuple(range(1, x.ndim - 1))
+
+        def group_mean(per_channel):
+            grouped = per_channel.reshape(-1, groups, channels // groups).mean(axis=-1, keepdims=True)
+            return jnp.broadcast_to(grouped, (*grouped.shape[:2], channels // groups)).reshape(-1, channels)
+
+        mean = group_mean(x32.mean(axis=pixels))
+        # E[x^2] - E[x]^2 can round below zero where x is constant.
+        variance = jnp.maximum(group_mean(jnp.square(x32).mean(axis=pixels)) - jnp.square(mean), 0.0)
+        gain = scale[None, :] * jax.lax.rsqrt(variance + self.epsilon)
+        shift = bias[None, :] - mean * gain
+        per_sample = (-1, *([1] * len(pixels)), channels)
+        return (x32 * gain.reshape(per_sample) + shift.reshape(per_sample)).astype(x.dtype)
+
+
+def conv(
+    features: int, *, kernel: int = 3, stride: int = 1, dtype=None, init: Callable = INIT, name: str | None = None
+):
+    """A square convolution with bias and "SAME" padding."""
+    return nn.Conv(features, (kernel, kernel), (stride, stride), dtype=dtype, kernel_init=init, name=name)
+
+
+class ResidualBlock(nn.Module):
+    """norm, swish, conv, + time, norm, swish, dropout, conv, + x (DDPM's block); [B, H, W, C] -> [B, H, W, features]."""
+
+    features: int
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, embedding, deterministic: bool):
+        h = conv(self.features, dtype=self.dtype, name="conv_1")(nn.swish(GroupNorm(name="norm_1")(x)))
+        time = nn.Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="time")(nn.swish(embedding))
+        h = nn.swish(GroupNorm(name="norm_2")(h + time[:, None, None, :]))
+        h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
+        h = conv(self.features, dtype=self.dtype, init=ZERO, name="conv_2")(h)
+        if x.shape[-1] != self.features:
+            x = nn.Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
+        return x + h
+
+
+class SelfAttention(nn.Module):
+    """norm, scaled dot-product attention over all H * W positions, projection, + x; keeps the shape [B, H, W, C]."""
+
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        h = GroupNorm(name="norm")(x).reshape(batch, height * width, channels)
+
+        def heads(name):
+            projected = nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h)
+            return projected.reshape(batch, height * width, self.num_heads, channels // self.num_heads)
+
+        h = jax.nn.dot_product_attention(heads("query"), heads("key"), heads("value"))
+        out = nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="out")
+        return x + out(h.reshape(batch, height, width, channels))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a convolution; [B, H, W, C] -> [B, 2H, 2W, C]."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        doubled = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return conv(x.shape[-1], dtype=self.dtype, name="conv")(doubled)

@@ -1,0 +1,118 @@
+"""The UNet of DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from diffusion.errors import InputError
+from diffusion.models.layers import (
+    INIT,
+    ZERO,
+    GroupNorm,
+    ResidualBlock,
+    SelfAttention,
+    Upsample,
+    conv,
+    sinusoidal_embedding,
+)
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class UNet(nn.Module):
+    """Predicts eps, x_0 or v from a noisy image and its timestep.
+
+    With width 128, multipliers (1, 2, 2, 2), two blocks a level and attention at 16 it is DDPM's CIFAR-10 network of
+    35,746,307 parameters.
+
+    Attributes:
+      width: channels at full resolution; even, at least 4. All levels have width * multiplier channels, each a multiple
+        of its number of groups (32, or fewer channels than that).
+      multipliers: one for each resolution; every level but the last halves the image.
+      num_blocks: residual blocks a level on the way down; one more on the way up.
+      attention_resolutions: image heights at which every block is followed by self-attention. The middle always has it.
+      num_heads: attention heads.
+      dropout: rate inside the residual blocks, used in training alone.
+      num_classes: 0 for an unconditional model; else cond holds int labels [B], and num_classes itself means "no class".
+      out_channels: 0 for as many as the input has.
+      dtype: "float32" or "bfloat16" for the arithmetic; parameters and normalisation stay in float32.
+    """
+
+    width: int = 128
+    multipliers: Sequence[int] = (1, 2, 2, 2)
+    num_blocks: int = 2
+    attention_resolutions: Sequence[int] = (16,)
+    num_heads: int = 1
+    dropout: float = 0.0
+    num_classes: int = 0
+    out_channels: int = 0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, t, cond: Any = None, *, train: bool = False):
+        """x: float [B, H, W, C]; t: [B] in 1..T; cond: int [B] labels or None -> float32 [B, H, W, out_channels]."""
+        self._check(x, cond)
+        dtype = DTYPES[self.dtype]
+        levels = [self.width * m for m in self.multipliers]
+        embedding = self._embed(t, cond, dtype)
+
+        def block(h, features, name):
+            h = ResidualBlock(features, self.dropout, dtype, name=name)(h, embedding, not train)
+            if h.shape[1] in self.attention_resolutions:
+                h = SelfAttention(self.num_heads, dtype, name=f"{name}_attention")(h)
+            return h
+
+        h = conv(self.width, dtype=dtype, name="conv_in")(x.astype(dtype))
+        skips = [h]
+        for level, features in enumerate(levels):
+            for i in range(self.num_blocks):
+                h = block(h, features, f"down_{level}_block_{i}")
+                skips.append(h)
+            if level < len(levels) - 1:
+                h = conv(features, stride=2, dtype=dtype, name=f"down_{level}_downsample")(h)
+                skips.append(h)
+
+        h = ResidualBlock(levels[-1], self.dropout, dtype, name="middle_block_0")(h, embedding, not train)
+        h = SelfAttention(self.num_heads, dtype, name="middle_attention")(h)
+        h = ResidualBlock(levels[-1], self.dropout, dtype, name="middle_block_1")(h, embedding, not train)
+
+        for level, features in reversed(list(enumerate(levels))):
+            for i in range(self.num_blocks + 1):
+                h = block(jnp.concatenate([h, skips.pop()], axis=-1), features, f"up_{level}_block_{i}")
+            if level > 0:
+                h = Upsample(dtype, name=f"up_{level}_upsample")(h)
+
+        h = nn.swish(GroupNorm(name="norm_out")(h))
+        return conv(self.out_channels or x.shape[-1], dtype=dtype, init=ZERO, name="conv_out")(h).astype(jnp.float32)
+
+    def _embed(self, t, cond, dtype):
+        """Timestep (and class) embedding, [B, 4 * width]."""
+        embedding = sinusoidal_embedding(t, self.width)
+        embedding = nn.Dense(4 * self.width, dtype=dtype, kernel_init=INIT, name="time_1")(embedding)
+        embedding = nn.Dense(4 * self.width, dtype=dtype, kernel_init=INIT, name="time_2")(nn.swish(embedding))
+        if self.num_classes:
+            labels = jnp.full(t.shape, self.num_classes) if cond is None else cond
+            embedding += nn.Embed(self.num_classes + 1, 4 * self.width, dtype=dtype, name="class")(labels)
+        return embedding
+
+    def _check(self, x, cond):
+        if self.dtype not in DTYPES:
+            raise InputError(f"model.dtype is {self.dtype!r}; valid: {', '.join(DTYPES)}")
+        if self.width < 4 or self.width % 2:
+            raise InputError(f"model.width is {self.width}; it must be even and at least 4")
+        for features in (self.width * m for m in self.multipliers):
+            if features % min(32, features) or features % self.num_heads:
+                raise InputError(
+                    f"model.width and model.multipliers give a level of {features} channels; it must be a multiple "
+                    f"of {min(32, features)} groups and of {self.num_heads} heads"
+                )
+        factor = 2 ** (len(self.multipliers) - 1)
+        if x.shape[1] % factor or x.shape[2] % factor:
+            raise InputError(
+                f"images of {x.shape[1]}x{x.shape[2]} cannot be halved {len(self.multipliers) - 1} times; "
+                f"use sizes that are multiples of {factor} or fewer model.multipliers"
+            )
+        if cond is not None and not self.num_classes:
+            raise InputError("class labels were given to an unconditional model; set model.num_classes")

@@ -1,0 +1,173 @@
+"""Noise schedules: how much signal and noise x_t holds at each timestep.
+
+Everything here is NumPy float64. A schedule meets JAX once, as an argument of a jitted function, where it is cast to the
+working precision; noise_var is stored beside alpha_bar because 1 - alpha_bar in float32 loses 2e-4 relative at t = 1.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from diffusion.errors import InputError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """x_t = sqrt(alpha_bar[t]) x_0 + sqrt(noise_var[t]) eps for t in 0..T, where t = 0 is clean data.
+
+    A pytree of two arrays, so that it can be traced. Between integers the schedule is continued with log(alpha_bar)
+    linear in t.
+
+    Attributes:
+      alpha_bar: signal power, float64 [T + 1], strictly decreasing from alpha_bar[0] = 1.
+      noise_var: noise power 1 - alpha_bar, float64 [T + 1], noise_var[0] = 0.
+    """
+
+    alpha_bar: Float[np.ndarray, "T+1"]
+    noise_var: Float[np.ndarray, "T+1"]
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return self.alpha_bar.shape[0] - 1
+
+    @property
+    def betas(self) -> Float[np.ndarray, "T"]:
+        """One-step forward variances; betas[t - 1] belongs to the step from t - 1 to t."""
+        return (self.noise_var[1:] - self.noise_var[:-1]) / self.alpha_bar[:-1]
+
+    def powers(self, t) -> tuple[np.ndarray, np.ndarray]:
+        """Signal power alpha_bar_t and noise power 1 - alpha_bar_t at real times.
+
+        Args:
+          t: any shape, 0 <= t <= T.
+
+        Returns:
+          (alpha_bar, noise_var), float64 in t's shape; at whole t the stored values, to the last bit.
+
+        Raises:
+          InputError: a time lies outside 0..T.
+        """
+        t = np.asarray(t, np.float64)
+        if not np.all((t >= 0) & (t <= self.num_timesteps)):
+            raise InputError(f"time {t} lies outside 0..{self.num_timesteps}")
+        lower = np.minimum(t, self.num_timesteps - 1).astype(int)
+        weight = t - lower
+        start, end = self.alpha_bar[lower], self.alpha_bar[lower + 1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log_alpha_bar = (1 - weight) * np.log(start) + weight * np.log(end)
+        # Where the interval ends at zero signal no logarithm exists: alpha_bar itself is linear there.
+        alpha_bar = np.where(end > 0, np.exp(log_alpha_bar), (1 - weight) * start)
+        noise_var = np.where(end > 0, -np.expm1(log_alpha_bar), 1 - alpha_bar)
+        on_grid = weight == 0
+        return (
+            np.where(on_grid, self.alpha_bar[lower], np.where(weight == 1, end, alpha_bar)),
+            np.where(on_grid, self.noise_var[lower], np.where(weight == 1, self.noise_var[lower + 1], noise_var)),
+        )
+
+    def at(self, t) -> tuple[np.ndarray, np.ndarray]:
+        """Signal a_t and noise n_t at real times: the square roots of powers(t)."""
+        alpha_bar, noise_var = self.powers(t)
+        return np.sqrt(alpha_bar), np.sqrt(noise_var)
+
+    def half_log_snr(self, t) -> np.ndarray:
+        """lambda_t = log(a_t / n_t) at real times, float64 in t's shape: +inf at t = 0, strictly decreasing."""
+        alpha_bar, noise_var = self.powers(t)
+        with np.errstate(divide="ignore"):
+            return 0.5 * (np.log(alpha_bar) - np.log(noise_var))
+
+    def time_of(self, half_log_snr) -> np.ndarray:
+        """The real time at which lambda_t has the given value; the inverse of half_log_snr, float64 in 0..T.
+
+        Raises:
+          InputError: no time has this value.
+        """
+        log_snr = 2 * np.asarray(half_log_snr, np.float64)
+        lowest = 2 * self.half_log_snr(self.num_timesteps)
+        if not np.all(log_snr >= lowest - 1e-9 * abs(lowest)):
+            raise InputError(f"half log-SNR {np.min(log_snr) / 2:.6g} is below the schedule's lowest, {lowest / 2:.6g}")
+        with np.errstate(divide="ignore"):
+            knots = -np.log(self.alpha_bar)  # ascending from 0; +inf at the end at zero terminal SNR
+        # alpha_bar = sigmoid(log SNR), so -log(alpha_bar) = softplus(-log SNR).
+        value = np.logaddexp(0.0, -log_snr)
+        if np.isfinite(knots[-1]):
+            return np.interp(value, knots, np.arange(knots.size))
+        last = self.num_timesteps - np.exp(-value) / self.alpha_bar[-2]
+        return np.where(value > knots[-2], last, np.interp(value, knots[:-1], np.arange(knots.size - 1)))
+
+
+def from_betas(betas) -> NoiseSchedule:
+    """The schedule with given one-step variances.
+
+    Args:
+      betas: [T], 0 < beta < 1; the last one may be 1 (zero terminal SNR).
+
+    Raises:
+      InputError: not a vector, or a value outside the range.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size == 0:
+        raise InputError(f"betas have shape {betas.shape}; give a non-empty vector of one-step variances")
+    good = (betas > 0) & (betas < 1)
+    good[-1] |= betas[-1] == 1
+    if not good.all():
+        index = int(np.argmin(good))
+        raise InputError(f"beta of timestep {index + 1} is {betas[index]}; one-step variances lie between 0 and 1")
+    with np.errstate(divide="ignore"):
+        log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-betas))])
+    return NoiseSchedule(alpha_bar=np.exp(log_alpha_bar), noise_var=0.0 - np.expm1(log_alpha_bar))
+
+
+def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    """beta_t linear in t (DDPM, arXiv:2006.11239, section 4). The two ends are not rescaled with num_timesteps."""
+    return from_betas(np.linspace(beta_start, beta_end, _count(num_timesteps)))
+
+
+def scaled_linear(num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
+    """sqrt(beta_t) linear in t (latent diffusion, arXiv:2112.10752); the defaults are Stable Diffusion's."""
+    return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, _count(num_timesteps)) ** 2)
+
+
+def cosine(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+    """alpha_bar a squared cosine of t (improved DDPM, arXiv:2102.09672, Eq. 17), with beta at most max_beta.
+
+    Args:
+      num_timesteps: T.
+      offset: the paper's s, at least 0; it keeps beta from vanishing near t = 0.
+      max_beta: the paper clips beta at 0.999 to avoid a singularity at t = T.
+    """
+    if offset < 0:
+        raise InputError(f"offset is {offset}; it must be at least 0")
+    u = np.arange(_count(num_timesteps) + 1) / num_timesteps
+    f = np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2
+    return from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
+
+
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Shifts and scales sqrt(alpha_bar) so that x_T is pure noise (Lin et al., arXiv:2305.08891, algorithm 1).
+
+    sqrt(alpha_bar[1]) keeps its value and sqrt(alpha_bar[T]) becomes 0. An eps-model cannot be sampled from t = T then:
+    eps says nothing about x_0 there. Use v or x_0 prediction.
+    """
+    if schedule.num_timesteps < 2:
+        raise InputError("zero_terminal_snr needs a schedule of at least 2 timesteps")
+    signal = np.sqrt(schedule.alpha_bar[1:])
+    alpha_bar = np.concatenate([[1.0], ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2])
+    return from_betas(1 - alpha_bar[1:] / alpha_bar[:-1])
+
+
+SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "scaled_linear": scaled_linear,
+}
+
+
+def _count(num_timesteps: int) -> int:
+    if num_timesteps != int(num_timesteps) or num_timesteps < 1:
+        raise InputError(f"num_timesteps is {num_timesteps}; it must be a whole number of at least 1")
+    return int(num_timesteps)

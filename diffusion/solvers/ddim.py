@@ -1,0 +1,62 @@
+"""DDPM and DDIM over a subsequence of the timesteps: one family with one knob."""
+
+import numpy as np
+
+from diffusion import timesteps
+from diffusion.errors import InputError, nearest
+from diffusion.gaussian import transition_var
+from diffusion.schedules import NoiseSchedule
+from diffusion.solvers.table import SamplerTable, one_register
+
+
+def ddim(schedule: NoiseSchedule, tau, eta: float = 0.0) -> SamplerTable:
+    """Denoising Diffusion Implicit Models (arXiv:2010.02502), Eq. 12: x_s = a_s D + sqrt(n_s^2 - sigma^2) eps + sigma z.
+
+    Args:
+      schedule: the noise schedule.
+      tau: a grid from `diffusion.timesteps`.
+      eta: 0 is deterministic; 1 is the respaced DDPM posterior, `ddpm(variance="small")`.
+
+    Raises:
+      InputError: eta lies outside 0..1, or tau is not a grid of the schedule.
+    """
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta is {eta}; it must lie in 0..1")
+    fresh = eta * _posterior_share(schedule, tau)
+    return _table(f"ddim(eta={eta:g})", schedule, tau, fresh, schedule.at(tau[1:])[1] * fresh)
+
+
+def ddpm(schedule: NoiseSchedule, tau, variance: str = "small") -> SamplerTable:
+    """Ancestral sampling with the respaced posterior (DDPM, arXiv:2006.11239; improved DDPM, arXiv:2102.09672, Eq. 19).
+
+    Args:
+      schedule: the noise schedule.
+      tau: a grid from `diffusion.timesteps`.
+      variance: "small" is the posterior's own variance beta_tilde, the same table as ddim with eta = 1; "large" is
+        beta = 1 - alpha_bar_t / alpha_bar_s. The last step injects no noise with either.
+
+    Raises:
+      InputError: an unknown variance, or tau is not a grid of the schedule.
+    """
+    if variance not in ("small", "large"):
+        raise InputError(f"variance is {variance!r}; {nearest(str(variance), ('small', 'large'))}")
+    fresh = _posterior_share(schedule, tau)
+    noise = schedule.at(tau)[1]
+    sigma = noise[1:] * fresh if variance == "small" else noise[:-1] * fresh
+    sigma[-1] = 0.0
+    return _table(f"ddpm(variance={variance})", schedule, tau, fresh, sigma)
+
+
+def _posterior_share(schedule, tau):
+    """B of the full posterior, `split_noise` at eta = 1: beta_tilde = (n_s B)^2 and beta = (n_t B)^2; float64 [S]."""
+    tau = timesteps.check(schedule, tau)
+    alpha_bar, noise_var = schedule.powers(tau)
+    forward = transition_var(alpha_bar[:-1], noise_var[:-1], alpha_bar[1:], noise_var[1:])
+    return np.sqrt(forward / noise_var[:-1])
+
+
+def _table(name, schedule, tau, fresh, sigma):
+    """x_s = a_s D + n_s sqrt(1 - fresh^2) eps + sigma z with eps = (x_t - a_t D) / n_t put in."""
+    signal, noise = schedule.at(tau)
+    keep = noise[1:] * np.sqrt(1 - fresh**2) / noise[:-1]
+    return one_register(name, schedule, tau, keep, signal[1:] - keep * signal[:-1], sigma)

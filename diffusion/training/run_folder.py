@@ -1,0 +1,106 @@
+"""The run folder: what is where, and what a resumed run may change."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion.errors import InputError
+from diffusion.files import write_atomically
+from diffusion.training import checkpoints
+
+# Fields that do not change what is being trained, so a resumed run may have other values.
+_FREE = (
+    "config.train.num_steps",
+    "config.train.log_every",
+    "config.train.save_every",
+    "config.train.grid_every",
+    "config.train.keep",
+    "config.data.path",
+    "config.sample.",
+)
+
+
+class RunFolder:
+    """Paths of one run.
+
+    Attributes:
+      path: the folder itself.
+      checkpoints: one sub-folder for each saved step.
+      config: config.json, the config of the newest start; what the program reads is the copy in each checkpoint.
+      metrics: metrics.csv.
+      grids: sample grids drawn in training.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.csv"
+        self.grids = self.path / "grids"
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint, or None."""
+        saved = checkpoints.steps(self.checkpoints)
+        return saved[-1] if saved else None
+
+    def create(self, config: ConfigDict) -> None:
+        """Makes the folders and writes config.json."""
+        self.grids.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, (config.to_json(indent=2, sort_keys=True) + "\n").encode())
+
+
+def newest(root: str | os.PathLike) -> RunFolder:
+    """The run below root whose last checkpoint was written last.
+
+    Raises:
+      InputError: there is none.
+    """
+    marks = Path(root).glob(f"*/checkpoints/*/{checkpoints._METADATA}")
+    found = max(marks, key=lambda mark: mark.stat().st_mtime, default=None)
+    if found is None:
+        raise InputError(
+            f"no trained model below {root}/; train one with `python train.py`, or name one with --workdir"
+        )
+    return RunFolder(found.parents[2])
+
+
+def existing(path: str | os.PathLike) -> RunFolder:
+    """The run in a folder.
+
+    Raises:
+      InputError: it holds no complete checkpoint.
+    """
+    folder = RunFolder(path)
+    if folder.latest_step() is None:
+        raise InputError(f"{path} holds no checkpoint; --workdir names a run folder such as runs/digits")
+    return folder
+
+
+def check_resumable(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: RunFolder) -> None:
+    """Compares the metadata of a checkpoint with that of the run about to resume it.
+
+    Raises:
+      InputError: they would train different things; the fields are named.
+    """
+    old, new = dict(_flatten(saved)), dict(_flatten(wanted))
+    different = [
+        f"{field} is {new.get(field, 'missing')!r}, the run has {old.get(field, 'missing')!r}"
+        for field in sorted(old | new)
+        if old.get(field) != new.get(field) and not field.startswith(_FREE)
+    ]
+    if different:
+        raise InputError(
+            f"{folder.path} is another run: {'; '.join(different)}. Name another folder with --workdir, or give the "
+            "fields their old values"
+        )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value  # JSON has lists for tuples

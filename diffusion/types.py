@@ -1,0 +1,24 @@
+"""Array aliases and the one signature through which everything outside models/ sees a network."""
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float, Int, PyTree
+
+Params = PyTree[Float[Array, "..."]]
+"""Network weights: any pytree of float arrays."""
+
+Images = Float[Array, "B *shape"]
+"""A batch of images, NHWC, pixels in [-1, 1] when clean; *shape is (H, W, C)."""
+
+Timesteps = Int[Array, ""] | Int[Array, "B"]
+"""Timesteps in 0..T, one for the batch or one for each sample; 0 is clean data."""
+
+
+class ApplyFn(Protocol):
+    """A network as a pure function.
+
+    t is [B] in 1..T, integer or real; cond is a pytree whose leaves have a leading axis B, or None. The prediction has
+    the shape of x.
+    """
+
+    def __call__(self, params: Params, x: Images, t: Float[Array, "B"], cond: Any = None) -> Images: ...

@@ -1,0 +1,39 @@
+"""Packaging. `pip install -e .` installs the library; train.py, sample.py and evaluate.py run from a clone."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "diffusion" / "__init__.py").read_text())[1]
+
+setup(
+    name="jax-fast-diffusion",
+    version=VERSION,
+    description="Fast sampling of diffusion models in JAX: every sampler is a table, run by one compiled scan",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["diffusion", "diffusion.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint~=0.12.8",  # the v1 interface is new and still moves
+        "absl-py>=2.3",
+        "ml-collections>=1.1",
+        "jaxtyping>=0.3",  # array shapes in annotations
+        "numpy>=2.0",
+        "pillow>=10.1",  # reading and writing images
+        "pooch[progress]>=1.8",  # downloads with a hash and no half file
+        "scikit-learn>=1.6",  # the embedded digits, and the classifier that judges samples of them
+        "tensorboardX>=2.6.2",  # TensorBoard events without TensorFlow
+        "tqdm>=4.66",  # progress with rate and time left
+    ],
+    extras_require={
+        "test": ["pytest>=8.0", "scipy>=1.13"],
+        "dev": ["ruff>=0.14", "pre-commit>=4.0"],
+    },
+)
