@@ -28,7 +28,7 @@ setup(
         "numpy>=2.0",
         "pillow>=10.1",  # reading and writing images
         "pooch[progress]>=1.8",  # downloads with a hash and no half file
-        "scikit-learn>=1.6",  # the embedded digits, and the classifier that judges samples of them
+        "scikit-learn>=1.6,<1.11",  # the embedded digits, and the classifier that judges samples of them
         "tensorboardX>=2.6.2",  # TensorBoard events without TensorFlow
         "tqdm>=4.66",  # progress with rate and time left
     ],

@@ -1,18 +1,25 @@
 """What the entry points share: flags, and the one line with exit code 2 that every user error ends in."""
 
 import errno
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+from tqdm import tqdm
 
-from diffusion.errors import InputError
-from diffusion.solvers import SOLVERS
+from diffusion.errors import InputError, nearest
+from diffusion.experiment import Trained, load_trained, make_table
+from diffusion.generate import generate
+from diffusion.sampling import check_clip
+from diffusion.solvers import SOLVERS, SamplerTable
 from diffusion.timesteps import GRIDS
+from diffusion.training import run_folder
 
 USER_ERROR = 2
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -40,9 +47,12 @@ def fail(message: str) -> None:
     sys.exit(USER_ERROR)
 
 
-class SamplingOptions(NamedTuple):
-    """How to sample a run: the flags where given, else the run's config.sample."""
+class SamplingRun(NamedTuple):
+    """A trained run and how to sample it: the flags where given, else the run's config.sample."""
 
+    folder: run_folder.RunFolder
+    trained: Trained
+    table: SamplerTable
     sampler: str
     steps: int
     eta: float
@@ -51,7 +61,7 @@ class SamplingOptions(NamedTuple):
 
 
 def define_sampling_flags() -> None:
-    """The flags that `sampling_options` reads, and --workdir and --seed."""
+    """The flags that `open_run` and `draw` read."""
     flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i alone.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("steps", None, "Sampling steps, 1..T. Default: the run's config.sample.steps (25).")
@@ -71,12 +81,43 @@ def define_sampling_flags() -> None:
     flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
 
 
-def sampling_options(config: ConfigDict) -> SamplingOptions:
-    """The flags over config.sample."""
-    given = {name: flags.FLAGS[name].value for name in SamplingOptions._fields}
+def open_run() -> SamplingRun:
+    """The run and the table that the flags ask for.
+
+    Raises:
+      InputError: a wrong flag, no such run, or a damaged checkpoint.
+    """
+    workdir = flags.FLAGS.workdir
+    folder = run_folder.existing(workdir) if workdir else run_folder.newest("runs")
+    trained = load_trained(folder)
+    config = trained.config.sample
+    given = {name: flags.FLAGS[name].value for name in ("sampler", "steps", "eta", "tau", "clip")}
     if given["sampler"] not in (None, config.sampler) and given["eta"] is None:
         given["eta"] = 0.0  # the eta in the config belongs to the sampler there
-    return SamplingOptions(*(config[name] if value is None else value for name, value in given.items()))
+    chosen = {name: config[name] if value is None else value for name, value in given.items()}
+    check_clip(chosen["clip"])
+    table = make_table(trained.model.schedule, chosen["sampler"], chosen["steps"], chosen["eta"], chosen["tau"])
+    return SamplingRun(folder, trained, table, **chosen)
+
+
+def draw(run: SamplingRun, num: int, mesh: Mesh) -> UInt8[np.ndarray, "num H W C"]:
+    """Images 0..num - 1 of the run under --seed, with a progress bar where stderr is a terminal."""
+    batches = []
+    drawn = generate(
+        run.trained.model,
+        run.trained.params,
+        run.table,
+        range(num),
+        seed=flags.FLAGS.seed,
+        mesh=mesh,
+        batch_size=flags.FLAGS.batch_size,
+        clip=run.clip,
+    )
+    with tqdm(total=num, unit="image", disable=None) as progress:
+        for images in drawn:
+            batches.append(images)
+            progress.update(len(images))
+    return np.concatenate(batches)
 
 
 def _guarded(main):
@@ -108,6 +149,10 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
             chosen.append(value)
         else:
             others.append(arg)
+    path = Path(chosen[-1].partition(":")[0])  # what follows a colon goes to get_config
+    if not path.is_file():
+        own = sorted(str(p) for p in Path(default_config).parent.glob("*.py") if p.stem not in ("__init__", "default"))
+        fail(f"config file {str(path)!r} does not exist; {nearest(str(path), own)}")
     sys.argv[:] = [program, f"--config={chosen[-1]}", *others]  # config_flags reads sys.argv itself
     return list(sys.argv)
 
@@ -116,20 +161,20 @@ def _parse(argv: Sequence[str]) -> list[str]:
     overridden = {part for arg in argv if arg.startswith("--config.") for part in arg[2:].split("=")[0].split(".")}
     try:
         remaining = flags.FLAGS(list(argv))
+    except flags.UnrecognizedFlagError as error:
+        modules = flags.FLAGS.flags_by_module_dict()
+        ours = [flag.name for module in (argv[0], __name__) for flag in modules.get(module, ())]
+        fail(f"there is no flag --{error.flagname}; {nearest(error.flagname, ours)}")
     except flags.Error as error:
-        fail(str(error) if "Did you mean" in str(error) else f"{error}; --help lists all flags")
+        fail(f"{error}; --help lists all flags")
     except (KeyError, AttributeError) as error:
-        # A misspelt config field; the same exceptions out of a config file are its author's bug and keep their traceback.
-        name, _, hint = str(error).replace("\\n", "\n").replace("\\'", "'").strip("\"'").partition("\n")
-        if name.strip("'\"") not in overridden:
+        # A misspelt config field; the same exceptions out of a config file are a bug there and keep their traceback.
+        name = re.search(r"\w+", str(error))[0]
+        if name not in overridden:
             raise
-        hint = (hint.split(" instead of")[0].strip() + "?").replace("??", "?") if hint else ""
-        fail(f"the config has no field {name!r}. {hint} configs/default.py holds every field".replace('"', ""))
-    except OSError:
-        path = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), "")
-        if os.path.isfile(path):
-            raise
-        fail(f"config file {path!r} does not exist; the project's own are in configs/")
+        guess = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f"did you mean {guess[1]!r}? " if guess else ""
+        fail(f"the config has no field {name!r}; {hint}configs/default.py holds every field")
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING  # orbax logs every file at INFO
     if len(remaining) > 1:

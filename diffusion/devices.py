@@ -9,8 +9,8 @@ from jax.sharding import AxisType, Mesh
 def one_device_per_core() -> None:
     """Gives a CPU run one JAX device for each core. Call it before anything else touches JAX.
 
-    XLA's own threads inside one program scale badly; one program a core, each with its share of the batch, is 1.3 to 1.7
-    times faster (benchmarks/devices.py), and is the same data-parallel mesh that several GPUs use.
+    XLA's own threads inside one program scale badly; one program a core, each with its share of the batch, is 1.3 to
+    1.7 times faster (benchmarks/devices.py), and is the same data-parallel mesh that several GPUs use.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", cores)

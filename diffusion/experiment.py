@@ -138,9 +138,10 @@ def make_tau(schedule: NoiseSchedule, name: str, num_steps: int) -> timesteps.Ta
         return timesteps.sections(schedule, spec)
     if kind == "explicit" and spec:
         try:
-            return timesteps.explicit(schedule, [float(part) for part in spec.split(",")])
-        except ValueError as error:
-            raise InputError(f"tau {name!r}: {error}; write for example explicit:1000,500,250") from None
+            times = [float(part) for part in spec.split(",")]
+        except ValueError:
+            raise InputError(f"tau {name!r} is no list of timesteps; write for example explicit:1000,500,250") from None
+        return timesteps.explicit(schedule, times)
     if name not in timesteps.GRIDS:
         known = [*timesteps.GRIDS, "sections:10,15,20", "explicit:1000,500,250"]
         raise InputError(f"tau is {name!r}; {nearest(name, known)}")

@@ -1,10 +1,13 @@
 """Files that appear whole or not at all, and images as pixels."""
 
 import io
+import json
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -25,6 +28,11 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Writes a readable JSON file, whole or not at all."""
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

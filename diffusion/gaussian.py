@@ -41,7 +41,7 @@ def velocity(schedule: NoiseSchedule, x_0: Images, t: Timesteps, eps: Images) ->
 def posterior(
     schedule: NoiseSchedule, x_t: Images, x_0: Images, t: Timesteps, s: Timesteps
 ) -> tuple[Images, Float[Array, ""] | Float[Array, "B"]]:
-    """q(x_s | x_t, x_0) of the respaced process, for any s < t (improved DDPM, arXiv:2102.09672, Eq. 19; DDPM, Eq. 6-7).
+    """q(x_s | x_t, x_0) of the respaced process, for any s < t (improved DDPM, arXiv:2102.09672, Eq. 19).
 
     The one-step alpha of the step is alpha_bar_t / alpha_bar_s, not the original alpha_t.
 
@@ -120,8 +120,8 @@ def _ratio(schedule, t, s):
 def transition_var(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s):
     """Variance of q(x_t | x_s), 1 - alpha_bar_t / alpha_bar_s, without its cancellation in float32.
 
-    Plain arithmetic for NumPy and JAX alike. Written with both powers, the difference is small against neither: at small
-    t noise_var is exact, at large t alpha_bar is.
+    Plain arithmetic for NumPy and JAX alike. Written with both powers, the difference is small against neither: at
+    small t noise_var is exact, at large t alpha_bar is.
     """
     return (noise_var_t * alpha_bar_s - alpha_bar_t * noise_var_s) / alpha_bar_s
 

@@ -87,8 +87,7 @@ def sample(
       InputError: an unknown option, shapes that do not agree, or an eps-model where the signal is zero.
     """
     clip = {None: "none", False: "none", True: "recompute"}.get(clip, clip)
-    if clip not in CLIPS:
-        raise InputError(f"clip is {clip!r}; {nearest(str(clip), CLIPS)}")
+    check_clip(clip)
     ids = jnp.arange(num_samples) if sample_ids is None else jnp.asarray(sample_ids)
     shape = (num_samples, *sample_shape)
     if ids.shape != (num_samples,):
@@ -99,6 +98,12 @@ def sample(
     return _run(apply_fn, params, stages, key, ids, cond, x_init, tuple(sample_shape), clip, return_trajectory)
 
 
+def check_clip(clip: str) -> None:
+    """Raises InputError unless clip is one of CLIPS."""
+    if clip not in CLIPS:
+        raise InputError(f"clip is {clip!r}; {nearest(str(clip), CLIPS)}")
+
+
 def _stages(table, prediction):
     """The table in the form the scan reads, for one kind of prediction."""
     if prediction not in PREDICTIONS:
@@ -106,7 +111,7 @@ def _stages(table, prediction):
     traced = isinstance(table.signal, jax.core.Tracer)
     if prediction == "eps" and not traced and not np.all(np.asarray(table.signal) > 0):
         raise InputError(
-            f"{table.name} starts at zero signal, where eps says nothing about x_0; use prediction v or x0, or start lower"
+            f"{table.name} starts at zero signal, where eps says nothing about x_0; use a v or x0 model, or start lower"
         )
     from_x, from_output = PREDICTIONS[prediction](table.signal, table.noise)
     return _Stage(np.arange(table.nfe), table.t, table.signal, from_x, from_output, table.update)

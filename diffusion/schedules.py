@@ -1,7 +1,8 @@
 """Noise schedules: how much signal and noise x_t holds at each timestep.
 
-Everything here is NumPy float64. A schedule meets JAX once, as an argument of a jitted function, where it is cast to the
-working precision; noise_var is stored beside alpha_bar because 1 - alpha_bar in float32 loses 2e-4 relative at t = 1.
+Everything here is NumPy float64. A schedule meets JAX once, as an argument of a jitted function, where it is cast to
+the working precision; noise_var is stored beside alpha_bar because 1 - alpha_bar in float32 loses 2e-4 relative at t
+= 1.
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
 """Grids tau: which of the T training timesteps a sampler visits.
 
 Every grid is a float64 or int64 array of length S + 1 that descends strictly from its start to 0, so that both ends of
-each step stand in it. All but `strided` have exactly S steps for every S in 1..T. Sampling a grid that starts below T from
-N(0, I), as the authors of `quadratic` and `leading` do, leaves out the signal alpha_bar[tau[0]] that x holds there.
+each step stand in it. All but `strided` have exactly S steps for every S in 1..T. Sampling a grid that starts below T
+from N(0, I), as the authors of `quadratic` and `leading` do, leaves out the signal alpha_bar[tau[0]] that x holds
+there.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,8 +41,8 @@ def linspace(schedule: NoiseSchedule, num_steps: int) -> Tau:
 def quadratic(schedule: NoiseSchedule, num_steps: int) -> Tau:
     """floor(linspace(0, sqrt(0.8 T), S)^2) + 1, dense near 0 (DDIM's choice on CIFAR-10, arXiv:2010.02502, D.2).
 
-    It starts at 0.8 T + 1, not at T. From S = 30 (at T = 1000) the formula repeats timesteps; a repeated one moves up to
-    the next free timestep here, which keeps S steps. S = 1 is the top of the range alone.
+    It starts at 0.8 T + 1, not at T. From S = 30 (at T = 1000) the formula repeats timesteps; a repeated one moves up
+    to the next free timestep here, which keeps S steps. S = 1 is the top of the range alone.
     """
     steps = _count(schedule, num_steps)
     top = 0.8 * schedule.num_timesteps
@@ -57,7 +58,8 @@ def quadratic(schedule: NoiseSchedule, num_steps: int) -> Tau:
 def leading(schedule: NoiseSchedule, num_steps: int) -> Tau:
     """i (T // S) + 1 for i < S, as diffusers' "leading" with steps_offset 0 (there counted from 0).
 
-    It starts at T - T // S + 1 or lower; with S = 1 that is t = 1, of use for denoising and not for sampling from noise.
+    It starts at T - T // S + 1 or lower; with S = 1 that is t = 1, of use for denoising and not for sampling from
+    noise.
     """
     steps = _count(schedule, num_steps)
     stride = schedule.num_timesteps // steps

@@ -66,7 +66,7 @@ def _open_tar(path: Path, stack: contextlib.ExitStack) -> Files:
 
 def _open_tar_gz(path: Path, stack: contextlib.ExitStack) -> Files:
     # A gzip stream cannot be read out of order; an unnamed file can, needs no memory, and vanishes when closed.
-    plain = stack.enter_context(tempfile.TemporaryFile())
+    plain = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
     with gzip.open(path) as packed:
         shutil.copyfileobj(packed, plain, 1 << 20)
     plain.seek(0)

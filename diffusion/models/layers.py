@@ -67,7 +67,7 @@ def conv(
 
 
 class ResidualBlock(nn.Module):
-    """norm, swish, conv, + time, norm, swish, dropout, conv, + x (DDPM's block); [B, H, W, C] -> [B, H, W, features]."""
+    """DDPM's block: norm, swish, conv, + time, norm, swish, dropout, conv, + x; [B, H, W, C] -> [B, H, W, features]."""
 
     features: int
     dropout: float

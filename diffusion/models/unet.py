@@ -35,7 +35,7 @@ class UNet(nn.Module):
       attention_resolutions: image heights at which every block is followed by self-attention. The middle always has it.
       num_heads: attention heads.
       dropout: rate inside the residual blocks, used in training alone.
-      num_classes: 0 for an unconditional model; else cond holds int labels [B], and num_classes itself means "no class".
+      num_classes: 0 for an unconditional model; else cond holds int labels [B], where num_classes itself is "no class".
       out_channels: 0 for as many as the input has.
       dtype: "float32" or "bfloat16" for the arithmetic; parameters and normalisation stay in float32.
     """

@@ -10,7 +10,7 @@ from diffusion.solvers.table import SamplerTable, one_register
 
 
 def ddim(schedule: NoiseSchedule, tau, eta: float = 0.0) -> SamplerTable:
-    """Denoising Diffusion Implicit Models (arXiv:2010.02502), Eq. 12: x_s = a_s D + sqrt(n_s^2 - sigma^2) eps + sigma z.
+    """Denoising Diffusion Implicit Models, arXiv:2010.02502, Eq. 12: x_s = a_s D + sqrt(n_s^2 - sigma^2) eps + sigma z.
 
     Args:
       schedule: the noise schedule.

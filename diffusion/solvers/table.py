@@ -1,13 +1,13 @@
 """The sampler table: every fixed-step sampler as a few small arrays.
 
-A sampler is an explicit general linear method with one network call a stage. It holds R registers (images); register 0 is
-what the network sees, and the sample at the end. Stage i computes
+A sampler is an explicit general linear method with one network call a stage. It holds R registers (images); register
+0 is what the network sees, and the sample at the end. Stage i computes
 
     D  = the denoised estimate of x_0 from register 0 at time t[i]
     R' = update[i] @ [R_0, ..., R_{R-1}, D, z]        z fresh standard normal noise
 
-A solver is a function (schedule, tau, options) -> SamplerTable: float64 arithmetic with no loop over images, no state and
-no JAX. `diffusion.sample` executes any table with one compiled scan.
+A solver is a function (schedule, tau, options) -> SamplerTable: float64 arithmetic with no loop over images, no state
+and no JAX. `diffusion.sample` executes any table with one compiled scan.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Checkpoints: all that touches orbax stands here.
 
-One folder a step holds two items: `ema`, the weights that samples are drawn with, and `train`, the rest of the state. The
-config travels in the checkpoint's metadata, so that both are committed by the same rename.
+One folder a step holds two items: `ema`, the weights that samples are drawn with, and `train`, the rest of the state.
+The config travels in the checkpoint's metadata, so that both are committed by the same rename.
 """
 
 import json
@@ -21,7 +21,7 @@ _METADATA = "_CHECKPOINT_METADATA"  # written last by orbax; an interrupted or e
 
 
 class CheckpointWriter:
-    """Saves the train state in the background, newest `keep` kept. A context manager: leaving it waits for the last save."""
+    """Saves the train state in the background and keeps the newest `keep`. Leaving the context waits for it."""
 
     def __init__(self, folder: str | os.PathLike, keep: int):
         if keep < 1:
@@ -132,7 +132,7 @@ def _load(folder, step, items):
     except Exception as error:  # orbax raises errors of many kinds for a damaged file, tensorstore's own among them
         cause = _first_line(error.__cause__ or error)
         raise InputError(
-            f"checkpoint {path} cannot be loaded ({cause}); if it is damaged, delete this folder to use the one before it"
+            f"checkpoint {path} cannot be loaded ({cause}); if it is damaged, delete it to use the one before"
         ) from error
 
 
