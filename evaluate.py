@@ -28,9 +28,7 @@ def main() -> None:
     out = Path(_OUT.value or run.folder.path)
     out.mkdir(parents=True, exist_ok=True)
 
-    print(
-        f"{run.folder.path}, step {run.trained.step:,}: {num:,} images with {run.table.name}, {run.table.nfe} calls each"
-    )
+    print(run.title(num))
     scores = {
         "samples": digits.score(cli.draw(run, num, devices.data_mesh()), real),
         "real digits": digits.reference_scores(real),

@@ -24,9 +24,7 @@ def main() -> None:
     run = cli.open_run()
     mesh = devices.data_mesh()
     num, seed = _NUM.value, flags.FLAGS.seed
-    print(
-        f"{run.folder.path}, step {run.trained.step:,}: {num} images with {run.table.name}, {run.table.nfe} network calls"
-    )
+    print(run.title(num))
     for note in _notes(run):
         print(f"note: {note}")
     label = f"{run.sampler}-{run.steps}steps-eta{run.eta:g}-{run.tau}-{run.clip}-seed{seed}".replace(":", "-")

@@ -59,6 +59,11 @@ class SamplingRun(NamedTuple):
     tau: str
     clip: str
 
+    def title(self, num: int) -> str:
+        """One line: which model draws how many images with what."""
+        source = f"{self.folder.path}, step {self.trained.step:,}"
+        return f"{source}: {num:,} images with {self.table.name} on {self.tau}, {self.table.nfe} network calls"
+
 
 def define_sampling_flags() -> None:
     """The flags that `open_run` and `draw` read."""
