@@ -52,7 +52,7 @@ def main() -> None:
     arrays = io.BytesIO()
     np.savez_compressed(arrays, samples=images, ids=np.arange(num))
     files.write_atomically(out / "samples.npz", arrays.getvalue())
-    files.write_atomically(out / "grid.png", files.grid_png(images))
+    files.write_png(out / "grid.png", files.grid(images))
     files.write_json(out / "sampling.json", record)
     print(f"{seconds:.1f} s, compilation included; wrote {out / 'grid.png'}, samples.npz and sampling.json")
 

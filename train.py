@@ -86,10 +86,10 @@ def main() -> int:
         return jax.device_put(data.images[chosen], split), labels
 
     def draw_grid(state):
-        ids = range(s.num)
-        images = generate(model, state.ema_params, table, ids, seed=config.seed, mesh=mesh, clip=s.clip)
-        images = np.concatenate(list(images))
-        files.write_atomically(folder.grids / f"step_{int(state.step):08d}.png", files.grid_png(images))
+        drawn = generate(model, state.ema_params, table, range(s.num), seed=config.seed, mesh=mesh, clip=s.clip)
+        grid = files.grid(np.concatenate(list(drawn)))
+        files.write_png(folder.grids / f"step_{int(state.step):08d}.png", grid)
+        recorder.image("samples", grid, int(state.step))
 
     folder.create(config)
     writer = checkpoints.CheckpointWriter(folder.checkpoints, config.train.keep)

@@ -1,8 +1,11 @@
 """What the entry points share: flags, and the one line with exit code 2 that every user error ends in."""
 
 import errno
+import os
 import re
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +47,9 @@ def run(main: Callable[[], int | None], *, default_config: str | None = None) ->
 def fail(message: str) -> None:
     """Prints one line to stderr and exits with code 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(USER_ERROR)
+    sys.stdout.flush()
+    # Not sys.exit: background threads of a failed save would report the same error once more while Python shuts down.
+    os._exit(USER_ERROR)
 
 
 class SamplingRun(NamedTuple):
@@ -126,6 +131,7 @@ def draw(run: SamplingRun, num: int, mesh: Mesh) -> UInt8[np.ndarray, "num H W C
 
 
 def _guarded(main):
+    _hide_background_errors()
     try:
         sys.exit(main())
     except InputError as error:
@@ -138,6 +144,20 @@ def _guarded(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _hide_background_errors():
+    """Keeps threads of orbax, tensorstore and tensorboardX from printing errors that the main thread raises as well."""
+    libraries = ("orbax", "tensorstore", "tensorboardX")
+
+    def hidden(trace, error):
+        files = [frame.filename for frame in traceback.extract_tb(trace)]
+        theirs = any(name in file for file in files for name in libraries) or "Event loop is closed" in str(error)
+        return theirs and threading.current_thread() is not threading.main_thread()
+
+    shown, shown_of_thread = sys.excepthook, threading.excepthook
+    sys.excepthook = lambda kind, error, trace: hidden(trace, error) or shown(kind, error, trace)
+    threading.excepthook = lambda args: hidden(args.exc_traceback, args.exc_value) or shown_of_thread(args)
 
 
 def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
@@ -181,7 +201,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         hint = f"did you mean {guess[1]!r}? " if guess else ""
         fail(f"the config has no field {name!r}; {hint}configs/default.py holds every field")
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = logging.WARNING  # orbax logs every file at INFO
+        # orbax logs every file at INFO, and at ERROR the traceback of every error that it raises as well.
+        flags.FLAGS.verbosity = logging.FATAL
     if len(remaining) > 1:
         fail(f"unexpected argument {remaining[1]!r}; flags are written --name=value")
     return remaining

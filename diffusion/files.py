@@ -41,8 +41,8 @@ def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]
     return np.nan_to_num(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
-def grid_png(images: UInt8[np.ndarray, "N H W C"], *, columns: int = 0, min_height: int = 32) -> bytes:
-    """A PNG of all images in rows, one pixel apart.
+def grid(images: UInt8[np.ndarray, "N H W C"], *, columns: int = 0, min_height: int = 32) -> UInt8[np.ndarray, "H W C"]:
+    """All images on one, in rows, one pixel apart.
 
     Args:
       images: NHWC with 1 or 3 channels.
@@ -58,6 +58,11 @@ def grid_png(images: UInt8[np.ndarray, "N H W C"], *, columns: int = 0, min_heig
     for i, image in enumerate(images.repeat(factor, axis=1).repeat(factor, axis=2)):
         top, left = i // columns * cell_height + 1, i % columns * cell_width + 1
         canvas[top : top + height * factor, left : left + width * factor] = image
+    return canvas
+
+
+def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "H W C"]) -> None:
+    """Writes a PNG of 1 or 3 channels, whole or not at all."""
     buffer = io.BytesIO()
-    Image.fromarray(canvas[..., 0] if channels == 1 else canvas).save(buffer, "PNG")
-    return buffer.getvalue()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())

@@ -4,6 +4,7 @@ One folder a step holds two items: `ema`, the weights that samples are drawn wit
 The config travels in the checkpoint's metadata, so that both are committed by the same rename.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -70,8 +71,12 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_):
-        self.wait()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            # After a failed save, close raises that error once more.
+            with contextlib.suppress(OSError, ValueError):
+                self._checkpointer.close()
 
     def _fail(self, error):
         saved = steps(self._folder)

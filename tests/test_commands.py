@@ -1,0 +1,219 @@
+"""The entry points as a user runs them: in a shell, on a tiny model."""
+
+import concurrent.futures
+import csv
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--config.model.width=4",
+    "--config.model.multipliers=1",
+    "--config.model.num_blocks=1",
+    "--config.model.attention_resolutions=0",
+    "--config.train.batch_size=8",
+    "--config.optimizer.decay=constant",
+    "--config.sample.steps=2",
+    "--config.sample.num=4",
+)
+
+
+def command(script, *args):
+    return [sys.executable, str(ROOT / script), *args]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Lets the commands share what XLA compiled; most of their time is compilation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        yield
+
+
+def run(script, *args, cwd, **kwargs):
+    return subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def train(cwd, *args, **kwargs):
+    return run("train.py", *TINY, *args, cwd=cwd, **kwargs)
+
+
+def error_line(result):
+    """The one line of a user error."""
+    lines = [line for line in result.stderr.splitlines() if not re.match(r"[IW]\d{4} ", line)]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def metrics(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def trained(compile_once, tmp_path_factory):
+    """A folder in which `python train.py` has trained a tiny digits model for 12 steps."""
+    cwd = tmp_path_factory.mktemp("trained")
+    result = train(cwd, "--config.train.num_steps=12", "--config.train.log_every=5", "--config.train.save_every=5")
+    assert result.returncode == 0, result.stderr
+    return cwd
+
+
+def test_a_run_folder_holds_config_checkpoints_metrics_events_and_grids(trained):
+    folder = trained / "runs" / "digits"
+    assert json.loads((folder / "config.json").read_text())["model"]["width"] == 4
+    assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir()) == [5, 10, 12]
+    assert [int(row["step"]) for row in metrics(folder)] == [5, 10, 12]
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert [path.name for path in (folder / "grids").iterdir()] == ["step_00000012.png"]
+
+
+def test_sampling_works_straight_after_training(trained):
+    result = run("sample.py", "--steps=3", "--num=5", cwd=trained)
+    assert result.returncode == 0, result.stderr
+    (out,) = (trained / "runs" / "digits" / "samples").iterdir()
+    archive = np.load(out / "samples.npz")
+    assert archive["samples"].shape == (5, 8, 8, 1)
+    assert archive["samples"].dtype == np.uint8
+    np.testing.assert_array_equal(archive["ids"], np.arange(5))
+    record = json.loads((out / "sampling.json").read_text())
+    assert record["tau"] == [1000, 667, 333, 0]
+    assert (record["nfe"], record["seed"], record["checkpoint_step"]) == (3, 0, 12)
+    # 5 images of 8 pixels, enlarged 4 times, in rows of 3, with lines of 1 pixel between.
+    assert Image.open(out / "grid.png").size == (3 * 33 + 1, 2 * 33 + 1)
+
+
+def test_a_sample_depends_on_the_seed_and_its_number_alone(trained):
+    def samples(name, *args):
+        result = run("sample.py", "--steps=2", "--eta=1", f"--out={name}", *args, cwd=trained)
+        assert result.returncode == 0, result.stderr
+        return np.load(trained / name / "samples.npz")["samples"].astype(int)
+
+    alone, sevens, whole = (samples(f"batch{b}", "--num=9", f"--batch_size={b}") for b in (1, 7, 64))
+    assert np.abs(alone - whole).max() <= 1  # rounding differs with the shape of the batch, by one grey level at most
+    assert np.abs(sevens - whole).max() <= 1
+    np.testing.assert_array_equal(whole, samples("again", "--num=9"))
+    assert np.abs(whole - samples("other", "--num=9", "--seed=1")).max() > 50
+
+
+def test_ctrl_c_saves_and_the_same_command_resumes_there(tmp_path):
+    args = ("--config.train.num_steps=100000", "--config.train.log_every=10", "--workdir=run")
+    process = subprocess.Popen(
+        command("train.py", *TINY, *args), cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for line in process.stdout:
+        if line.startswith("step 20/"):
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    saved = int(re.search(r"saved step ([\d,]+)", output)[1].replace(",", ""))
+    assert saved >= 20
+    assert (tmp_path / "run" / "checkpoints" / str(saved)).is_dir()
+
+    result = train(tmp_path, *args[1:], f"--config.train.num_steps={saved + 15}")
+    assert result.returncode == 0, result.stderr
+    assert f"resuming run at step {saved:,}" in result.stdout
+    steps = [int(row["step"]) for row in metrics(tmp_path / "run")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == saved + 15
+    assert "already trained" in train(tmp_path, *args[1:], f"--config.train.num_steps={saved + 15}").stdout
+
+
+def test_an_interrupted_run_ends_in_the_same_weights(trained, tmp_path):
+    for steps in (7, 12):
+        result = train(tmp_path, f"--config.train.num_steps={steps}")
+        assert result.returncode == 0, result.stderr
+    samples = []
+    for cwd in (trained, tmp_path):
+        result = run("sample.py", "--steps=4", "--eta=0.5", "--num=3", f"--out={tmp_path / cwd.name}", cwd=cwd)
+        assert result.returncode == 0, result.stderr
+        samples.append(np.load(tmp_path / cwd.name / "samples.npz")["samples"])
+    np.testing.assert_array_equal(*samples)
+
+
+def test_a_full_disk_ends_in_one_line_and_no_half_checkpoint(tmp_path):
+    def no_large_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    result = train(tmp_path, "--config.train.num_steps=3", "--workdir=run", preexec_fn=no_large_files, env=env)
+    assert result.returncode == 2
+    assert re.search(r"a checkpoint could not be written to .* no earlier one; free some space", error_line(result))
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+# (script, arguments, what the line says); $TRAINED is a folder with a trained run
+MISTAKES = [
+    ("train.py", ["--workdri=x"], "no flag --workdri; did you mean 'workdir'"),
+    ("train.py", ["--config.model.widht=8"], "no field 'widht'; did you mean 'width'"),
+    ("train.py", ["--config.modle.width=8"], "no field 'modle'; did you mean 'model'"),
+    ("train.py", ["--config=configs/cifra.py"], "does not exist; did you mean .*cifar.py"),
+    ("train.py", ["--config.train.num_steps=many"], "num_steps=many"),
+    ("train.py", ["--config.train.batch_size=0"], "batch_size is 0; it must be at least 1"),
+    ("train.py", ["--config.data.name=digts"], "did you mean 'digits'"),
+    ("train.py", ["--config.schedule.name=cosin"], "did you mean 'cosine'"),
+    ("train.py", ["--config.train.prediction=noise"], "valid: eps, v, x0"),
+    ("train.py", ["--config.model.width=33"], "width is 33; it must be even"),
+    ("train.py", ["--config.model.multipliers=1,1,1,1,1"], "cannot be halved 4 times"),
+    ("train.py", ["--config.sample.steps=0"], "steps is 0"),
+    ("train.py", [f"--config={ROOT}/configs/images.py"], "config.data.path"),
+    ("train.py", [f"--config={ROOT}/configs/images.py", "--config.data.path=nowhere.zip"], "nowhere.zip"),
+    ("train.py", [f"--config={ROOT}/configs/cifar.py", "--config.data.path=nowhere.tar.gz"], "nowhere.tar.gz"),
+    ("train.py", ["--workdir=$FILE/run"], "Not a directory"),
+    ("train.py", [*TINY, "--workdir=$TRAINED/runs/digits", "--config.model.width=8"], "config.model.width is 8, .* 4"),
+    ("sample.py", [], "no trained model below runs/; train one with"),
+    ("sample.py", ["--workdir=$FILE"], "holds no checkpoint"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--steps=0"], r"steps is 0; .* 1\.\.1000"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--steps=1001"], r"steps is 1001; .* 1\.\.1000"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--eta=1.5"], r"eta is 1.5; it must lie in 0\.\.1"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--eta=nan"], "eta is nan"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=dimm"], "did you mean 'ddim'"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--tau=unifrom"], "did you mean 'uniform'"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--tau=explicit:10,20"], "not strictly descending"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=ddpm", "--eta=1"], "ddpm has none"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--num=0"], "num=0"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--clip=yes"], "valid: keep_eps, none, recompute"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--out=$FILE/x"], "Not a directory"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "extra"], "unexpected argument 'extra'"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--num=3"], "num=3"),
+]
+
+
+@pytest.fixture(scope="session")
+def mistakes(trained, tmp_path_factory):
+    """All mistakes, made side by side, as most of their time is starting Python."""
+
+    def make(mistake):
+        script, args, _ = mistake
+        cwd = tmp_path_factory.mktemp("mistake")
+        (cwd / "file").touch()
+        args = [a.replace("$TRAINED", str(trained)).replace("$FILE", str(cwd / "file")) for a in args]
+        return run(script, *args, cwd=cwd), sorted(path.name for path in cwd.iterdir())
+
+    before = sorted(trained.rglob("*"))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(make, MISTAKES))
+    assert sorted(trained.rglob("*")) == before
+    return results
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=lambda n: " ".join(MISTAKES[n][1])[:60] or "nothing")
+def test_a_mistake_is_one_line_with_code_2_and_leaves_nothing(mistakes, number):
+    result, left = mistakes[number]
+    assert re.search(MISTAKES[number][2], error_line(result)), result.stderr
+    assert left == ["file"]

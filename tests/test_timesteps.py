@@ -1,0 +1,253 @@
+"""Laws of the grids tau, for every number of steps."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from reference import refused
+
+from diffusion import schedules, timesteps
+
+LINEAR = schedules.linear()
+T = LINEAR.num_timesteps
+GRIDS = pytest.mark.parametrize("name", timesteps.GRIDS)
+TO_THE_TOP = {"uniform", "strided", "linspace", "trailing", "log_snr", "karras"}
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def assert_grid(schedule, name, steps):
+    total = schedule.num_timesteps
+    tau = timesteps.GRIDS[name](schedule, steps)
+    wanted = ceil_div(total, ceil_div(total, steps)) if name == "strided" else steps
+    assert tau.shape == (wanted + 1,), (total, steps)
+    assert tau.dtype in (np.int64, np.float64)
+    assert np.all(np.diff(tau) < 0), (total, steps)
+    assert tau[-1] == 0
+    assert 1 <= tau[-2] <= tau[0] <= total, (total, steps)
+    if name in TO_THE_TOP:
+        assert tau[0] == total
+
+
+@GRIDS
+def test_a_grid_has_the_steps_asked_for_and_descends_to_zero_for_every_number_of_steps(name):
+    for steps in range(1, T + 1):
+        assert_grid(LINEAR, name, steps)
+
+
+@GRIDS
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 10, 100])
+def test_short_schedules_have_a_grid_for_every_number_of_steps(name, total):
+    for build in schedules.SCHEDULES.values():
+        for steps in range(1, total + 1):
+            assert_grid(build(total), name, steps)
+
+
+@GRIDS
+def test_other_schedules_have_a_grid_for_every_number_of_steps(name):
+    for build in (schedules.cosine, schedules.scaled_linear):
+        for steps in [*range(1, T, 37), T - 1, T]:
+            assert_grid(build(), name, steps)
+
+
+@GRIDS
+@pytest.mark.parametrize("steps", [0, -1, T + 1, 2.5])
+def test_a_number_of_steps_outside_one_to_the_timesteps_is_refused(name, steps):
+    with refused(f"1..{T}"):
+        timesteps.GRIDS[name](LINEAR, steps)
+
+
+@pytest.mark.parametrize("steps", [np.nan, np.inf, None, "ten"], ids=str)
+def test_a_number_of_steps_that_is_no_number_is_refused_in_one_line(steps):
+    with refused(f"1..{T}"):
+        timesteps.uniform(LINEAR, steps)
+
+
+@pytest.mark.parametrize("total", [1, 7, 100, T])
+def test_uniform_is_the_rounded_even_division(total):
+    schedule = schedules.linear(total)
+    for steps in range(1, total + 1):
+        wanted = [round(Fraction(total * (steps - i), steps)) for i in range(steps + 1)]
+        np.testing.assert_array_equal(timesteps.uniform(schedule, steps), wanted)
+
+
+def test_strided_updates_every_ceil_of_timesteps_over_steps():
+    for steps in range(1, T + 1):
+        stride = ceil_div(T, steps)
+        tau, t = [T], T
+        while t > 0:
+            t = max(t - stride, 0)
+            tau.append(t)
+        np.testing.assert_array_equal(timesteps.strided(LINEAR, steps), tau)
+
+
+def test_strided_reports_fewer_steps_where_they_do_not_divide_the_timesteps():
+    assert timesteps.strided(LINEAR, 600).size - 1 == 500
+
+
+def test_linspace_is_rounded_reals_from_one_to_the_top():
+    np.testing.assert_array_equal(timesteps.linspace(LINEAR, 1), [T, 0])
+    for steps in range(2, T + 1):
+        tau = timesteps.linspace(LINEAR, steps)
+        assert tau[0] == T
+        assert tau[-2] == 1
+        # |tau_i - (1 + (T - 1) i / (S - 1))| <= 1/2, times 2 (S - 1)
+        distance = 2 * (steps - 1) * (tau[-2::-1] - 1) - 2 * (T - 1) * np.arange(steps)
+        assert np.all(np.abs(distance) <= steps - 1)
+
+
+@pytest.mark.parametrize("total", [10, 100, T])
+def test_quadratic_is_the_published_formula_until_it_repeats_itself(total):
+    schedule = schedules.linear(total)
+    for steps in range(2, total + 1):
+        # floor((k sqrt(0.8 T) / (S - 1))^2) + 1 in exact arithmetic
+        published = [4 * total * k * k // (5 * (steps - 1) ** 2) + 1 for k in range(steps)]
+        if len(set(published)) < steps:
+            break
+        np.testing.assert_array_equal(timesteps.quadratic(schedule, steps), [*published[::-1], 0])
+    assert total != T or steps == 30
+    assert timesteps.quadratic(schedule, 1)[0] == 0.8 * total + 1
+
+
+def test_quadratic_moves_a_repeated_timestep_no_further_than_needed():
+    for steps in (30, 50, 100, 300):
+        published = [4 * T * k * k // (5 * (steps - 1) ** 2) + 1 for k in range(steps)]
+        wanted, last = [], 0
+        for t in published:
+            last = max(t, last + 1)
+            wanted.append(last)
+        np.testing.assert_array_equal(timesteps.quadratic(LINEAR, steps), [*wanted[::-1], 0])
+
+
+def test_leading_is_the_formula_of_diffusers_counted_from_one():
+    for steps in range(1, T + 1):
+        theirs = (np.arange(0, steps) * (T // steps)).round()[::-1].astype(np.int64)
+        np.testing.assert_array_equal(timesteps.leading(LINEAR, steps), [*(theirs + 1), 0])
+
+
+def test_trailing_is_the_formula_of_diffusers_counted_from_one():
+    """Theirs adds up float steps, which decides ties by rounding errors and can give one timestep too many."""
+    compared = 0
+    for steps in range(1, T + 1):
+        theirs = np.round(np.arange(T, 0, -T / steps)).astype(np.int64) - 1
+        exact = [T - Fraction(i * T, steps) for i in range(steps)]
+        if len(theirs) == steps and not any(t.denominator == 2 for t in exact):
+            np.testing.assert_array_equal(timesteps.trailing(LINEAR, steps), [*(theirs + 1), 0])
+            compared += 1
+    assert compared > 700
+
+
+@pytest.mark.parametrize("build", schedules.SCHEDULES.values(), ids=schedules.SCHEDULES.keys())
+def test_log_snr_is_even_in_lambda_from_the_top_to_one(build):
+    schedule = build()
+    for steps in (2, 3, 10, 25, 100):
+        tau = timesteps.log_snr(schedule, steps)
+        gaps = np.diff(schedule.half_log_snr(tau[:-1]))
+        np.testing.assert_allclose(gaps, gaps.mean(), rtol=1e-6)
+        assert (tau[0], tau[-2], tau[-1]) == (T, 1, 0)
+
+
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
+@pytest.mark.parametrize("build", schedules.SCHEDULES.values(), ids=schedules.SCHEDULES.keys())
+def test_karras_is_even_in_a_root_of_noise_over_signal(build, rho):
+    schedule = build()
+    for steps in (2, 3, 10, 25, 100):
+        tau = timesteps.karras(schedule, steps, rho=rho)
+        signal, noise = schedule.at(tau[:-1])
+        gaps = np.diff((noise / signal) ** (1 / rho))
+        np.testing.assert_allclose(gaps, gaps.mean(), rtol=1e-6)
+        assert (tau[0], tau[-2], tau[-1]) == (T, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["log_snr", "karras"])
+def test_a_grid_in_log_snr_is_refused_where_it_is_infinite(name):
+    with refused("zero terminal SNR"):
+        timesteps.GRIDS[name](schedules.zero_terminal_snr(LINEAR), 10)
+
+
+def space_timesteps(total, counts):
+    """Improved DDPM's rule, in its order of float operations; timesteps count from 0, ascending."""
+    taken, start = [], 0
+    for i, count in enumerate(counts):
+        size = total // len(counts) + (1 if i < total % len(counts) else 0)
+        stride = 1 if count <= 1 else (size - 1) / (count - 1)
+        position = 0.0
+        for _ in range(count):
+            taken.append(start + round(position))
+            position += stride
+        start += size
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("total", "spec"),
+    [(1000, "10,15,20"), (300, "10,15,20"), (1000, "250"), (1000, "90,60,60,20,20"), (1000, "21"), (10, "4,3,3")],
+)
+def test_sections_are_those_of_improved_ddpm(total, spec):
+    theirs = space_timesteps(total, [int(c) for c in spec.split(",")])
+    tau = timesteps.sections(schedules.linear(total), spec)
+    np.testing.assert_array_equal(tau, [*(t + 1 for t in reversed(theirs)), 0])
+    np.testing.assert_array_equal(timesteps.sections(schedules.linear(total), [int(c) for c in spec.split(",")]), tau)
+
+
+def test_a_last_section_of_one_step_takes_the_top():
+    assert timesteps.sections(LINEAR, "5,1")[0] == T
+    np.testing.assert_array_equal(timesteps.sections(LINEAR, "1"), [T, 0])
+
+
+@pytest.mark.parametrize("count", [2, 25, 50, 100, 200, 1000])
+def test_a_ddim_string_is_the_whole_stride_with_exactly_that_count(count):
+    theirs = next(range(0, T, i) for i in range(1, T) if len(range(0, T, i)) == count)
+    np.testing.assert_array_equal(timesteps.sections(LINEAR, f"ddim{count}"), [*(t + 1 for t in reversed(theirs)), 0])
+
+
+def test_a_ddim_string_is_refused_where_the_authors_refuse_it():
+    possible = {len(range(0, T, i)) for i in range(1, T)}
+    for count in sorted(set(range(1, T + 2)) - possible, reverse=True):
+        with refused(f"ddim{count}"):
+            timesteps.sections(LINEAR, f"ddim{count}")
+
+
+@pytest.mark.parametrize("spec", ["", "ddim", "ddimx", "ddim0", "10,,5", "0,5", "-3", "2.5", "501,1", "1001", "a,b"])
+def test_a_section_string_that_says_nothing_possible_is_refused(spec):
+    with refused("tau"):
+        timesteps.sections(LINEAR, spec)
+
+
+@pytest.mark.parametrize("spec", [[], [2.5]], ids=str)
+def test_a_section_list_that_holds_no_counts_is_refused(spec):
+    with refused("tau"):
+        timesteps.sections(LINEAR, spec)
+
+
+def test_explicit_times_stand_as_given_with_or_without_the_final_zero():
+    np.testing.assert_array_equal(timesteps.explicit(LINEAR, [1000, 500, 250]), [1000, 500, 250, 0])
+    np.testing.assert_array_equal(timesteps.explicit(LINEAR, (999, 1, 0)), [999, 1, 0])
+    assert timesteps.explicit(LINEAR, [10.0, 5.0]).dtype == np.int64
+    np.testing.assert_array_equal(timesteps.explicit(LINEAR, [10.5, 0.25]), [10.5, 0.25, 0])
+
+
+@pytest.mark.parametrize(
+    "seq",
+    [[], [0], [5, 5], [5, 10], [5, 0, 0], [T + 1, 5], [5, -1], [-5], [np.nan, 5], [5, np.nan], [np.inf, 5], [[5, 3]]],
+    ids=str,
+)
+def test_explicit_times_that_do_not_descend_in_range_are_refused(seq):
+    with refused("tau"):
+        timesteps.explicit(LINEAR, seq)
+
+
+@pytest.mark.parametrize("seq", ["10,5", ["a"], None], ids=str)
+def test_explicit_times_that_are_no_numbers_are_refused(seq):
+    with refused("tau"):
+        timesteps.explicit(LINEAR, seq)
+
+
+@pytest.mark.parametrize(
+    "tau", [[5], [0], 5, [5, 3], [5, 5, 0], [3, 5, 0], [T + 1, 0], [5, np.nan, 0], [[5, 0]]], ids=str
+)
+def test_check_refuses_what_is_no_grid(tau):
+    with refused("tau"):
+        timesteps.check(LINEAR, tau)
