@@ -100,9 +100,12 @@ def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:
     """
     path = Path(folder).absolute() / str(step)
     try:
-        return ocp.checkpointables_metadata(path).custom_metadata
+        saved = ocp.checkpointables_metadata(path).custom_metadata
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"checkpoint {path} cannot be read ({_first_line(error)}); delete this folder") from error
+    if not saved:
+        raise InputError(f"checkpoint {path} cannot be read (no metadata); delete this folder")
+    return saved
 
 
 def load_ema(folder: str | os.PathLike, step: int, like: Params) -> Params:

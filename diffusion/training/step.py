@@ -114,7 +114,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay_at(state.step, ema_decay)
         ema_params = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, params)
-        return TrainState(state.step + 1, params, ema_params, opt_state), Metrics(loss, optax.global_norm(grads))
+        return TrainState(state.step + 1, params, ema_params, opt_state), Metrics(loss, optax.tree.norm(grads))
 
     everywhere = NamedSharding(mesh, replicated)
     return jax.jit(train_step, donate_argnums=0, out_shardings=everywhere)
