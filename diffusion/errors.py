@@ -1,6 +1,7 @@
 """The one exception for what a user can put right."""
 
 import difflib
+import numbers
 from collections.abc import Iterable
 
 
@@ -9,6 +10,11 @@ class InputError(ValueError):
 
     The message is one line: what was given, what is allowed, what to do. Entry points print it and exit with code 2.
     """
+
+
+def is_whole(value: object) -> bool:
+    """Whether value is a whole number: 3, 3.0 or a NumPy integer, not NaN, not True, not "3"."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value // 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

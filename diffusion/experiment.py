@@ -82,9 +82,7 @@ def make_model(config: ConfigDict, image_shape: tuple[int, int, int]) -> Model:
         raise InputError(
             f"config.train.prediction is {config.train.prediction!r}; {nearest(config.train.prediction, TARGETS)}"
         )
-    # JSON has no tuples, and Flax modules must be hashable.
-    attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in config.model.to_dict().items()}
-    module = UNet(**attributes)
+    module = UNet(**config.model)
 
     def init(key):
         return module.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]

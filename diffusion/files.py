@@ -41,7 +41,7 @@ def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]
     return np.nan_to_num(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
-def grid(images: UInt8[np.ndarray, "N H W C"], *, columns: int = 0, min_height: int = 32) -> UInt8[np.ndarray, "H W C"]:
+def grid(images: UInt8[np.ndarray, "N H W C"], *, columns: int = 0, min_height: int = 64) -> UInt8[np.ndarray, "H W C"]:
     """All images on one, in rows, one pixel apart.
 
     Args:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffusion.schedules import NoiseSchedule
+from diffusion.schedules import NoiseSchedule, transition_var
 from diffusion.types import Images, Timesteps
 
 
@@ -48,12 +48,11 @@ def posterior(
     Returns:
       mean in x_t's shape; variance in t's shape, squared pixel units, 0 where s = 0.
     """
-    transition = _transition(schedule, t, s)
-    noise_var = _at(schedule.noise_var, t)
-    keep = _ratio(schedule, t, s) * _at(schedule.noise_var, s) / noise_var
-    add = jnp.sqrt(_at(schedule.alpha_bar, s)) * transition / noise_var
+    _, fresh = _shares(schedule, t, s)
+    add = jnp.sqrt(_at(schedule.alpha_bar, s)) * fresh
+    keep = _ratio(schedule, t, s) * _at(schedule.noise_var, s) / _at(schedule.noise_var, t)
     mean = _expand(keep, x_t) * x_t + _expand(add, x_t) * x_0
-    return mean, transition * _at(schedule.noise_var, s) / noise_var
+    return mean, fresh * _at(schedule.noise_var, s)
 
 
 @jax.jit
@@ -88,8 +87,25 @@ def split_noise(schedule: NoiseSchedule, t: Timesteps, s: Timesteps, eta):
     Returns:
       (A, B) in t's shape, both in 0..1.
     """
-    fresh = eta * jnp.sqrt(_transition(schedule, t, s) / _at(schedule.noise_var, t))
-    return jnp.sqrt(1 - jnp.square(fresh)), fresh
+    kept, fresh = _shares(schedule, t, s)
+    return kept_noise(kept, eta), eta * jnp.sqrt(fresh)
+
+
+def posterior_shares(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s):
+    """What the noise of x_s is made of in the posterior q(x_s | x_t, x_0): shares of its variance that add up to 1.
+
+    Plain arithmetic for NumPy and JAX alike, without cancellation.
+
+    Returns:
+      (kept, fresh): the share that continues the noise of x_t, SNR_t / SNR_s, and the share that is drawn anew.
+    """
+    kept = alpha_bar_t * noise_var_s / (alpha_bar_s * noise_var_t)
+    return kept, transition_var(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s) / noise_var_t
+
+
+def kept_noise(kept, eta):
+    """A = sqrt(1 - eta^2 (1 - kept)) of DDIM's split, written so that nothing cancels at eta = 1."""
+    return ((1 - eta) * (1 + eta) + eta**2 * kept) ** 0.5
 
 
 def _at(values, t):
@@ -99,8 +115,9 @@ def _at(values, t):
 
 
 def _expand(coefficient, x):
-    """Gives a scalar or [B] coefficient the trailing axes of x, and x's dtype."""
-    coefficient = coefficient.astype(x.dtype)
+    """Gives a scalar or [B] coefficient the trailing axes of x, and x's dtype where that is a real one."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        coefficient = coefficient.astype(x.dtype)
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - 1)) if coefficient.ndim else coefficient
 
 
@@ -117,16 +134,8 @@ def _ratio(schedule, t, s):
     return jnp.sqrt(_at(schedule.alpha_bar, t) / _at(schedule.alpha_bar, s))
 
 
-def transition_var(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s):
-    """Variance of q(x_t | x_s), 1 - alpha_bar_t / alpha_bar_s, without its cancellation in float32.
-
-    Plain arithmetic for NumPy and JAX alike. Written with both powers, the difference is small against neither: at
-    small t noise_var is exact, at large t alpha_bar is.
-    """
-    return (noise_var_t * alpha_bar_s - alpha_bar_t * noise_var_s) / alpha_bar_s
-
-
-def _transition(schedule, t, s):
-    """transition_var of a step, NaN unless s < t."""
+def _shares(schedule, t, s):
+    """posterior_shares of a step, NaN unless s < t."""
     powers = [_at(values, time) for time in (t, s) for values in (schedule.alpha_bar, schedule.noise_var)]
-    return jnp.where(jnp.asarray(s) < jnp.asarray(t), transition_var(*powers), jnp.nan)
+    valid = jnp.asarray(s) < jnp.asarray(t)
+    return tuple(jnp.where(valid, share, jnp.nan) for share in posterior_shares(*powers))

@@ -90,10 +90,19 @@ def sample(
     check_clip(clip)
     ids = jnp.arange(num_samples) if sample_ids is None else jnp.asarray(sample_ids)
     shape = (num_samples, *sample_shape)
-    if ids.shape != (num_samples,):
-        raise InputError(f"sample_ids have shape {ids.shape}; num_samples asks for ({num_samples},)")
-    if x_init is not None and x_init.shape != shape:
-        raise InputError(f"x_init has shape {x_init.shape}; num_samples and sample_shape ask for {shape}")
+    if ids.shape != (num_samples,) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise InputError(f"sample_ids have shape {ids.shape}, type {ids.dtype}; give {num_samples} whole numbers")
+    if x_init is not None:
+        x_init = jnp.asarray(x_init)
+        if x_init.shape != shape or not jnp.issubdtype(x_init.dtype, jnp.floating):
+            raise InputError(
+                f"x_init has shape {x_init.shape}, type {x_init.dtype}; give real numbers of shape {shape}"
+            )
+    for leaf in jax.tree.leaves(cond):
+        if jnp.shape(leaf)[:1] != (num_samples,):
+            raise InputError(
+                f"cond has a leaf of shape {jnp.shape(leaf)}; its leading axis must be {num_samples} samples"
+            )
     stages = _stages(table, prediction)
     return _run(apply_fn, params, stages, key, ids, cond, x_init, tuple(sample_shape), clip, return_trajectory)
 
@@ -121,7 +130,8 @@ def _stages(table, prediction):
 def _run(apply_fn, params, stages, key, ids, cond, x_init, shape, clip, return_trajectory):
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
     dtype = jnp.result_type(float) if x_init is None else x_init.dtype
-    stages = stages._replace(**{f: getattr(stages, f).astype(dtype) for f in stages._fields if f != "index"})
+    # The network's t keeps its precision: bfloat16 has no 857.
+    stages = stages._replace(**{f: getattr(stages, f).astype(dtype) for f in stages._fields if f not in ("index", "t")})
 
     def noise(stage_id):
         return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, stage_id), shape, dtype))(keys)
@@ -132,6 +142,8 @@ def _run(apply_fn, params, stages, key, ids, cond, x_init, shape, clip, return_t
     def step(registers, stage):
         x = registers[0]
         output = apply_fn(params, x, jnp.broadcast_to(stage.t, ids.shape), cond)
+        if output.shape != x.shape:
+            raise InputError(f"the network returned shape {output.shape} for x of shape {x.shape}; they must agree")
         raw = stage.from_x * x + stage.from_output * output.astype(dtype)
         x0 = raw if clip == "none" else jnp.clip(raw, -1, 1)
         # Tables read eps off (x - a x_0) / n. To keep the eps predicted, x must move as x_0 did.

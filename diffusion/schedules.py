@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from diffusion.errors import InputError
+from diffusion.errors import InputError, is_whole
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +39,10 @@ class NoiseSchedule:
     @property
     def betas(self) -> Float[np.ndarray, "T"]:
         """One-step forward variances; betas[t - 1] belongs to the step from t - 1 to t."""
-        return (self.noise_var[1:] - self.noise_var[:-1]) / self.alpha_bar[:-1]
+        later, earlier = slice(1, None), slice(None, -1)
+        return transition_var(
+            self.alpha_bar[later], self.noise_var[later], self.alpha_bar[earlier], self.noise_var[earlier]
+        )
 
     def powers(self, t) -> tuple[np.ndarray, np.ndarray]:
         """Signal power alpha_bar_t and noise power 1 - alpha_bar_t at real times.
@@ -101,6 +104,15 @@ class NoiseSchedule:
         return np.where(value > knots[-2], last, np.interp(value, knots[:-1], np.arange(knots.size - 1)))
 
 
+def transition_var(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s):
+    """Variance of q(x_t | x_s), in VP form 1 - alpha_bar_t / alpha_bar_s, for any (signal, noise) pair.
+
+    Plain arithmetic for NumPy and JAX alike. Written with both powers, the difference is small against neither: at
+    small t noise_var is exact, at large t alpha_bar is.
+    """
+    return (noise_var_t * alpha_bar_s - alpha_bar_t * noise_var_s) / alpha_bar_s
+
+
 def from_betas(betas) -> NoiseSchedule:
     """The schedule with given one-step variances.
 
@@ -120,7 +132,11 @@ def from_betas(betas) -> NoiseSchedule:
         raise InputError(f"beta of timestep {index + 1} is {betas[index]}; one-step variances lie between 0 and 1")
     with np.errstate(divide="ignore"):
         log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-betas))])
-    return NoiseSchedule(alpha_bar=np.exp(log_alpha_bar), noise_var=0.0 - np.expm1(log_alpha_bar))
+    alpha_bar = np.exp(log_alpha_bar)
+    if not np.all(np.diff(alpha_bar) < 0):
+        index = int(np.argmax(np.diff(alpha_bar) >= 0)) + 1
+        raise InputError(f"alpha_bar underflows at timestep {index}; use smaller betas or fewer timesteps")
+    return NoiseSchedule(alpha_bar=alpha_bar, noise_var=0.0 - np.expm1(log_alpha_bar))
 
 
 def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
@@ -169,6 +185,6 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
 
 
 def _count(num_timesteps: int) -> int:
-    if num_timesteps != int(num_timesteps) or num_timesteps < 1:
+    if not is_whole(num_timesteps) or num_timesteps < 1:
         raise InputError(f"num_timesteps is {num_timesteps}; it must be a whole number of at least 1")
     return int(num_timesteps)

@@ -6,12 +6,13 @@ from N(0, I), as the authors of `quadratic` and `leading` do, leaves out the sig
 there.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from diffusion.errors import InputError
+from diffusion.errors import InputError, is_whole
 from diffusion.schedules import NoiseSchedule
 
 Tau = Int[np.ndarray, "S+1"] | Float[np.ndarray, "S+1"]
@@ -43,15 +44,16 @@ def quadratic(schedule: NoiseSchedule, num_steps: int) -> Tau:
 
     It starts at 0.8 T + 1, not at T. From S = 30 (at T = 1000) the formula repeats timesteps; a repeated one moves up
     to the next free timestep here, which keeps S steps. S = 1 is the top of the range alone.
+    The authors' float arithmetic falls one timestep short of this formula in places (S = 16 and 26).
     """
     steps = _count(schedule, num_steps)
     top = 0.8 * schedule.num_timesteps
     # The small offset undoes the rounding of sqrt, which can leave the last square just below a whole number.
     wanted = np.floor(np.linspace(0, top**0.5, steps) ** 2 + 1e-9) + 1 if steps > 1 else np.array([np.floor(top) + 1])
     wanted = np.minimum(wanted.astype(int), schedule.num_timesteps)
-    # tau_i >= tau_{i-1} + 1 is the running maximum of wanted_i - i; the top, too, must leave room above.
+    # tau_i >= tau_{i-1} + 1 is the running maximum of wanted_i - i.
     rank = np.arange(steps)
-    ascending = np.minimum(np.maximum.accumulate(wanted - rank) + rank, schedule.num_timesteps - rank[::-1])
+    ascending = np.maximum.accumulate(wanted - rank) + rank
     return _descending(schedule, np.append(ascending[::-1], 0))
 
 
@@ -67,7 +69,7 @@ def leading(schedule: NoiseSchedule, num_steps: int) -> Tau:
 
 
 def trailing(schedule: NoiseSchedule, num_steps: int) -> Tau:
-    """round(T - i T / S), as diffusers' "trailing": the same grid as `uniform`, counted from the other end."""
+    """round(T - i T / S), diffusers' "trailing" without the rounding of its float range: the same grid as `uniform`."""
     return uniform(schedule, num_steps)
 
 
@@ -79,6 +81,8 @@ def log_snr(schedule: NoiseSchedule, num_steps: int) -> Tau:
 
 def karras(schedule: NoiseSchedule, num_steps: int, rho: float = 7.0) -> Tau:
     """Real times, (noise / signal)^(1/rho) evenly spaced from T to 1, then 0 (EDM, arXiv:2206.00364, Eq. 5)."""
+    if not rho > 0:
+        raise InputError(f"rho is {rho}; it must be above 0, and 7 is usual")
     top, bottom = _lambda_range(schedule)
     warped = np.linspace(np.exp(-top / rho), np.exp(-bottom / rho), _count(schedule, num_steps))
     return _from_lambda(schedule, -rho * np.log(warped))
@@ -97,13 +101,13 @@ def sections(schedule: NoiseSchedule, spec: str | Sequence[int]) -> Tau:
     total = schedule.num_timesteps
     if isinstance(spec, str) and spec.startswith("ddim"):
         steps = _parse_count(spec.removeprefix("ddim"), spec)
-        stride = next((i for i in range(1, total + 1) if len(range(0, total, i)) == steps), None)
+        stride = next((i for i in range(1, total) if len(range(0, total, i)) == steps), None)
         if stride is None:
             raise InputError(f"tau {spec!r}: no whole stride takes exactly {steps} of {total} timesteps; use 'uniform'")
         return _descending(schedule, np.append(np.arange(0, total, stride)[::-1] + 1, 0))
     counts = [_parse_count(part, spec) for part in (spec.split(",") if isinstance(spec, str) else spec)]
-    if len(counts) > total:
-        raise InputError(f"tau {spec!r} has {len(counts)} sections for {total} timesteps")
+    if not 1 <= len(counts) <= total:
+        raise InputError(f"tau {spec!r} has {len(counts)} sections for {total} timesteps; write for example '10,15,20'")
     size, extra = divmod(total, len(counts))
     ascending, start = [], 0
     for i, count in enumerate(counts):
@@ -111,7 +115,9 @@ def sections(schedule: NoiseSchedule, spec: str | Sequence[int]) -> Tau:
         if count > length:
             raise InputError(f"tau {spec!r}: section {i + 1} has {length} timesteps and cannot give {count}")
         stride = (length - 1) / (count - 1) if count > 1 else 1
-        ascending += [start + round(j * stride) + 1 for j in range(count)]
+        # Summed one by one as the authors do: multiples round to other neighbours at ties.
+        offsets = itertools.accumulate([stride] * (count - 1), initial=0.0)
+        ascending += [start + round(offset) + 1 for offset in offsets]
         start += length
     if counts[-1] == 1:
         ascending[-1] = total
@@ -125,7 +131,7 @@ def explicit(schedule: NoiseSchedule, seq: Sequence[float]) -> Tau:
       InputError: a time lies outside the range or the list does not descend.
     """
     tau = np.asarray(seq)
-    if tau.ndim != 1 or tau.size == 0 or not np.issubdtype(tau.dtype, np.number):
+    if tau.ndim != 1 or tau.size == 0 or not np.issubdtype(tau.dtype, np.number) or not np.isfinite(tau).all():
         raise InputError(f"tau {seq!r} is not a list of timesteps; give for example 1000,500,250")
     tau = tau if tau[-1] == 0 else np.append(tau, 0)
     return _descending(schedule, tau.astype(np.int64) if np.all(tau == np.round(tau)) else tau.astype(np.float64))
@@ -153,7 +159,7 @@ def check(schedule: NoiseSchedule, tau) -> Tau:
 
 
 def _descending(schedule, tau):
-    if tau.ndim != 1 or tau.size < 2:
+    if tau.ndim != 1 or tau.size < 2 or not np.issubdtype(tau.dtype, np.number):
         raise InputError(f"tau has shape {tau.shape}; a grid has at least a start and 0")
     if not np.all(np.isfinite(tau)) or tau[0] > schedule.num_timesteps or tau[-1] != 0:
         raise InputError(f"tau goes from {tau[0]} to {tau[-1]}; it must start in 1..{schedule.num_timesteps}, end at 0")
@@ -164,23 +170,23 @@ def _descending(schedule, tau):
 
 
 def _count(schedule, num_steps):
-    if num_steps != int(num_steps) or not 1 <= num_steps <= schedule.num_timesteps:
+    if not is_whole(num_steps) or not 1 <= num_steps <= schedule.num_timesteps:
         raise InputError(f"steps is {num_steps}; it must be a whole number in 1..{schedule.num_timesteps}")
     return int(num_steps)
 
 
 def _parse_count(text, spec):
     try:
-        count = int(text)
+        count = int(text) if isinstance(text, str) else text
     except ValueError:
         count = 0
-    if count < 1:
+    if not is_whole(count) or count < 1:
         raise InputError(f"tau {spec!r}: {text!r} is not a count; write for example '10,15,20' or 'ddim25'")
-    return count
+    return int(count)
 
 
 def _lambda_range(schedule):
-    """lambda at T and at 1; from the timestep before T where T holds no signal, as lambda is infinite there."""
+    """lambda at T and at 1."""
     top = schedule.half_log_snr(schedule.num_timesteps)
     if np.isinf(top):
         raise InputError("this grid is spaced in log-SNR, which is infinite at zero terminal SNR; use 'uniform'")

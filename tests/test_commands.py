@@ -93,8 +93,8 @@ def test_sampling_works_straight_after_training(trained):
     record = json.loads((out / "sampling.json").read_text())
     assert record["tau"] == [1000, 667, 333, 0]
     assert (record["nfe"], record["seed"], record["checkpoint_step"]) == (3, 0, 12)
-    # 5 images of 8 pixels, enlarged 4 times, in rows of 3, with lines of 1 pixel between.
-    assert Image.open(out / "grid.png").size == (3 * 33 + 1, 2 * 33 + 1)
+    # 5 images of 8 pixels, enlarged 8 times, in rows of 3, with lines of 1 pixel between.
+    assert Image.open(out / "grid.png").size == (3 * 65 + 1, 2 * 65 + 1)
 
 
 def test_a_sample_depends_on_the_seed_and_its_number_alone(trained):

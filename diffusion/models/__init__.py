@@ -1,5 +1,6 @@
 """Networks, in Flax Linen. Everything outside this folder sees them as an `ApplyFn` alone."""
 
+import dataclasses
 import functools
 
 from flax import linen as nn
@@ -10,13 +11,18 @@ from diffusion.types import ApplyFn
 __all__ = ["UNet", "as_apply_fn"]
 
 
-@functools.lru_cache
 def as_apply_fn(model: nn.Module) -> ApplyFn:
     """The model as a pure function (params, x, t, cond); equal models give the same function, so nothing recompiles.
 
     For training it also takes train=True and a dropout_key.
     """
+    # JSON and configs have lists, which cannot be hashed.
+    lists = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ("parent", "name")}
+    return _as_apply_fn(model.clone(**{name: tuple(v) for name, v in lists.items() if isinstance(v, list)}))
 
+
+@functools.lru_cache
+def _as_apply_fn(model):
     def apply_fn(params, x, t, cond=None, *, train=False, dropout_key=None):
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         return model.apply({"params": params}, x, t, cond, train=train, rngs=rngs)

@@ -27,6 +27,14 @@ def sinusoidal_embedding(t, dim: int):
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def num_groups(channels: int, max_groups: int = 32) -> int:
+    """As many groups of at least four channels as there are, at most max_groups.
+
+    A group of one channel would take out exactly what the timestep adds to it: a constant over its pixels.
+    """
+    return max(1, min(max_groups, channels // 4))
+
+
 class GroupNorm(nn.Module):
     """Group normalisation of [B, ..., C] with float32 statistics, returned in x's dtype.
 
@@ -40,7 +48,7 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         channels = x.shape[-1]
-        groups = min(self.max_groups, channels)
+        groups = num_groups(channels, self.max_groups)
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         x32 = x.astype(jnp.float32)

@@ -15,6 +15,7 @@ from diffusion.models.layers import (
     SelfAttention,
     Upsample,
     conv,
+    num_groups,
     sinusoidal_embedding,
 )
 
@@ -28,8 +29,8 @@ class UNet(nn.Module):
     35,746,307 parameters.
 
     Attributes:
-      width: channels at full resolution; even, at least 4. All levels have width * multiplier channels, each a multiple
-        of its number of groups (32, or fewer channels than that).
+      width: channels at full resolution; even, at least 4. Every level has width * multiplier channels, a multiple of
+        its number of normalisation groups: a quarter of them, at most 32.
       multipliers: one for each resolution; every level but the last halves the image.
       num_blocks: residual blocks a level on the way down; one more on the way up.
       attention_resolutions: image heights at which every block is followed by self-attention. The middle always has it.
@@ -102,11 +103,20 @@ class UNet(nn.Module):
             raise InputError(f"model.dtype is {self.dtype!r}; valid: {', '.join(DTYPES)}")
         if self.width < 4 or self.width % 2:
             raise InputError(f"model.width is {self.width}; it must be even and at least 4")
+        if not self.multipliers or not all(isinstance(m, int) and m >= 1 for m in self.multipliers):
+            raise InputError(
+                f"model.multipliers are {self.multipliers}; give a whole number of at least 1 for each level"
+            )
+        for name, least in (("num_blocks", 0), ("num_heads", 1), ("num_classes", 0), ("out_channels", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"model.{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"model.dropout is {self.dropout}; it must lie in 0..1, below 1")
         for features in (self.width * m for m in self.multipliers):
-            if features % min(32, features) or features % self.num_heads:
+            if features % num_groups(features) or features % self.num_heads:
                 raise InputError(
                     f"model.width and model.multipliers give a level of {features} channels; it must be a multiple "
-                    f"of {min(32, features)} groups and of {self.num_heads} heads"
+                    f"of its {num_groups(features)} groups and of {self.num_heads} heads"
                 )
         factor = 2 ** (len(self.multipliers) - 1)
         if x.shape[1] % factor or x.shape[2] % factor:

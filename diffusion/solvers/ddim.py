@@ -4,7 +4,7 @@ import numpy as np
 
 from diffusion import timesteps
 from diffusion.errors import InputError, nearest
-from diffusion.gaussian import transition_var
+from diffusion.gaussian import kept_noise, posterior_shares
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers.table import SamplerTable, one_register
 
@@ -22,8 +22,8 @@ def ddim(schedule: NoiseSchedule, tau, eta: float = 0.0) -> SamplerTable:
     """
     if not 0 <= eta <= 1:
         raise InputError(f"eta is {eta}; it must lie in 0..1")
-    fresh = eta * _posterior_share(schedule, tau)
-    return _table(f"ddim(eta={eta:g})", schedule, tau, fresh, schedule.at(tau[1:])[1] * fresh)
+    kept, fresh = _shares(schedule, tau)
+    return _table(f"ddim(eta={eta:g})", schedule, tau, kept_noise(kept, eta), eta * schedule.at(tau[1:])[1] * fresh)
 
 
 def ddpm(schedule: NoiseSchedule, tau, variance: str = "small") -> SamplerTable:
@@ -40,23 +40,22 @@ def ddpm(schedule: NoiseSchedule, tau, variance: str = "small") -> SamplerTable:
     """
     if variance not in ("small", "large"):
         raise InputError(f"variance is {variance!r}; {nearest(str(variance), ('small', 'large'))}")
-    fresh = _posterior_share(schedule, tau)
+    kept, fresh = _shares(schedule, tau)
     noise = schedule.at(tau)[1]
-    sigma = noise[1:] * fresh if variance == "small" else noise[:-1] * fresh
+    sigma = (noise[1:] if variance == "small" else noise[:-1]) * fresh
     sigma[-1] = 0.0
-    return _table(f"ddpm(variance={variance})", schedule, tau, fresh, sigma)
+    return _table(f"ddpm(variance={variance})", schedule, tau, kept_noise(kept, 1.0), sigma)
 
 
-def _posterior_share(schedule, tau):
-    """B of the full posterior, `split_noise` at eta = 1: beta_tilde = (n_s B)^2 and beta = (n_t B)^2; float64 [S]."""
-    tau = timesteps.check(schedule, tau)
-    alpha_bar, noise_var = schedule.powers(tau)
-    forward = transition_var(alpha_bar[:-1], noise_var[:-1], alpha_bar[1:], noise_var[1:])
-    return np.sqrt(forward / noise_var[:-1])
+def _shares(schedule, tau):
+    """(kept, fresh) of every step: `posterior_shares`, the second as a std: beta_tilde = (n_s fresh)^2; float64 [S]."""
+    alpha_bar, noise_var = schedule.powers(timesteps.check(schedule, tau))
+    kept, fresh = posterior_shares(alpha_bar[:-1], noise_var[:-1], alpha_bar[1:], noise_var[1:])
+    return kept, np.sqrt(fresh)
 
 
-def _table(name, schedule, tau, fresh, sigma):
-    """x_s = a_s D + n_s sqrt(1 - fresh^2) eps + sigma z with eps = (x_t - a_t D) / n_t put in."""
+def _table(name, schedule, tau, kept, sigma):
+    """x_s = a_s D + n_s kept eps + sigma z with eps = (x_t - a_t D) / n_t put in."""
     signal, noise = schedule.at(tau)
-    keep = noise[1:] * np.sqrt(1 - fresh**2) / noise[:-1]
+    keep = noise[1:] * kept / noise[:-1]
     return one_register(name, schedule, tau, keep, signal[1:] - keep * signal[:-1], sigma)

@@ -19,10 +19,25 @@ from jaxtyping import Float
 from diffusion.errors import InputError
 
 
-@jax.tree_util.register_dataclass
+class _Label:
+    """Carries a table's name through pytrees without making them differ."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __eq__(self, other):
+        return isinstance(other, _Label)
+
+    def __hash__(self):
+        return hash(_Label)
+
+
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class SamplerTable:
-    """A sampler. A pytree whose leaves are traced, so that another table of the same shape compiles nothing.
+    """A sampler. A pytree of arrays, so that it can be traced, differentiated and stacked.
+
+    Tables of one shape have one structure, whatever their names: another sampler compiles nothing.
 
     Attributes:
       tau: the grid, [S + 1], descending to 0.
@@ -37,7 +52,14 @@ class SamplerTable:
     signal: Float[np.ndarray, "stages"]
     noise: Float[np.ndarray, "stages"]
     update: Float[np.ndarray, "stages R R+2"]
-    name: str = dataclasses.field(metadata={"static": True})
+    name: str
+
+    def tree_flatten(self):
+        return (self.tau, self.t, self.signal, self.noise, self.update), _Label(self.name)
+
+    @classmethod
+    def tree_unflatten(cls, label, arrays):
+        return cls(*arrays, name=label.text)
 
     @property
     def nfe(self) -> int:
