@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.b2 = 0.999
 
     config.train = ml_collections.ConfigDict()
-    config.train.prediction = "eps"  # eps, x0 or v
+    config.train.prediction = "eps"  # eps, x0, v or flow
     config.train.num_steps = 800_000
     config.train.batch_size = 128
     config.train.ema_decay = 0.9999

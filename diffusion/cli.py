@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from diffusion.denoiser import Options, check_options
 from diffusion.errors import InputError, nearest
 from diffusion.experiment import Trained, load_trained, make_table
 from diffusion.generate import generate
-from diffusion.sampling import check_clip
 from diffusion.solvers import SOLVERS, SamplerTable
 from diffusion.timesteps import GRIDS
 from diffusion.training import run_folder
@@ -105,7 +105,7 @@ def open_run() -> SamplingRun:
     if given["sampler"] not in (None, config.sampler) and given["eta"] is None:
         given["eta"] = 0.0  # the eta in the config belongs to the sampler there
     chosen = {name: config[name] if value is None else value for name, value in given.items()}
-    check_clip(chosen["clip"])
+    check_options(trained.model.prediction, Options(clip=chosen["clip"]))
     table = make_table(trained.model.schedule, chosen["sampler"], chosen["steps"], chosen["eta"], chosen["tau"])
     return SamplingRun(folder, trained, table, **chosen)
 

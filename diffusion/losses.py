@@ -16,6 +16,7 @@ TARGETS = {
     "eps": lambda schedule, x_0, t, eps: eps,
     "x0": lambda schedule, x_0, t, eps: x_0,
     "v": velocity,
+    "flow": lambda schedule, x_0, t, eps: eps - x_0,
 }
 """What the network learns to predict, from x_0, t and eps."""
 
@@ -59,7 +60,7 @@ def simple_loss(
       cond: as the network takes it, or None.
       keys: one random key for each sample; the loss of a sample depends on its key and index, not on its batch.
       index, batch_size: see `stratified_timesteps`.
-      prediction: "eps", "x0" or "v".
+      prediction: a key of TARGETS.
 
     Returns:
       [B], the mean over the pixels of each image.

@@ -20,12 +20,13 @@ from diffusion.errors import InputError, is_whole
 class NoiseSchedule:
     """x_t = sqrt(alpha_bar[t]) x_0 + sqrt(noise_var[t]) eps for t in 0..T, where t = 0 is clean data.
 
-    A pytree of two arrays, so that it can be traced. Between integers the schedule is continued with log(alpha_bar)
-    linear in t.
+    A pytree of two arrays, so that it can be traced. Their ratio, the SNR, descends strictly; their sum is 1 in a
+    variance-preserving schedule. Between integers such a schedule is continued with log(alpha_bar) linear in t, and any
+    other with signal and noise linear in t.
 
     Attributes:
-      alpha_bar: signal power, float64 [T + 1], strictly decreasing from alpha_bar[0] = 1.
-      noise_var: noise power 1 - alpha_bar, float64 [T + 1], noise_var[0] = 0.
+      alpha_bar: signal power, float64 [T + 1], alpha_bar[0] = 1.
+      noise_var: noise power, 1 - alpha_bar if variance-preserving, float64 [T + 1], noise_var[0] = 0.
     """
 
     alpha_bar: Float[np.ndarray, "T+1"]
@@ -35,6 +36,11 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         """T."""
         return self.alpha_bar.shape[0] - 1
+
+    @property
+    def variance_preserving(self) -> bool:
+        """Whether signal and noise power add up to 1 at every timestep."""
+        return bool(np.all(np.abs(self.alpha_bar + self.noise_var - 1) < 1e-9))
 
     @property
     def betas(self) -> Float[np.ndarray, "T"]:
@@ -61,17 +67,13 @@ class NoiseSchedule:
             raise InputError(f"time {t} lies outside 0..{self.num_timesteps}")
         lower = np.minimum(t, self.num_timesteps - 1).astype(int)
         weight = t - lower
-        start, end = self.alpha_bar[lower], self.alpha_bar[lower + 1]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            log_alpha_bar = (1 - weight) * np.log(start) + weight * np.log(end)
-        # Where the interval ends at zero signal no logarithm exists: alpha_bar itself is linear there.
-        alpha_bar = np.where(end > 0, np.exp(log_alpha_bar), (1 - weight) * start)
-        noise_var = np.where(end > 0, -np.expm1(log_alpha_bar), 1 - alpha_bar)
-        on_grid = weight == 0
-        return (
-            np.where(on_grid, self.alpha_bar[lower], np.where(weight == 1, end, alpha_bar)),
-            np.where(on_grid, self.noise_var[lower], np.where(weight == 1, self.noise_var[lower + 1], noise_var)),
-        )
+        between = _geometric if self.variance_preserving else _linear
+        alpha_bar, noise_var = between(self, lower, weight)
+        ends = [(weight == 0, lower), (weight == 1, lower + 1)]
+        for is_end, index in ends:
+            alpha_bar = np.where(is_end, self.alpha_bar[index], alpha_bar)
+            noise_var = np.where(is_end, self.noise_var[index], noise_var)
+        return alpha_bar, noise_var
 
     def at(self, t) -> tuple[np.ndarray, np.ndarray]:
         """Signal a_t and noise n_t at real times: the square roots of powers(t)."""
@@ -90,18 +92,47 @@ class NoiseSchedule:
         Raises:
           InputError: no time has this value.
         """
-        log_snr = 2 * np.asarray(half_log_snr, np.float64)
-        lowest = 2 * self.half_log_snr(self.num_timesteps)
-        if not np.all(log_snr >= lowest - 1e-9 * abs(lowest)):
-            raise InputError(f"half log-SNR {np.min(log_snr) / 2:.6g} is below the schedule's lowest, {lowest / 2:.6g}")
-        with np.errstate(divide="ignore"):
-            knots = -np.log(self.alpha_bar)  # ascending from 0; +inf at the end at zero terminal SNR
-        # alpha_bar = sigmoid(log SNR), so -log(alpha_bar) = softplus(-log SNR).
-        value = np.logaddexp(0.0, -log_snr)
-        if np.isfinite(knots[-1]):
-            return np.interp(value, knots, np.arange(knots.size))
-        last = self.num_timesteps - np.exp(-value) / self.alpha_bar[-2]
-        return np.where(value > knots[-2], last, np.interp(value, knots[:-1], np.arange(knots.size - 1)))
+        value = np.asarray(half_log_snr, np.float64)
+        lowest = self.half_log_snr(self.num_timesteps)
+        if not np.all(value >= lowest - 1e-9 * abs(lowest)):
+            raise InputError(f"half log-SNR {np.min(value):.6g} is below the schedule's lowest, {lowest:.6g}")
+        return (_geometric_time if self.variance_preserving else _linear_time)(self, value)
+
+
+def _geometric(schedule, lower, weight):
+    """Powers between timesteps with log(alpha_bar) linear; alpha_bar itself where an interval ends at zero signal."""
+    start, end = schedule.alpha_bar[lower], schedule.alpha_bar[lower + 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_alpha_bar = (1 - weight) * np.log(start) + weight * np.log(end)
+    alpha_bar = np.where(end > 0, np.exp(log_alpha_bar), (1 - weight) * start)
+    return alpha_bar, np.where(end > 0, -np.expm1(log_alpha_bar), 1 - alpha_bar)
+
+
+def _geometric_time(schedule, half_log_snr):
+    with np.errstate(divide="ignore"):
+        knots = -np.log(schedule.alpha_bar)  # ascending from 0; +inf at the end at zero terminal SNR
+    # alpha_bar = sigmoid(log SNR), so -log(alpha_bar) = softplus(-log SNR).
+    value = np.logaddexp(0.0, -2 * half_log_snr)
+    if np.isfinite(knots[-1]):
+        return np.interp(value, knots, np.arange(knots.size))
+    last = schedule.num_timesteps - np.exp(-value) / schedule.alpha_bar[-2]
+    return np.where(value > knots[-2], last, np.interp(value, knots[:-1], np.arange(knots.size - 1)))
+
+
+def _linear(schedule, lower, weight):
+    """Powers between timesteps with signal and noise linear."""
+    signal, noise = np.sqrt(schedule.alpha_bar), np.sqrt(schedule.noise_var)
+    return tuple(((1 - weight) * v[lower] + weight * v[lower + 1]) ** 2 for v in (signal, noise))
+
+
+def _linear_time(schedule, half_log_snr):
+    signal, noise = np.sqrt(schedule.alpha_bar), np.sqrt(schedule.noise_var)
+    ratio = np.exp(-half_log_snr)  # noise / signal
+    with np.errstate(divide="ignore"):
+        lower = np.searchsorted(noise / signal, ratio, side="right") - 1
+    lower = np.clip(lower, 0, schedule.num_timesteps - 1)
+    d_signal, d_noise = signal[lower + 1] - signal[lower], noise[lower + 1] - noise[lower]
+    return lower + (ratio * signal[lower] - noise[lower]) / (d_noise - ratio * d_signal)
 
 
 def transition_var(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s):
@@ -177,10 +208,64 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     return from_betas(1 - alpha_bar[1:] / alpha_bar[:-1])
 
 
+def from_signal_noise(signal, noise) -> NoiseSchedule:
+    """Any schedule x_t = signal[t] x_0 + noise[t] eps.
+
+    Args:
+      signal, noise: [T + 1], not negative, from signal[0] = 1 and noise[0] = 0; signal / noise descends strictly.
+
+    Raises:
+      InputError: anything else.
+    """
+    signal, noise = np.asarray(signal, np.float64), np.asarray(noise, np.float64)
+    if signal.ndim != 1 or signal.shape != noise.shape or signal.size < 2:
+        raise InputError(f"signal and noise have shapes {signal.shape} and {noise.shape}; give two vectors of T + 1")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        descends = np.diff(signal / noise) < 0
+    if signal[0] != 1 or noise[0] != 0 or min(signal.min(), noise.min()) < 0 or not np.all(descends):
+        raise InputError("signal and noise must start at 1 and 0, not be negative, and signal / noise must descend")
+    return NoiseSchedule(alpha_bar=signal**2, noise_var=noise**2)
+
+
+def shifted_cosine(num_timesteps: int = 1000, image_size: int = 128, base_size: int = 64) -> NoiseSchedule:
+    """A cosine schedule whose SNR is lower by (base_size / image_size)^2 (simple diffusion, arXiv:2301.11093, Eq. 4).
+
+    More pixels average more noise away; the shift gives a large image as much of it as base_size pixels need.
+    """
+    if image_size < 1 or base_size < 1:
+        raise InputError(f"image_size is {image_size}, base_size {base_size}; both must be at least 1")
+    schedule = cosine(num_timesteps)
+    signal_power = schedule.alpha_bar * (base_size / image_size) ** 2
+    total = signal_power + schedule.noise_var
+    return NoiseSchedule(alpha_bar=signal_power / total, noise_var=schedule.noise_var / total)
+
+
+def edm(
+    num_timesteps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> NoiseSchedule:
+    """EDM's noise levels with signal 1 (Karras et al., arXiv:2206.00364, Eq. 5), from sigma_min at 1 to sigma_max at T.
+
+    Use with prediction "edm", the paper's preconditioning, where the network sees log(sigma) / 4 and not t.
+    """
+    if not 0 < sigma_min < sigma_max or not rho > 0:
+        raise InputError(f"sigma_min is {sigma_min}, sigma_max {sigma_max}, rho {rho}; need 0 < min < max and rho > 0")
+    levels = np.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), _count(num_timesteps)) ** rho
+    return from_signal_noise(np.ones(levels.size + 1), np.concatenate([[0.0], levels]))
+
+
+def rectified_flow(num_timesteps: int = 1000) -> NoiseSchedule:
+    """x_t = (1 - t/T) x_0 + (t/T) eps (Liu et al., arXiv:2209.03003); use with prediction "flow"."""
+    noise = np.arange(_count(num_timesteps) + 1) / num_timesteps
+    return from_signal_noise(1 - noise, noise)
+
+
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear": linear,
     "cosine": cosine,
     "scaled_linear": scaled_linear,
+    "shifted_cosine": shifted_cosine,
+    "edm": edm,
+    "rectified_flow": rectified_flow,
 }
 
 

@@ -344,7 +344,7 @@ def ideal_gaussian_at_zero_signal(prediction):
     ("options", "message"),
     [
         ({"prediction": "epsilon"}, "'epsilon'; did you mean 'eps'"),
-        ({"prediction": None}, "prediction is None; valid: eps, v, x0"),
+        ({"prediction": None}, "prediction is None; valid: edm, eps, flow, v, x0"),
         ({"clip": "recomput"}, "'recomput'; did you mean 'recompute'"),
         ({"clip": 2}, "clip is 2; valid"),
         ({"sample_ids": np.arange(4)}, r"sample_ids have shape \(4,\)"),
@@ -370,10 +370,11 @@ def test_a_network_whose_output_is_not_shaped_as_its_input_is_refused(shape):
 
 def test_the_memory_of_a_run_does_not_grow_with_its_steps():
     def temporary_bytes(steps, return_trajectory=False):
-        stages = sampling._stages(uniform_table(steps), "eps")
-        rest = (None, None, (4, 4, 3), "none", return_trajectory)
-        lowered = sampling._run.lower(no_noise, {}, stages, key(), jnp.arange(4), *rest)
-        memory = lowered.compile().memory_analysis()
+        def run(key):
+            table = uniform_table(steps)
+            return diffusion.sample(no_noise, {}, table, key, 4, (4, 4, 3), return_trajectory=return_trajectory)
+
+        memory = jax.jit(run).lower(key()).compile().memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
     image_bytes = 4 * 4 * 4 * 3 * 4

@@ -11,6 +11,7 @@ and no JAX. `diffusion.sample` executes any table with one compiled scan.
 """
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -45,6 +46,8 @@ class SamplerTable:
       signal, noise: a_t and n_t at these times, [stages]; they turn any kind of prediction into D.
       update: [stages, R, R + 2]; columns are the registers, then D, then z.
       name: what to call the sampler.
+      log_variance: [stages, 2], logs of the smallest and largest variance of a model that predicts where between them
+        its own lies (improved DDPM, arXiv:2102.09672, Eq. 15), or None. z is scaled by it before its column is.
     """
 
     tau: Float[np.ndarray, "S+1"]
@@ -53,13 +56,14 @@ class SamplerTable:
     noise: Float[np.ndarray, "stages"]
     update: Float[np.ndarray, "stages R R+2"]
     name: str
+    log_variance: Float[np.ndarray, "stages 2"] | None = None
 
     def tree_flatten(self):
-        return (self.tau, self.t, self.signal, self.noise, self.update), _Label(self.name)
+        return (self.tau, self.t, self.signal, self.noise, self.update, self.log_variance), _Label(self.name)
 
     @classmethod
     def tree_unflatten(cls, label, arrays):
-        return cls(*arrays, name=label.text)
+        return cls(*arrays[:5], name=label.text, log_variance=arrays[5])
 
     @property
     def nfe(self) -> int:
@@ -70,6 +74,14 @@ class SamplerTable:
     def num_registers(self) -> int:
         """R, the number of images that the scan carries."""
         return self.update.shape[1]
+
+    def reverse(self, iterations: int = 1) -> "SamplerTable":
+        """The table from samples back to noise; see `reverse`."""
+        return reverse(self, iterations)
+
+    def to_json(self) -> str:
+        """See `to_json`."""
+        return to_json(self)
 
     def __str__(self) -> str:
         """A readable table of at most 30 stages: times, signal, noise, and the row that makes the next x."""
@@ -87,21 +99,24 @@ class SamplerTable:
         return "\n".join(lines)
 
 
-def make_table(name: str, tau, t, signal, noise, update) -> SamplerTable:
+def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> SamplerTable:
     """A checked table in float64; arguments as SamplerTable's attributes.
 
     Raises:
       InputError: an entry is not finite, as where a solver divides by a signal of zero.
     """
     arrays = [np.asarray(a, np.float64) for a in (tau, t, signal, noise, update)]
-    for label, array in zip(("tau", "t", "signal", "noise", "update"), arrays, strict=True):
+    if log_variance is not None:
+        log_variance = np.asarray(log_variance, np.float64)
+    labels = ("tau", "t", "signal", "noise", "update", "log_variance")
+    for label, array in zip(labels, [*arrays, 0.0 if log_variance is None else log_variance], strict=True):
         if not np.all(np.isfinite(array)):
             stage = int(np.argwhere(~np.isfinite(array))[0][0])
             raise InputError(f"{name}: {label} is not finite at stage {stage}; this solver cannot take this grid")
     stages, registers, columns = arrays[-1].shape
     assert columns == registers + 2
     assert all(a.shape == (stages,) for a in arrays[1:4])
-    return SamplerTable(*arrays, name=name)
+    return SamplerTable(*arrays, name=name, log_variance=log_variance)
 
 
 def one_register(name: str, schedule, tau, keep, add, sigma) -> SamplerTable:
@@ -110,18 +125,98 @@ def one_register(name: str, schedule, tau, keep, add, sigma) -> SamplerTable:
     return make_table(name, tau, tau[:-1], signal, noise, np.stack([keep, add, sigma], axis=-1)[:, None, :])
 
 
-def gaussian_moments(table: SamplerTable, mean: float, variance: float) -> tuple[float, float]:
-    """Exact mean and variance of a pixel of the samples when the data is N(mean, variance), with no sampling.
+def to_json(table: SamplerTable) -> str:
+    """The table as JSON, every number to the last bit."""
+    fields = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
+    return json.dumps({k: v if isinstance(v, str) or v is None else np.asarray(v).tolist() for k, v in fields.items()})
 
-    For such data the ideal D is affine in x: D = mean + (a variance / v)(x - a mean) with v = a^2 variance + n^2. So
-    the registers stay jointly Gaussian and their moments follow from the table alone. Register 0 starts as N(0, 1).
+
+def from_json(text: str) -> SamplerTable:
+    """The inverse of `to_json`.
+
+    Raises:
+      InputError: the text is no table.
     """
-    first, second = np.zeros(table.num_registers), np.zeros((table.num_registers,) * 2)
-    second[0, 0] = 1.0
+    names = {f.name for f in dataclasses.fields(SamplerTable)}
+    try:
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or set(fields) != names:
+            raise ValueError(f"it must have the fields {', '.join(sorted(names))} and no other")
+        return make_table(**fields)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"this is no sampler table in JSON: {error}") from None
+
+
+def reverse(table: SamplerTable, iterations: int = 1) -> SamplerTable:
+    """The table that takes samples back to the noise they come from, on the same grid (DDIM inversion).
+
+    A deterministic DDIM step is x_s = (a_s/a_t) x_t + (n_s - a_s n_t/a_t) eps(x_t, t). Its inverse needs eps at the
+    unknown x_t: the first guess is x_s, each further iteration puts the last x_t in (fixed-point iteration, as in
+    arXiv:2309.04907). Run it with the images as x_init.
+
+    Args:
+      table: from `ddim` with eta = 0.
+      iterations: network calls a step, at least 1; more invert more exactly.
+
+    Raises:
+      InputError: the table is of another kind, starts at zero signal, or iterations is below 1.
+    """
+    if iterations < 1:
+        raise InputError(f"iterations is {iterations}; it must be at least 1")
+    signal_t, noise_t = np.asarray(table.signal)[::-1], np.asarray(table.noise)[::-1]
+    signal_s, noise_s = np.append(1.0, signal_t[:-1]), np.append(0.0, noise_t[:-1])
+    row = np.asarray(table.update)[::-1, 0]
+    keep = noise_s / noise_t
+    expected = np.stack([keep, signal_s - keep * signal_t, 0 * keep], axis=-1)
+    if table.num_registers != 1 or not np.allclose(row, expected, rtol=0, atol=1e-10) or np.any(signal_t == 0):
+        raise InputError(f"{table.name} cannot be reversed; use ddim with eta 0, from a time with some signal")
+    grow, drift = signal_t / signal_s, noise_t - signal_t * noise_s / signal_s
+    from_guess, from_d = drift / noise_t, -drift * signal_t / noise_t
+    zero, one = 0 * grow, 1 + 0 * grow
+    # Registers: the guess of x_t, and x_s, which the guess is at the start of each step.
+    first = np.stack([[grow + from_guess, zero, from_d, zero], [one, zero, zero, zero]])
+    again = np.stack([[from_guess, grow, from_d, zero], [zero, one, zero, zero]])
+    update = np.stack([first] + [again] * (iterations - 1)).transpose(3, 0, 1, 2).reshape(-1, 2, 4)
+    stages = [np.repeat(np.asarray(v)[::-1], iterations) for v in (table.t, table.signal, table.noise)]
+    return make_table(f"reverse {table.name}", np.asarray(table.tau)[::-1], *stages, update)
+
+
+def gaussian_moments(table: SamplerTable, mean, covariance, start=None):
+    """Exact mean and covariance of the samples when the data is Gaussian, with no sampling.
+
+    For such data the ideal D is affine in x, D = mean + a C (a^2 C + n^2)^{-1} (x - a mean), so the registers stay
+    jointly Gaussian and their moments follow from the table alone, along each principal axis of C.
+
+    Args:
+      table: any table without learned variance.
+      mean: of the data; a number, or [d].
+      covariance: of the data; a number, or [d, d], symmetric.
+      start: (mean, variance) of every coordinate of register 0 at the start; (0, a^2 + n^2) if not given, as `sample`
+        starts. Numbers or [d] along the principal axes.
+
+    Returns:
+      (mean, covariance) of the samples, shaped as given, float64.
+    """
+    if np.ndim(covariance) == 0:
+        first, second = _axis_moments(table, np.atleast_1d(mean), np.atleast_1d(covariance), start)
+        return (float(first[0]), float(second[0])) if first.size == 1 else (first, float(second[0]))
+    variances, axes = np.linalg.eigh(np.asarray(covariance, np.float64))
+    first, second = _axis_moments(table, axes.T @ np.asarray(mean, np.float64), variances, start)
+    return axes @ first, (axes * second) @ axes.T
+
+
+def _axis_moments(table, mean, variance, start):
+    """Moments of d independent coordinates: [d], [d] -> [d], [d]."""
+    mean, variance = np.broadcast_arrays(np.asarray(mean, np.float64), np.asarray(variance, np.float64))
+    d, registers = mean.size, table.num_registers
+    start_mean, start_variance = start or (0.0, table.signal[0] ** 2 + table.noise[0] ** 2)
+    first, second = np.zeros((d, registers)), np.zeros((d, registers, registers))
+    first[:, 0], second[:, 0, 0] = start_mean, start_variance
     for a, n, row in zip(table.signal, table.noise, table.update, strict=True):
         slope = a * variance / (a**2 * variance + n**2)
-        linear, from_d, from_z = row[:, :-2].copy(), row[:, -2], row[:, -1]
-        linear[:, 0] += from_d * slope
-        first = linear @ first + from_d * (mean - slope * a * mean)
-        second = linear @ second @ linear.T + np.outer(from_z, from_z)
-    return float(first[0]), float(second[0, 0])
+        from_d, from_z = row[:, -2], row[:, -1]
+        linear = np.tile(row[:, :-2], (d, 1, 1))
+        linear[:, :, 0] += slope[:, None] * from_d
+        first = np.einsum("dij,dj->di", linear, first) + ((1 - slope * a) * mean)[:, None] * from_d
+        second = linear @ second @ linear.transpose(0, 2, 1) + np.outer(from_z, from_z)
+    return first[:, 0], second[:, 0, 0]
