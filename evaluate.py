@@ -6,20 +6,21 @@ distance on the pixels (not an FID) and how sure a classifier of real digits is 
 
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
-from diffusion import cli, devices, experiment, files
+from diffusion import cli, devices, experiment, files, sampling_run
 from diffusion.errors import InputError
 from diffusion.evaluation import digits
 
-cli.define_sampling_flags()
+sampling_run.define_flags()
 _NUM = flags.DEFINE_integer("num", None, "Number of samples. Default: as many as real images.", lower_bound=65)
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
 
 def main() -> None:
     devices.one_device_per_core()
-    run = cli.open_run()
+    run = sampling_run.open_run()
     config = run.trained.config
     if config.data.name != "digits":
         raise InputError(f"{run.folder.path} was trained on {config.data.name!r}; only digits can be measured yet")
@@ -29,8 +30,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     print(run.title(num))
+    samples = np.concatenate(list(run.draw(range(num), devices.data_mesh(), flags.FLAGS.batch_size)))
     scores = {
-        "samples": digits.score(cli.draw(run, num, devices.data_mesh()), real),
+        "samples": digits.score(samples, real),
         "real digits": digits.reference_scores(real),
     }
     print(f"{'':12} {'Frechet (pixels)':>17} {'mean top probability':>21}  share of each class, %")
@@ -40,14 +42,7 @@ def main() -> None:
     print(
         "real digits: one random half against the other; probabilities of digits held out of the classifier's training"
     )
-    record = {
-        "run": str(run.folder.path),
-        "checkpoint_step": run.trained.step,
-        **{name: getattr(run, name) for name in ("sampler", "steps", "eta", "clip", "tau")},
-        "seed": flags.FLAGS.seed,
-        "num": num,
-        "scores": {name: s._asdict() for name, s in scores.items()},
-    }
+    record = {**run.record(), "num": num, "scores": {name: s._asdict() for name, s in scores.items()}}
     files.write_json(out / "evaluation.json", record)
     print(f"wrote {out / 'evaluation.json'}")
 

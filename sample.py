@@ -1,60 +1,88 @@
 """Draws samples from a trained run: `python sample.py --steps=25 --sampler=ddim --eta=0`.
 
 Takes the newest run in runs/, or the one that --workdir names. Writes grid.png, samples.npz (uint8 images and their
-ids) and sampling.json (all that is needed to repeat them) into --out.
+ids) and sampling.json (all that is needed to repeat them) into --out. A large job is written in shards, and the same
+command goes on where it was killed.
 """
 
-import io
+import re
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
-from diffusion import __version__, cli, devices, files, timesteps
+from diffusion import __version__, cli, devices, files, jobs, sampling_run, timesteps
 
-cli.define_sampling_flags()
-_NUM = flags.DEFINE_integer("num", 64, "Number of images.", lower_bound=1)
+sampling_run.define_flags()
+_NUM = flags.DEFINE_integer("num", 64, "Number of images, numbered from 0.", lower_bound=1)
+_SEEDS = flags.DEFINE_string("seeds", None, "Draw these numbers instead, as 0-63 or 5,7,100-199.")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: one named after the sampler in the run folder.")
+_PNG = flags.DEFINE_bool("png", False, "Also write every image as png/NUMBER.png.")
+_GIF = flags.DEFINE_bool("gif", False, "Also write trajectory.gif, the first images on their way from noise.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the sampler's table and stop.")
 
 
 def main() -> None:
     devices.one_device_per_core()
-    run = cli.open_run()
-    mesh = devices.data_mesh()
-    num, seed = _NUM.value, flags.FLAGS.seed
-    print(run.title(num))
+    run = sampling_run.open_run()
+    ids = range(_NUM.value) if _SEEDS.value is None else jobs.parse_ids(_SEEDS.value)
+    print(run.title(len(ids)))
     for note in _notes(run):
         print(f"note: {note}")
-    label = f"{run.sampler}-{run.steps}steps-eta{run.eta:g}-{run.tau}-{run.clip}-seed{seed}".replace(":", "-")
-    out = Path(_OUT.value or run.folder.path / "samples" / label)
+    if _DRY_RUN.value:
+        print(run.table)
+        return
+    out = Path(_OUT.value or run.folder.path / "samples" / _label(run))
     out.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be written is found now
+    job = jobs.Job(out, ids, run.record())
+    mesh = devices.data_mesh()
+    seconds = _draw(run, job, mesh)
 
+    first = job.first_images(64)
+    files.write_png(out / "grid.png", files.grid(first))
+    if _GIF.value:
+        files.write_gif(out / "trajectory.gif", [files.grid(frame) for frame in run.trajectory(ids[:64])])
+    job.finish(
+        seconds_with_compilation=round(seconds, 3),
+        devices=devices.describe(mesh),
+        versions={"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__},
+    )
+    print(f"{seconds:.1f} s, compilation included; wrote {out / 'grid.png'}, {job.path(0).name} and sampling.json")
+
+
+def _draw(run, job, mesh):
+    """Draws and writes the shards that are missing; returns the seconds it took."""
     start = time.perf_counter()
-    images = cli.draw(run, num, mesh)
-    seconds = time.perf_counter() - start
+    missing = job.missing()
+    total = sum(map(len, job.shards))
+    done = total - sum(len(job.shards[i]) for i in missing)
+    if done:
+        print(f"{done:,} of {total:,} images are there already")
+    with tqdm(total=total, initial=done, unit="image", disable=None) as progress:
+        for index in missing:
+            batches = []
+            for images in run.draw(job.shards[index], mesh, flags.FLAGS.batch_size):
+                batches.append(images)
+                progress.update(len(images))
+            images = np.concatenate(batches)
+            job.write(index, images, run.labels)
+            if _PNG.value:
+                (job.out / "png").mkdir(exist_ok=True)
+                for number, image in zip(job.shards[index], images, strict=True):
+                    files.write_png(job.out / "png" / f"{number:06}.png", image)
+    return time.perf_counter() - start
 
-    record = {
-        "run": str(run.folder.path),
-        "checkpoint_step": run.trained.step,
-        **{name: getattr(run, name) for name in ("sampler", "steps", "eta", "clip")},
-        "grid": run.tau,
-        "tau": run.table.tau.tolist(),
-        "nfe": run.table.nfe,
-        "seed": seed,
-        "num": num,
-        "seconds_with_compilation": round(seconds, 3),
-        "devices": devices.describe(mesh),
-        "versions": {"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__},
-        "config": run.trained.config.to_dict(),
-    }
-    arrays = io.BytesIO()
-    np.savez_compressed(arrays, samples=images, ids=np.arange(num))
-    files.write_atomically(out / "samples.npz", arrays.getvalue())
-    files.write_png(out / "grid.png", files.grid(images))
-    files.write_json(out / "sampling.json", record)
-    print(f"{seconds:.1f} s, compilation included; wrote {out / 'grid.png'}, samples.npz and sampling.json")
+
+def _label(run):
+    """A folder name for these options."""
+    parts = [run.sampler, f"{run.steps}steps", run.tau, f"seed{run.seed}"]
+    parts[1:1] = [] if flags.FLAGS.eta is None else [f"eta{flags.FLAGS.eta:g}"]
+    if run.options["guidance_scale"] != 1:
+        parts.append(f"guidance{run.options['guidance_scale']:g}")
+    return re.sub(r"[^\w.=-]+", "-", "-".join(parts))
 
 
 def _notes(run):

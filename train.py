@@ -37,7 +37,7 @@ def main() -> int:
     plan = Plan(*(config.train[k] for k in ("num_steps", "batch_size", "log_every", "save_every", "grid_every")))
     schedule = experiment.make_schedule(config.schedule)
     s = config.sample
-    table = experiment.make_table(schedule, s.sampler, s.steps, s.eta, s.tau)
+    table = experiment.make_table(schedule, s.sampler, s.steps, s.tau)
     rate = experiment.learning_rate(config.optimizer, plan.num_steps)
     optimizer = experiment.make_optimizer(config.optimizer, rate)
     data = experiment.load_data(config.data)
@@ -46,6 +46,8 @@ def main() -> int:
         raise InputError(
             f"config.model.num_classes is {model.num_classes}; the data has {len(data.class_names)} classes"
         )
+    if not 0 <= config.train.label_dropout < 1:
+        raise InputError(f"config.train.label_dropout is {config.train.label_dropout}; it must lie in 0..1, below 1")
     metadata = {
         "config": config.to_dict(),
         "image_shape": model.image_shape,
@@ -66,6 +68,8 @@ def main() -> int:
         ema_decay=config.train.ema_decay,
         prediction=config.train.prediction,
         flip=config.data.flip,
+        null_label=model.num_classes,
+        label_dropout=config.train.label_dropout if model.num_classes else 0.0,
     )
 
     start = folder.latest_step()
@@ -86,7 +90,9 @@ def main() -> int:
         return jax.device_put(data.images[chosen], split), labels
 
     def draw_grid(state):
-        drawn = generate(model, state.ema_params, table, range(s.num), seed=config.seed, mesh=mesh, clip=s.clip)
+        classes = range(model.num_classes)
+        shared = {"seed": config.seed, "labels": classes, "mesh": mesh, "clip": s.clip}
+        drawn = generate(model, state.ema_params, table, range(s.num), **shared)
         grid = files.grid(np.concatenate(list(drawn)))
         files.write_png(folder.grids / f"step_{int(state.step):08d}.png", grid)
         recorder.image("samples", grid, int(state.step))

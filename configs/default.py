@@ -47,6 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.prediction = "eps"  # eps, x0, v or flow
+    config.train.label_dropout = 0.1  # of models with classes; guidance needs it
     config.train.num_steps = 800_000
     config.train.batch_size = 128
     config.train.ema_decay = 0.9999
@@ -56,9 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.grid_every = 5000  # steps between sample grids
 
     config.sample = ml_collections.ConfigDict()  # of the grids in training; sample.py's flags override it
-    config.sample.sampler = "ddim"
+    config.sample.sampler = "ddim"  # options follow a colon: ddim:eta=0.5
     config.sample.steps = 25
-    config.sample.eta = 0.0
     config.sample.tau = "uniform"
     config.sample.clip = "recompute"  # none, recompute or keep_eps
     config.sample.num = 64

@@ -8,21 +8,10 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from absl import app, flags, logging
-from jax.sharding import Mesh
-from jaxtyping import UInt8
-from tqdm import tqdm
 
-from diffusion.denoiser import Options, check_options
 from diffusion.errors import InputError, nearest
-from diffusion.experiment import Trained, load_trained, make_table
-from diffusion.generate import generate
-from diffusion.solvers import SOLVERS, SamplerTable
-from diffusion.timesteps import GRIDS
-from diffusion.training import run_folder
 
 USER_ERROR = 2
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -50,84 +39,6 @@ def fail(message: str) -> None:
     sys.stdout.flush()
     # Not sys.exit: background threads of a failed save would report the same error once more while Python shuts down.
     os._exit(USER_ERROR)
-
-
-class SamplingRun(NamedTuple):
-    """A trained run and how to sample it: the flags where given, else the run's config.sample."""
-
-    folder: run_folder.RunFolder
-    trained: Trained
-    table: SamplerTable
-    sampler: str
-    steps: int
-    eta: float
-    tau: str
-    clip: str
-
-    def title(self, num: int) -> str:
-        """One line: which model draws how many images with what."""
-        source = f"{self.folder.path}, step {self.trained.step:,}"
-        return f"{source}: {num:,} images with {self.table.name} on {self.tau}, {self.table.nfe} network calls"
-
-
-def define_sampling_flags() -> None:
-    """The flags that `open_run` and `draw` read."""
-    flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")
-    flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i alone.", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_integer("steps", None, "Sampling steps, 1..T. Default: the run's config.sample.steps (25).")
-    flags.DEFINE_string("sampler", None, f"{', '.join(SOLVERS)}. Default: the run's config.sample.sampler (ddim).")
-    flags.DEFINE_float("eta", None, "DDIM's eta, 0 (deterministic) to 1 (DDPM). Default: config.sample.eta (0).")
-    flags.DEFINE_string(
-        "tau",
-        None,
-        f"Timesteps to visit: {', '.join(GRIDS)}, sections:10,15,20, sections:ddim25 or explicit:1000,500,250. "
-        "Default: config.sample.tau (uniform).",
-    )
-    flags.DEFINE_string(
-        "clip",
-        None,
-        "Clipping of x_0 to [-1, 1]: none, recompute or keep_eps. Default: config.sample.clip (recompute).",
-    )
-    flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
-
-
-def open_run() -> SamplingRun:
-    """The run and the table that the flags ask for.
-
-    Raises:
-      InputError: a wrong flag, no such run, or a damaged checkpoint.
-    """
-    workdir = flags.FLAGS.workdir
-    folder = run_folder.existing(workdir) if workdir else run_folder.newest("runs")
-    trained = load_trained(folder)
-    config = trained.config.sample
-    given = {name: flags.FLAGS[name].value for name in ("sampler", "steps", "eta", "tau", "clip")}
-    if given["sampler"] not in (None, config.sampler) and given["eta"] is None:
-        given["eta"] = 0.0  # the eta in the config belongs to the sampler there
-    chosen = {name: config[name] if value is None else value for name, value in given.items()}
-    check_options(trained.model.prediction, Options(clip=chosen["clip"]))
-    table = make_table(trained.model.schedule, chosen["sampler"], chosen["steps"], chosen["eta"], chosen["tau"])
-    return SamplingRun(folder, trained, table, **chosen)
-
-
-def draw(run: SamplingRun, num: int, mesh: Mesh) -> UInt8[np.ndarray, "num H W C"]:
-    """Images 0..num - 1 of the run under --seed, with a progress bar where stderr is a terminal."""
-    batches = []
-    drawn = generate(
-        run.trained.model,
-        run.trained.params,
-        run.table,
-        range(num),
-        seed=flags.FLAGS.seed,
-        mesh=mesh,
-        batch_size=flags.FLAGS.batch_size,
-        clip=run.clip,
-    )
-    with tqdm(total=num, unit="image", disable=None) as progress:
-        for images in drawn:
-            batches.append(images)
-            progress.update(len(images))
-    return np.concatenate(batches)
 
 
 def _guarded(main):
@@ -188,7 +99,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         remaining = flags.FLAGS(list(argv))
     except flags.UnrecognizedFlagError as error:
         modules = flags.FLAGS.flags_by_module_dict()
-        ours = [flag.name for module in (argv[0], __name__) for flag in modules.get(module, ())]
+        ours = [f.name for module in modules if module == argv[0] or "diffusion" in module for f in modules[module]]
         fail(f"there is no flag --{error.flagname}; {nearest(error.flagname, ours)}")
     except flags.Error as error:
         fail(f"{error}; --help lists all flags")

@@ -1,6 +1,7 @@
 """From a config to the objects it names; the one library module that reads a config."""
 
 import dataclasses
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -146,15 +147,51 @@ def make_tau(schedule: NoiseSchedule, name: str, num_steps: int) -> timesteps.Ta
     return timesteps.GRIDS[name](schedule, num_steps)
 
 
-def make_table(schedule: NoiseSchedule, sampler: str, num_steps: int, eta: float, tau: str) -> SamplerTable:
-    """A table by the names of its solver and grid; an eta other than 0 goes to a solver that has one.
+def make_table(schedule: NoiseSchedule, sampler: str, num_steps: int, tau: str, **given: Any) -> SamplerTable:
+    """A table by name.
+
+    Args:
+      schedule: the noise schedule.
+      sampler: a key of SOLVERS, with options after a colon: "ddim:eta=0.5", "dpm_solver_pp:order=3,variant=official".
+      num_steps, tau: see `make_tau`.
+      given: options that take precedence, for what cannot be written as text.
 
     Raises:
-      InputError: an unknown name, a number out of its range, or an eta for a solver that has none.
+      InputError: an unknown name or option, a value out of its range, or an option without its value.
     """
-    if sampler not in solvers.SOLVERS:
-        raise InputError(f"sampler is {sampler!r}; {nearest(sampler, solvers.SOLVERS)}")
-    if sampler != "ddim" and eta:
-        raise InputError(f"eta is {eta}, but {sampler} has none; leave it out or use sampler ddim")
-    options = {"eta": eta} if sampler == "ddim" else {}
-    return solvers.SOLVERS[sampler](schedule, make_tau(schedule, tau, num_steps), **options)
+    name, _, text = sampler.partition(":")
+    if name not in solvers.SOLVERS:
+        raise InputError(f"sampler is {name!r}; {nearest(name, solvers.SOLVERS)}")
+    solver = solvers.SOLVERS[name]
+    options = {p.name: p.default for p in inspect.signature(solver).parameters.values() if p.name not in _NOT_OPTIONS}
+    chosen = dict(given)
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"sampler option {part!r} has no value; write --sampler={name}:{key}=VALUE")
+        chosen.setdefault(key, _parse(name, key, value, options.get(key)))
+    unknown = [key for key in chosen if key not in options]
+    if unknown:
+        valid = nearest(unknown[0], options) if options else "it has no options"
+        raise InputError(f"sampler {name} has no option {unknown[0]!r}; {valid}")
+    missing = [key for key, default in options.items() if default is inspect.Parameter.empty and key not in chosen]
+    if missing:
+        raise InputError(f"sampler {name} needs {missing[0]}, which cannot be given by name; call it from Python")
+    return solver(schedule, make_tau(schedule, tau, num_steps), **chosen)
+
+
+_NOT_OPTIONS = ("schedule", "tau")
+
+
+def _parse(sampler, key, value, default):
+    """An option's text as its default's type; numbers where there is no default."""
+    if isinstance(default, str):
+        return value
+    if isinstance(default, bool):
+        if value.lower() not in ("true", "false"):
+            raise InputError(f"sampler option {sampler}:{key} is {value!r}; write true or false")
+        return value.lower() == "true"
+    try:
+        return int(value) if isinstance(default, int) else float(value)
+    except ValueError:
+        raise InputError(f"sampler option {sampler}:{key} is {value!r}; write a number") from None

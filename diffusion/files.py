@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,15 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_gif(path: str | os.PathLike, frames: Sequence[UInt8[np.ndarray, "H W C"]], milliseconds: int = 80) -> None:
+    """Writes a looping GIF whose last frame stays for a second."""
+    pictures = [Image.fromarray(f[..., 0] if f.shape[-1] == 1 else f) for f in frames]
+    durations = [milliseconds] * (len(frames) - 1) + [1000]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    write_atomically(path, buffer.getvalue())
 
 
 def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:

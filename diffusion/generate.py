@@ -1,6 +1,7 @@
 """Any number of images from a model: batches of one size, spread over devices."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,14 +23,14 @@ def generate(
     *,
     seed: int,
     mesh: Mesh,
+    labels: Sequence[int] = (),
     batch_size: int = 64,
-    clip: str = "recompute",
+    **options: Any,
 ) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
     """Yields the images of sample_ids in order, batch by batch.
 
-    Image i depends on (seed, i) alone. All batches run in one compiled shape: batch_size is rounded up to a multiple of
-    the number of devices, and the last batch is filled up with repetitions that are not returned. A conditional model
-    draws class i % num_classes for image i.
+    Image i depends on (seed, i) and its class alone. All batches run in one compiled shape: batch_size is rounded up to
+    a multiple of the number of devices, and the last batch is filled up with repetitions that are not returned.
 
     Args:
       model, params: the network.
@@ -37,8 +38,9 @@ def generate(
       sample_ids: whole numbers in 0..2^32 - 1.
       seed: of the random key.
       mesh: its "data" axis shares each batch.
+      labels: classes; image i has labels[i % len(labels)]. () for none.
       batch_size: images at a time.
-      clip: see `diffusion.sample`.
+      options: go to `diffusion.sample`.
     """
     ids = np.asarray(sample_ids, np.uint32)
     devices = mesh.shape["data"]
@@ -48,18 +50,38 @@ def generate(
     key = jax.device_put(jax.random.key(seed), everywhere)
     for start in range(0, len(ids), size):
         batch = ids[start : start + size]
-        padded = jax.device_put(np.pad(batch, (0, size - len(batch)), mode="edge"), split)
-        cond = padded % model.num_classes if model.num_classes else None
-        images = sample(
-            model.apply_fn,
-            params,
-            table,
-            key,
-            size,
-            model.image_shape,
-            prediction=model.prediction,
-            clip=clip,
-            cond=cond,
-            sample_ids=padded,
-        )
+        padded = np.pad(batch, (0, size - len(batch)), mode="edge")
+        placed = jax.device_put({"sample_ids": padded, **_classes(model, padded, labels)}, split)
+        images = _sample(model, params, table, key, **placed, **options)
         yield to_uint8(images)[: len(batch)]
+
+
+def trajectory(
+    model: Model,
+    params: Params,
+    table: SamplerTable,
+    sample_ids: Sequence[int],
+    *,
+    seed: int,
+    labels=(),
+    **options: Any,
+) -> UInt8[np.ndarray, "stages+1 N H W C"]:
+    """What the images look like before each network call, and at the end; arguments as `generate`, all at once."""
+    ids = np.asarray(sample_ids, np.uint32)
+    key = jax.random.key(seed)
+    options |= {"sample_ids": ids, **_classes(model, ids, labels), "return_trajectory": True}
+    _, passed = _sample(model, params, table, key, **options)
+    return to_uint8(passed.x)
+
+
+def _sample(model, params, table, key, *, sample_ids, **options):
+    shared = {"prediction": model.prediction, "sample_ids": sample_ids}
+    return sample(model.apply_fn, params, table, key, len(sample_ids), model.image_shape, **shared, **options)
+
+
+def _classes(model, ids, labels):
+    """cond and null_cond of these images."""
+    if not labels:
+        return {}
+    cond = np.asarray(labels, np.int32)[ids % len(labels)]
+    return {"cond": cond, "null_cond": np.full_like(cond, model.num_classes)}

@@ -125,7 +125,7 @@ def _check_start(x_init, shape, table):
         return None
     x_init = jnp.asarray(x_init)
     if x_init.shape != shape or not jnp.issubdtype(x_init.dtype, jnp.floating):
-        raise InputError(f"x_init has shape {x_init.shape}, type {x_init.dtype}; give real numbers of shape {shape}")
+        raise InputError(f"x_init has shape {x_init.shape}, type {x_init.dtype}; give real numbers of {shape}")
     return x_init
 
 
@@ -146,8 +146,8 @@ def _stages(table, prediction):
     needs_signal = prediction in ("eps", "edm")
     if needs_signal and _is_concrete(table.signal) and not np.all(np.asarray(table.signal) > 0):
         raise InputError(
-            f"{table.name} starts at zero signal, where {prediction} says nothing about x_0; use a v, x0 or flow model, "
-            "or start lower"
+            f"{table.name} starts at zero signal, where {prediction} says nothing about x_0; use a v, x0 or flow "
+            "model, or start lower"
         )
     reading = PREDICTIONS[prediction](table.t, table.signal, table.noise)
     return _Stage(np.arange(table.nfe), table.signal, reading, table.update, table.log_variance, None)

@@ -2,22 +2,59 @@
 
 from collections.abc import Callable
 
+from diffusion.solvers.adams import deis, ipndm, lms, plms, pndm
+from diffusion.solvers.ancestral import analytic_dpm, consistency, euler, euler_ancestral, sigma_hat
 from diffusion.solvers.ddim import ddim, ddpm
+from diffusion.solvers.exponential import dpm_solver_pp, unipc
+from diffusion.solvers.heun import edm, heun
+from diffusion.solvers.singlestep import dpm_solver, dpm_solver_pp_singlestep
 from diffusion.solvers.table import SamplerTable, from_json, gaussian_moments, make_table, one_register, reverse
 
 SOLVERS: dict[str, Callable[..., SamplerTable]] = {
     "ddim": ddim,
     "ddpm": ddpm,
+    "sigma_hat": sigma_hat,
+    "analytic_dpm": analytic_dpm,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "dpm_solver": dpm_solver,
+    "dpm_solver_pp": dpm_solver_pp,
+    "dpm_solver_pp_singlestep": dpm_solver_pp_singlestep,
+    "unipc": unipc,
+    "deis": deis,
+    "lms": lms,
+    "ipndm": ipndm,
+    "plms": plms,
+    "pndm": pndm,
+    "heun": heun,
+    "edm": edm,
+    "consistency": consistency,
 }
 
 __all__ = [
     "SOLVERS",
     "SamplerTable",
+    "analytic_dpm",
+    "consistency",
     "ddim",
     "ddpm",
+    "deis",
+    "dpm_solver",
+    "dpm_solver_pp",
+    "dpm_solver_pp_singlestep",
+    "edm",
+    "euler",
+    "euler_ancestral",
     "from_json",
     "gaussian_moments",
+    "heun",
+    "ipndm",
+    "lms",
     "make_table",
     "one_register",
+    "plms",
+    "pndm",
     "reverse",
+    "sigma_hat",
+    "unipc",
 ]

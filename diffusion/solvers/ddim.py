@@ -1,5 +1,7 @@
 """DDPM and DDIM over a subsequence of the timesteps: one family with one knob."""
 
+import dataclasses
+
 import numpy as np
 
 from diffusion import timesteps
@@ -7,6 +9,8 @@ from diffusion.errors import InputError, nearest
 from diffusion.gaussian import kept_noise, posterior_shares
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers.table import SamplerTable, one_register
+
+VARIANCES = ("small", "large", "learned")
 
 
 def ddim(schedule: NoiseSchedule, tau, eta: float = 0.0) -> SamplerTable:
@@ -33,18 +37,26 @@ def ddpm(schedule: NoiseSchedule, tau, variance: str = "small") -> SamplerTable:
       schedule: the noise schedule.
       tau: a grid from `diffusion.timesteps`.
       variance: "small" is the posterior's own variance beta_tilde, the same table as ddim with eta = 1; "large" is
-        beta = 1 - alpha_bar_t / alpha_bar_s. The last step injects no noise with either.
+        beta = 1 - alpha_bar_t / alpha_bar_s; "learned" is for a network of twice the channels, whose second half says
+        where between the logs of the two its variance lies, -1 to 1 (improved DDPM, Eq. 15). The last step injects no
+        noise with any; its beta_tilde, 0, is replaced by the one before it inside the log.
 
     Raises:
       InputError: an unknown variance, or tau is not a grid of the schedule.
     """
-    if variance not in ("small", "large"):
-        raise InputError(f"variance is {variance!r}; {nearest(str(variance), ('small', 'large'))}")
+    if variance not in VARIANCES:
+        raise InputError(f"variance is {variance!r}; {nearest(str(variance), VARIANCES)}")
     kept, fresh = _shares(schedule, tau)
     noise = schedule.at(tau)[1]
-    sigma = (noise[1:] if variance == "small" else noise[:-1]) * fresh
+    small, large = noise[1:] * fresh, noise[:-1] * fresh
+    sigma = {"small": small, "large": large, "learned": np.ones_like(small)}[variance]
     sigma[-1] = 0.0
-    return _table(f"ddpm(variance={variance})", schedule, tau, kept_noise(kept, 1.0), sigma)
+    table = _table(f"ddpm(variance={variance})", schedule, tau, kept_noise(kept, 1.0), sigma)
+    if variance != "learned":
+        return table
+    # With one step there is no step before the last; its noise counts for nothing.
+    small[-1] = small[-2] if len(small) > 1 else large[-1]
+    return dataclasses.replace(table, log_variance=2 * np.log(np.stack([small, large], axis=-1)))
 
 
 def _shares(schedule, tau):

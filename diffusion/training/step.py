@@ -62,6 +62,8 @@ def make_train_step(
     ema_decay: float,
     prediction: str = "eps",
     flip: bool = False,
+    null_label: int | None = None,
+    label_dropout: float = 0.0,
 ) -> Callable[[TrainState, Array, Any], tuple[TrainState, Metrics]]:
     """The jitted step (state, images, cond) -> (state, metrics). It donates its state.
 
@@ -79,6 +81,7 @@ def make_train_step(
       ema_decay: the highest decay of ema_params, see `ema_decay_at`.
       prediction: "eps", "x0" or "v".
       flip: mirror each image with probability 1/2.
+      null_label, label_dropout: how often a label is replaced by the one that means "no class", which guidance needs.
 
     Returns:
       The step. It takes images uint8 [B, H, W, C] and cond, a pytree with leading axis B or None.
@@ -91,6 +94,9 @@ def make_train_step(
         if flip:
             mirrored = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 2)))(keys)
             x_0 = jnp.where(mirrored[:, None, None, None], x_0[:, :, ::-1], x_0)
+        if label_dropout:
+            dropped = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 3), label_dropout))(keys)
+            cond = jnp.where(dropped, null_label, cond)
         # The first index of the share tells devices apart; samples never reach this index, as it is past the batch.
         dropout_key = jax.random.fold_in(step_key, batch_size + start)
         network = partial(apply_fn, params, train=True, dropout_key=dropout_key)

@@ -1,0 +1,110 @@
+"""Sampling jobs on disk: which images, in which files, and which of them are there already."""
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from diffusion.errors import InputError
+from diffusion.files import write_atomically, write_json
+
+SHARD = 1000
+RECORD = "sampling.json"
+
+
+def parse_ids(text: str) -> list[int]:
+    """ "0-63" or "5,7,100-199" as numbers, in the order written.
+
+    Raises:
+      InputError: it is no such list, a range runs backwards, or a number comes twice.
+    """
+    ids: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < 2**32:
+            raise InputError(f"seeds are {text!r}; write numbers below 2^32 and ranges, as 0-63 or 5,7,100-199")
+        ids.extend(range(first, last + 1))
+    if len(set(ids)) != len(ids):
+        raise InputError(f"seeds are {text!r}, where a number comes twice")
+    return ids
+
+
+class Job:
+    """The images of one job as samples.npz, or as samples-00000-of-00050.npz and so on where they exceed `SHARD`.
+
+    Each file appears whole or not at all. A job that was killed goes on behind the files it finds, if sampling.json
+    says that they are of the same job.
+
+    Args:
+      out: an existing folder.
+      ids: the numbers of the images.
+      record: what determines the images; kept in sampling.json.
+
+    Raises:
+      InputError: the folder holds shards of another job.
+    """
+
+    def __init__(self, out: Path, ids: Sequence[int], record: Mapping[str, Any]):
+        self.out = out
+        self.shards = [ids[i : i + SHARD] for i in range(0, len(ids), SHARD)]
+        self.record = {**record, "num": len(ids), "ids": _ranges(ids)}
+        if len(self.shards) > 1:
+            self._check_same()
+        write_json(out / RECORD, self.record)
+
+    def path(self, index: int) -> Path:
+        """The file of a shard."""
+        count = len(self.shards)
+        return self.out / ("samples.npz" if count == 1 else f"samples-{index:05}-of-{count:05}.npz")
+
+    def missing(self) -> list[int]:
+        """Shards still to be drawn; a job of one file is always drawn anew."""
+        return [i for i in range(len(self.shards)) if len(self.shards) == 1 or not self.path(i).exists()]
+
+    def write(self, index: int, images: UInt8[np.ndarray, "N H W C"], labels: Sequence[int] = ()) -> None:
+        """Writes a shard: samples, ids, and labels where there are classes."""
+        ids = np.asarray(self.shards[index])
+        arrays = {"samples": images, "ids": ids}
+        if labels:
+            arrays["labels"] = np.asarray(labels)[ids % len(labels)]
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_atomically(self.path(index), buffer.getvalue())
+
+    def first_images(self, count: int) -> UInt8[np.ndarray, "N H W C"]:
+        """The first images of the finished job, for a grid."""
+        with np.load(self.path(0)) as arrays:
+            return arrays["samples"][:count]
+
+    def finish(self, **facts: Any) -> None:
+        """Adds how the run went to sampling.json."""
+        write_json(self.out / RECORD, {**self.record, **facts})
+
+    def _check_same(self):
+        if not any(self.out.glob("samples-*-of-*.npz")):
+            return
+        try:
+            found = json.loads((self.out / RECORD).read_text())
+        except (OSError, ValueError):
+            found = {}
+        wanted = json.loads(json.dumps(self.record))
+        different = [key for key in wanted if found.get(key) != wanted[key]]
+        if different:
+            key = different[0]
+            raise InputError(
+                f"{self.out} holds images of another job ({key} is {str(wanted[key])[:80]}, there "
+                f"{str(found.get(key))[:80]}); name another folder with --out"
+            )
+
+
+def _ranges(ids):
+    """[0, 1, 2, 7] as "0-2,7"."""
+    edges = np.flatnonzero(np.diff(ids) != 1) + 1
+    parts = np.split(np.asarray(ids), edges)
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

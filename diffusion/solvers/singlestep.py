@@ -1,0 +1,106 @@
+"""DPM-Solver and singlestep DPM-Solver++: several network calls a step and no memory between steps.
+
+With h = lambda_s - lambda_t and the network called again at lambda_t + r h, both are Runge-Kutta methods that solve the
+linear part exactly: in the eps basis (DPM-Solver) or the x_0 basis (DPM-Solver++).
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion.schedules import NoiseSchedule
+from diffusion.solvers.steps import (
+    Form,
+    Level,
+    build,
+    check_order,
+    eps_levels,
+    eps_of,
+    grid_levels,
+    levels,
+    runge_kutta,
+)
+from diffusion.solvers.table import SamplerTable
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
+_NODES, _WEIGHTS = (1 + _NODES) / 2, _WEIGHTS / 2
+
+INNER = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}
+"""r of the inner evaluations by order, as published."""
+
+
+def dpm_solver(schedule: NoiseSchedule, tau, order: int = 2) -> SamplerTable:
+    """DPM-Solver-1, -2 and -3, singlestep in the eps basis (arXiv:2206.00927, Algorithms 1 and 2 and Eq. 3.7).
+
+    `order` calls a step. The last step has order 1 and returns D, as no time lies at a fraction of the way to lambda =
+    inf: order (S - 1) + 1 calls in all.
+
+    Args:
+      schedule: the noise schedule.
+      tau: a grid from `diffusion.timesteps`.
+      order: 1 (DDIM); 2, with r1 = 1/2; or 3, with r1 = 1/3 and r2 = 2/3.
+
+    Raises:
+      InputError: an order outside 1..3, zero signal at tau[0], or tau is not a grid of the schedule.
+    """
+    order = check_order(order, 3)
+    name = f"dpm_solver(order={order})"
+    return _singlestep(name, schedule, tau, order, eps_levels(name, schedule, tau), _EPS)
+
+
+def dpm_solver_pp_singlestep(schedule: NoiseSchedule, tau, order: int = 2) -> SamplerTable:
+    """DPM-Solver++(2S) (arXiv:2211.01095, Algorithm 1) and its 3S, singlestep in the x_0 basis.
+
+    `order` calls a step. The last step has order 1 and returns D: order (S - 1) + 1 calls in all. A step from zero
+    signal (lambda = -inf) has order 1, too. 3S is DPM-Solver-3 with D for eps and -lambda for lambda, as in the
+    authors' code; the paper stops at 2S.
+
+    Args:
+      schedule: the noise schedule.
+      tau: a grid from `diffusion.timesteps`.
+      order: 1 (DDIM); 2, with r1 = 1/2; or 3, with r1 = 1/3 and r2 = 2/3.
+
+    Raises:
+      InputError: an order outside 1..3, or tau is not a grid of the schedule.
+    """
+    order = check_order(order, 3)
+    name = f"dpm_solver_pp_singlestep(order={order})"
+    return _singlestep(name, schedule, tau, order, grid_levels(schedule, tau), _X0)
+
+
+class _Basis(NamedTuple):
+    """F, eps or x_0; and (scale, z) such that F held for a step of length h weighs scale expm1(z) at its end."""
+
+    evaluate: Callable[[Level, Form, Form], Form]
+    held: Callable[[Level, float], tuple[float, float]]
+
+
+_EPS = _Basis(eps_of, lambda to, h: (-to.noise, h))
+_X0 = _Basis(lambda at, x, D: D, lambda to, h: (-to.signal, -h))
+
+
+def _singlestep(name, schedule, tau, order, grid, basis):
+    steps = list(pairwise(grid))
+    lengths = [to.half_log_snr - at.half_log_snr for at, to in steps]
+    fractions = [[*INNER[order], 1.0] if np.isfinite(h) else [1.0] for h in lengths]
+    registers = max(map(len, fractions))
+    stages = []
+    for (at, to), h, shares in zip(steps, lengths, fractions, strict=True):
+        inner = levels(schedule, schedule.time_of([at.half_log_snr + r * h for r in shares[:-1]]))
+        targets = [*inner, to]
+        later = zip(targets[1:], pairwise(shares), strict=True)
+        weights = [0.0, *(_weight(order, basis, target, r, share, h) for target, (r, share) in later)]
+        stages += runge_kutta(at, targets, weights, basis.evaluate, registers)
+    return build(name, tau, stages, registers)
+
+
+def _weight(order, basis, to, r, share, h):
+    """The weight of F(lambda_t + r h) - F(lambda_t) in the solution at `to`, which is at lambda_t + share h."""
+    scale, z = basis.held(to, share * h)
+    if order == 2:
+        # The published 2 and 2S put half the weight of F held for the integral of its change: equal to second order.
+        return scale * np.expm1(z) / (2 * r)
+    # (share / r) ((e^z - 1) / z - 1), an F linear in lambda, written as a sum of terms of one sign.
+    return scale * share / r * (_WEIGHTS @ np.expm1(z * _NODES))
