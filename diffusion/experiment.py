@@ -160,9 +160,10 @@ def make_table(schedule: NoiseSchedule, sampler: str, num_steps: int, tau: str, 
       InputError: an unknown name or option, a value out of its range, or an option without its value.
     """
     name, _, text = sampler.partition(":")
-    if name not in solvers.SOLVERS:
-        raise InputError(f"sampler is {name!r}; {nearest(name, solvers.SOLVERS)}")
-    solver = solvers.SOLVERS[name]
+    known = solvers.SOLVERS | solvers.ESTIMATED_SOLVERS
+    if name not in known:
+        raise InputError(f"sampler is {name!r}; {nearest(name, known)}")
+    solver = known[name]
     options = {p.name: p.default for p in inspect.signature(solver).parameters.values() if p.name not in _NOT_OPTIONS}
     chosen = dict(given)
     for part in filter(None, text.split(",")):

@@ -13,7 +13,7 @@ from diffusion.denoiser import CLIPS, GUIDANCE_RULES, Options, check_options
 from diffusion.errors import InputError
 from diffusion.experiment import Trained, load_data, load_trained, make_table, make_tau
 from diffusion.generate import generate, trajectory
-from diffusion.solvers import SOLVERS, SamplerTable
+from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS, SamplerTable
 from diffusion.timesteps import GRIDS
 from diffusion.training import run_folder
 
@@ -81,7 +81,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "sampler",
         None,
-        f"{', '.join(SOLVERS)}; options follow a colon: dpm_solver_pp:order=3,variant=official. "
+        f"{', '.join(SOLVERS | ESTIMATED_SOLVERS)}; options follow a colon: dpm_solver_pp:order=3,variant=official. "
         "Default: the run's config.sample.sampler (ddim).",
     )
     flags.DEFINE_float("eta", None, "Short for the sampler option eta: 0 is deterministic, 1 DDPM.")
@@ -118,7 +118,7 @@ def open_run() -> SamplingRun:
     )
     check_options(trained.model.prediction, Options(clip, given.dynamic_threshold, guidance_rule=given.guidance_rule))
     options = {} if given.eta is None else {"eta": given.eta}
-    if sampler.partition(":")[0] == "analytic_dpm":
+    if sampler.partition(":")[0] in ESTIMATED_SOLVERS:
         grid = make_tau(schedule, tau, steps)
         images = load_data(trained.config.data).images
         gamma = analytic.cached_gamma(folder.path, trained, images, grid)

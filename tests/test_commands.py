@@ -85,7 +85,7 @@ def test_a_run_folder_holds_config_checkpoints_metrics_events_and_grids(trained)
 def test_sampling_works_straight_after_training(trained):
     result = run("sample.py", "--steps=3", "--num=5", cwd=trained)
     assert result.returncode == 0, result.stderr
-    (out,) = (trained / "runs" / "digits" / "samples").iterdir()
+    out = trained / "runs" / "digits" / "samples" / "ddim-3steps-uniform-seed0"
     archive = np.load(out / "samples.npz")
     assert archive["samples"].shape == (5, 8, 8, 1)
     assert archive["samples"].dtype == np.uint8
@@ -108,6 +108,62 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone(trained):
     assert np.abs(sevens - whole).max() <= 1
     np.testing.assert_array_equal(whole, samples("again", "--num=9"))
     assert np.abs(whole - samples("other", "--num=9", "--seed=1")).max() > 50
+
+
+def test_a_dry_run_prints_the_table_and_writes_nothing(trained):
+    before = sorted(trained.rglob("*"))
+    result = run("sample.py", "--dry_run", "--steps=2", "--sampler=ddim:eta=0.5", cwd=trained)
+    assert result.returncode == 0, result.stderr
+    assert "ddim(eta=0.5)" in result.stdout
+    assert re.search(r"^ +1000\.00 +0\.0", result.stdout, flags=re.MULTILINE)
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_a_large_job_is_resumed_where_it_was_killed(trained, tmp_path):
+    args = ("--steps=1", "--num=2100", f"--out={tmp_path}", "--batch_size=500")
+    first = run("sample.py", *args, "--gif", cwd=trained)
+    assert first.returncode == 0, first.stderr
+    shards = sorted(tmp_path.glob("samples-*-of-00003.npz"))
+    contents = [np.load(path)["samples"] for path in shards]
+    assert [len(c) for c in contents] == [1000, 1000, 100]
+    assert Image.open(tmp_path / "trajectory.gif").n_frames == 2
+    shards[1].unlink()
+    again = run("sample.py", *args, cwd=trained)
+    assert "1,100 of 2,100 images are there already" in again.stdout
+    for path, content in zip(shards, contents, strict=True):
+        np.testing.assert_array_equal(np.load(path)["samples"], content)
+    some = run("sample.py", "--steps=1", "--seeds=1500,3", "--png", f"--out={tmp_path / 'some'}", cwd=trained)
+    assert some.returncode == 0, some.stderr
+    chosen = np.load(tmp_path / "some" / "samples.npz")["samples"].astype(int)
+    assert np.abs(chosen - np.stack([contents[1][500], contents[0][3]])).max() <= 1
+    assert sorted(path.name for path in (tmp_path / "some" / "png").iterdir()) == ["000003.png", "001500.png"]
+    other = run("sample.py", "--steps=2", *args[1:], cwd=trained)
+    assert "holds images of another job" in error_line(other)
+
+
+def test_analytic_dpm_estimates_its_variances_once(trained):
+    args = ("--sampler=analytic_dpm", "--steps=2", "--num=2")
+    first, second = (run("sample.py", *args, cwd=trained) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert "estimating" in first.stdout
+    assert "estimating" not in second.stdout
+    known = json.loads((trained / "runs" / "digits" / "analytic_gamma.json").read_text())["12"]
+    assert all(0 <= gamma <= 2 for gamma in known.values())
+
+
+def test_a_model_with_classes_is_guided(tmp_path):
+    result = train(tmp_path, "--config.train.num_steps=3", "--config.model.num_classes=10")
+    assert result.returncode == 0, result.stderr
+    drawn = {}
+    for name, args in (("free", ()), ("guided", ("--guidance_scale=3",)), ("one", ("--guidance_scale=1.0",))):
+        shared = ("--steps=3", "--num=4", "--labels=3,7", f"--out={name}")
+        result = run("sample.py", *shared, *args, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        drawn[name] = np.load(tmp_path / name / "samples.npz")
+    np.testing.assert_array_equal(drawn["free"]["labels"], [3, 7, 3, 7])
+    np.testing.assert_array_equal(drawn["free"]["samples"], drawn["one"]["samples"])
+    wrong = run("sample.py", "--labels=10", cwd=tmp_path)
+    assert "numbered 0..9" in error_line(wrong)
 
 
 def test_ctrl_c_saves_and_the_same_command_resumes_there(tmp_path):
@@ -185,10 +241,22 @@ MISTAKES = [
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=dimm"], "did you mean 'ddim'"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--tau=unifrom"], "did you mean 'uniform'"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--tau=explicit:10,20"], "not strictly descending"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=ddpm", "--eta=1"], "ddpm has none"),
+    (
+        "sample.py",
+        ["--workdir=$TRAINED/runs/digits", "--sampler=ddpm", "--eta=1"],
+        "ddpm has no option 'eta'; did you mean|ddpm has no option 'eta'",
+    ),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--num=0"], "num=0"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--clip=yes"], "valid: keep_eps, none, recompute"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--out=$FILE/x"], "Not a directory"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=dpm_solver_pp:ordr=3"], "did you mean 'order'"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=unipc:order=7"], r"order is 7; .* 1\.\.4"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=unipc:order=x"], "unipc:order is 'x'; write a number"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=unipc:order"], "has no value"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--guidance_scale=2"], "no classes"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--labels=3"], "no classes"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--dynamic_threshold=2"], "dynamic_threshold is 2"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--seeds=5-1"], "seeds are '5-1'"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "extra"], "unexpected argument 'extra'"),
     ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--num=3"], "num=3"),
 ]

@@ -14,7 +14,6 @@ SOLVERS: dict[str, Callable[..., SamplerTable]] = {
     "ddim": ddim,
     "ddpm": ddpm,
     "sigma_hat": sigma_hat,
-    "analytic_dpm": analytic_dpm,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "dpm_solver": dpm_solver,
@@ -30,8 +29,13 @@ SOLVERS: dict[str, Callable[..., SamplerTable]] = {
     "edm": edm,
     "consistency": consistency,
 }
+"""Solvers that need nothing but a schedule and a grid; options have defaults."""
+
+ESTIMATED_SOLVERS: dict[str, Callable[..., SamplerTable]] = {"analytic_dpm": analytic_dpm}
+"""Solvers that also need gamma, which `diffusion.analytic` estimates from a network and its data."""
 
 __all__ = [
+    "ESTIMATED_SOLVERS",
     "SOLVERS",
     "SamplerTable",
     "analytic_dpm",

@@ -124,7 +124,8 @@ def plms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool =
 
     PNDM, arXiv:2202.09778. The first step is made with eps_0, then made again with the mean of eps_0 and the eps found
     at its end, which enters no later step. So S + 1 calls; 1 where S = 1, as the network cannot be called at t = 0.
-    order=2 is the paper's S-PNDM.
+    order=2 is the paper's S-PNDM. The first step weighs a difference of evaluations by about a_s / (2 a_t), large where
+    tau[0] has next to no signal (cosine at T: a = 5e-5); start tau lower there.
 
     Args:
       schedule: the noise schedule.
@@ -154,7 +155,9 @@ def pndm(schedule: NoiseSchedule, tau, lower_order_final: bool = False) -> Sampl
     """F-PNDM (arXiv:2202.09778): three pseudo Runge-Kutta steps of 4 calls, then `ipndm` of order 4.
 
     S + 9 calls. For S < 4 the last step is a multistep one all the same, as a Runge-Kutta step would call the network
-    at t = 0: 1, 5 and 9 calls for S = 1, 2 and 3. Half a step is half of the time t, so t need not be whole.
+    at t = 0: 1, 5 and 9 calls for S = 1, 2 and 3. Half a step is half of the time t, so t need not be whole. The first
+    step weighs differences of evaluations by about a_s / a_t: with next to no signal at tau[0] (cosine at T: a = 5e-5)
+    it diverges, as published; start tau lower there.
 
     Args:
       schedule: the noise schedule.

@@ -22,7 +22,8 @@ def heun(schedule: NoiseSchedule, tau) -> SamplerTable:
     """EDM's deterministic sampler (arXiv:2206.00364, Algorithm 1): Heun steps in sigma = n / a, the last one Euler.
 
     2 S - 1 calls: the first of a step makes it with eps_t, the second, at its end, corrects it to the mean of both eps.
-    The last step returns D.
+    The last step returns D. The correction weighs a difference of evaluations by about a_s / (2 a_t), large where
+    tau[0] has next to no signal (cosine at T: a = 5e-5); start tau lower there.
 
     Args:
       schedule: the noise schedule.
