@@ -1,6 +1,6 @@
 """Fast sampling of diffusion models in JAX: train an eps-network once, then sample it in 25, 10 or 5 steps."""
 
-from diffusion import gaussian, schedules, solvers, timesteps
+from diffusion import editing, gaussian, schedules, solvers, timesteps
 from diffusion.errors import InputError
 from diffusion.sampling import Trajectory, sample
 from diffusion.schedules import NoiseSchedule
@@ -13,6 +13,7 @@ __all__ = [
     "NoiseSchedule",
     "SamplerTable",
     "Trajectory",
+    "editing",
     "gaussian",
     "sample",
     "schedules",

@@ -137,6 +137,18 @@ def explicit(schedule: NoiseSchedule, seq: Sequence[float]) -> Tau:
     return _descending(schedule, tau.astype(np.int64) if np.all(tau == np.round(tau)) else tau.astype(np.float64))
 
 
+def below(schedule: NoiseSchedule, tau: Tau, start: float) -> Tau:
+    """The part of a grid at or below a start time, for sampling from a noised image.
+
+    Raises:
+      InputError: no time of the grid but 0 is left.
+    """
+    tau = check(schedule, tau)
+    if not tau[-2] <= start <= schedule.num_timesteps:
+        raise InputError(f"start is {start}; it must lie in {tau[-2]}..{schedule.num_timesteps}, the grid's own range")
+    return tau[tau <= start]
+
+
 GRIDS: dict[str, Callable[[NoiseSchedule, int], Tau]] = {
     "uniform": uniform,
     "strided": strided,

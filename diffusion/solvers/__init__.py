@@ -5,6 +5,7 @@ from collections.abc import Callable
 from diffusion.solvers.adams import deis, ipndm, lms, plms, pndm
 from diffusion.solvers.ancestral import analytic_dpm, consistency, euler, euler_ancestral, sigma_hat
 from diffusion.solvers.ddim import ddim, ddpm
+from diffusion.solvers.differentiable import differentiable
 from diffusion.solvers.exponential import dpm_solver_pp, unipc
 from diffusion.solvers.heun import edm, heun
 from diffusion.solvers.singlestep import dpm_solver, dpm_solver_pp_singlestep
@@ -43,6 +44,7 @@ __all__ = [
     "ddim",
     "ddpm",
     "deis",
+    "differentiable",
     "dpm_solver",
     "dpm_solver_pp",
     "dpm_solver_pp_singlestep",

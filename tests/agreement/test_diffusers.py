@@ -5,6 +5,8 @@ the solvers is compared. Where a scheduler steps in sigma = noise / signal at fr
 times of its sigmas. What differs on purpose stands in test_diffusers_differences.py.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,8 @@ from diffusion.solvers.ancestral import consistency, euler, euler_ancestral
 from diffusion.solvers.exponential import dpm_solver_pp, unipc
 from diffusion.solvers.heun import heun
 from diffusion.solvers.singlestep import dpm_solver, dpm_solver_pp_singlestep
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 STEPS = (1, 2, 5, 7, 10, 25)
 DIVISORS = (1, 2, 5, 10, 25)  # where T // S is the distance of neighbours on every grid that diffusers has
@@ -139,7 +143,7 @@ def test_ddim_from_zero_signal_agrees_with_diffusers():
 @pytest.mark.parametrize(("spacing", "counts"), [("leading", STEPS), ("trailing", DIVISORS)])
 @every_schedule
 def test_reversed_ddim_agrees_with_diffusers_inverse(name, spacing, counts):
-    """From clean images at t = 0, where alpha_bar = 1, which is their timestep -1; both ask the network at the new t."""
+    """From clean images at our t = 0, their timestep -1, with alpha_bar = 1; both ask the network at the new t."""
     schedule = SCHEDULES[name]
     for steps in counts:
         theirs = library("DDIMInverse", name, steps, timestep_spacing=spacing, clip_sample=False)
@@ -431,12 +435,10 @@ def test_ipndm_agrees_with_diffusers():
         tau = timesteps.uniform(schedule, steps)
         scheduler = diffusers.IPNDMScheduler(trained_betas=schedule.at(tau)[1])
         scheduler.set_timesteps(steps)
-        times = iter(tau[:-1])
+        clock = partial(lambda times, *_: next(times), iter(tau[:-1]))
         agree(
             table_path(ipndm(schedule, tau), network(schedule), start()),
-            library_path(
-                scheduler, schedule, network(schedule), start(), clock=lambda *_: next(times), output="v_prediction"
-            ),
+            library_path(scheduler, schedule, network(schedule), start(), clock=clock, output="v_prediction"),
         )
 
 
