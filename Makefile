@@ -1,11 +1,12 @@
-# Every target sets up what it needs in .venv. PYTHON chooses the interpreter, EXTRAS what is installed besides.
+# Every target sets up what it needs in .venv. PYTHON chooses the interpreter, EXTRAS adds
+# packages, as in: make demo EXTRAS="jax[cuda12]"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint format bench clean
 
-# Install, train the digits, draw 64 of them in 25 steps, and measure them.
+# Install, train the digits, and draw 64 of them in 25 steps.
 demo: $(VENV)/.installed
 	$(BIN)/python train.py
 	$(BIN)/python sample.py --steps=25
@@ -32,9 +33,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . $(EXTRAS)
 	@touch $@
 
 $(VENV)/.installed-%: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]" $(EXTRAS)
 	@touch $@

@@ -5,6 +5,7 @@ ids) and sampling.json (all that is needed to repeat them) into --out. A large j
 command goes on where it was killed.
 """
 
+import hashlib
 import re
 import time
 from pathlib import Path
@@ -78,11 +79,13 @@ def _draw(run, job, mesh):
 
 def _label(run):
     """A folder name for these options."""
-    parts = [run.sampler, f"{run.steps}steps", run.tau, f"seed{run.seed}"]
+    parts = [run.sampler, f"{len(run.table.tau) - 1}steps", run.tau, f"seed{run.seed}"]
     parts[1:1] = [] if flags.FLAGS.eta is None else [f"eta{flags.FLAGS.eta:g}"]
     if run.options["guidance_scale"] != 1:
         parts.append(f"guidance{run.options['guidance_scale']:g}")
-    return re.sub(r"[^\w.=-]+", "-", "-".join(parts))
+    label = re.sub(r"[^\w.=-]+", "-", "-".join(parts))
+    # A long list of timesteps makes no file name.
+    return label if len(label) <= 120 else f"{label[:100]}-{hashlib.sha256(label.encode()).hexdigest()[:12]}"
 
 
 def _notes(run):

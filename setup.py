@@ -35,5 +35,7 @@ setup(
     extras_require={
         "test": ["pytest>=8.0", "scipy>=1.13"],
         "dev": ["ruff>=0.14", "pre-commit>=4.0"],
+        # The live comparison in tests/agreement; install torch alone and first, a CPU build is enough.
+        "reference": ["torch>=2.13,<2.14", "diffusers>=0.42,<0.43"],
     },
 )

@@ -4,6 +4,7 @@ The run folder (runs/<config name>, or --workdir) gets config.json, checkpoints,
 sample grids. The same command resumes an interrupted run.
 """
 
+import shlex
 from pathlib import Path
 
 import jax
@@ -12,10 +13,11 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from diffusion import cli, devices, experiment, files
+from diffusion import cli, denoiser, devices, experiment, files
 from diffusion.data import batch_indices
-from diffusion.errors import InputError
+from diffusion.errors import InputError, require_range
 from diffusion.generate import generate
+from diffusion.sampling import check_prediction
 from diffusion.training import checkpoints, run_folder
 from diffusion.training.loop import Plan, train
 from diffusion.training.recorder import Recorder
@@ -34,27 +36,37 @@ def main() -> int:
     folder = run_folder.RunFolder(_WORKDIR.value or Path("runs", name))
 
     # Everything that can be wrong with the config is found before anything is written.
-    plan = Plan(*(config.train[k] for k in ("num_steps", "batch_size", "log_every", "save_every", "grid_every")))
-    schedule = experiment.make_schedule(config.schedule)
-    s = config.sample
-    table = experiment.make_table(schedule, s.sampler, s.steps, s.tau)
+    options = config.train
+    plan = Plan(*(options[k] for k in ("num_steps", "batch_size", "log_every", "save_every", "grid_every")))
+    require_range("config.seed", config.seed, 0, 2**32 - 1)
+    require_range("config.sample.num", config.sample.num, 1)
+    require_range("config.train.keep", options.keep, 1)
+    require_range("config.train.ema_decay", options.ema_decay, 0, 1, open_ends="high")
+    require_range("config.train.label_dropout", options.label_dropout, 0, 1, open_ends="high")
     rate = experiment.learning_rate(config.optimizer, plan.num_steps)
     optimizer = experiment.make_optimizer(config.optimizer, rate)
+    schedule = experiment.make_schedule(config.schedule)
+    table = experiment.make_table(schedule, config.sample.sampler, config.sample.steps, config.sample.tau)
+    denoiser.check_options(options.prediction, denoiser.Options(config.sample.clip))
+    check_prediction(table, options.prediction)
     data = experiment.load_data(config.data)
     model = experiment.make_model(config, data.images.shape[1:])
     if model.num_classes and len(data.class_names) != model.num_classes:
         raise InputError(
             f"config.model.num_classes is {model.num_classes}; the data has {len(data.class_names)} classes"
         )
-    if not 0 <= config.train.label_dropout < 1:
-        raise InputError(f"config.train.label_dropout is {config.train.label_dropout}; it must lie in 0..1, below 1")
+    with folder.locked():
+        return run(config, folder, plan, table, optimizer, rate, data, model)
+
+
+def run(config, folder, plan, table, optimizer, rate, data, model) -> int:
+    """Starts or resumes the run; returns the exit code."""
     metadata = {
         "config": config.to_dict(),
         "image_shape": model.image_shape,
         "num_examples": len(data.images),
         "class_names": data.class_names,
     }
-
     mesh = devices.data_mesh(plan.batch_size)
     key = jax.random.key(config.seed)
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
@@ -62,7 +74,7 @@ def main() -> int:
     train_step = make_train_step(
         model.apply_fn,
         optimizer,
-        schedule,
+        model.schedule,
         mesh,
         jax.random.fold_in(key, 1),
         ema_decay=config.train.ema_decay,
@@ -77,7 +89,7 @@ def main() -> int:
         run_folder.check_resumable(checkpoints.metadata(folder.checkpoints, start), metadata, folder)
         state = checkpoints.load_state(folder.checkpoints, start, state)
     if (start or 0) >= plan.num_steps:
-        print(f"{folder.path} is already trained to step {start:,}; raise config.train.num_steps to go on")
+        print(f"{folder.path} is trained to step {start:,}, and config.train.num_steps asks for {plan.num_steps:,}")
         return 0
 
     count = sum(p.size for p in jax.tree.leaves(state.params))
@@ -90,9 +102,8 @@ def main() -> int:
         return jax.device_put(data.images[chosen], split), labels
 
     def draw_grid(state):
-        classes = range(model.num_classes)
-        shared = {"seed": config.seed, "labels": classes, "mesh": mesh, "clip": s.clip}
-        drawn = generate(model, state.ema_params, table, range(s.num), **shared)
+        shared = {"seed": config.seed, "labels": range(model.num_classes), "mesh": mesh, "clip": config.sample.clip}
+        drawn = generate(model, state.ema_params, table, range(config.sample.num), **shared)
         grid = files.grid(np.concatenate(list(drawn)))
         files.write_png(folder.grids / f"step_{int(state.step):08d}.png", grid)
         recorder.image("samples", grid, int(state.step))
@@ -104,7 +115,8 @@ def main() -> int:
     if not finished:
         print(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
         return cli.INTERRUPTED
-    print(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={folder.path}")
+    workdir = shlex.quote(str(folder.path))
+    print(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={workdir}")
     return 0
 
 

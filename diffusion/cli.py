@@ -16,10 +16,10 @@ from diffusion.errors import InputError, nearest
 USER_ERROR = 2
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 
-# What a full disk, a missing permission or a file in a folder's place looks like.
-_DISK_ERRORS = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG")
+_FULL = ("ENOSPC", "EDQUOT", "EFBIG")
+_NO_PLACE = ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENOENT", "ENAMETOOLONG", "ELOOP")
+_REMEDIES = {getattr(errno, name): "free some space and start again with the same command" for name in _FULL} | {
+    getattr(errno, name): "name a folder that can be written with --workdir or --out" for name in _NO_PLACE
 }
 
 
@@ -48,10 +48,10 @@ def _guarded(main):
     except InputError as error:
         fail(error)
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in _REMEDIES:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        fail(f"{place}{error.strerror}; free some space or name another folder with --workdir or --out")
+        fail(f"{place}{error.strerror}; {_REMEDIES[error.errno]}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -85,10 +85,12 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
             chosen.append(value)
         else:
             others.append(arg)
+    # Of a field given twice the last counts; ml_collections would join tuples.
+    others = list({arg.partition("=")[0] if arg.startswith("--config.") else arg: arg for arg in others}.values())
     path = Path(chosen[-1].partition(":")[0])  # what follows a colon goes to get_config
     if not path.is_file():
         own = sorted(str(p) for p in Path(default_config).parent.glob("*.py") if p.stem not in ("__init__", "default"))
-        fail(f"config file {str(path)!r} does not exist; {nearest(str(path), own)}")
+        fail(f"{str(path)!r} is no config file; {nearest(str(path), own)}")
     sys.argv[:] = [program, f"--config={chosen[-1]}", *others]  # config_flags reads sys.argv itself
     return list(sys.argv)
 
@@ -100,9 +102,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         modules = flags.FLAGS.flags_by_module_dict()
         ours = [f.name for module in modules if module == argv[0] or "diffusion" in module for f in modules[module]]
-        fail(f"there is no flag --{error.flagname}; {nearest(error.flagname, ours)}")
+        fields = ", and --config.FIELD" if "config" in ours else ""
+        fail(f"there is no flag --{error.flagname}; {nearest(error.flagname, ours)}{fields}")
     except flags.Error as error:
-        fail(f"{error}; --help lists all flags")
+        fail(f"{str(error).strip().splitlines()[-1]}; --help lists all flags")
     except (KeyError, AttributeError) as error:
         # A misspelt config field; the same exceptions out of a config file are a bug there and keep their traceback.
         name = re.search(r"\w+", str(error))[0]

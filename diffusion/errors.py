@@ -1,6 +1,7 @@
 """The one exception for what a user can put right."""
 
 import difflib
+import math
 import numbers
 from collections.abc import Iterable
 
@@ -10,6 +11,26 @@ class InputError(ValueError):
 
     The message is one line: what was given, what is allowed, what to do. Entry points print it and exit with code 2.
     """
+
+
+def require_range(name: str, value: float, low: float, high: float = math.inf, *, open_ends: str = "") -> None:
+    """Raises InputError unless low <= value <= high; NaN never is.
+
+    Args:
+      name: what to call it, for example "config.optimizer.b1".
+      value: a number.
+      low, high: the range.
+      open_ends: "low", "high" or both, where the end itself is not allowed.
+    """
+    inside = isinstance(value, numbers.Real) and low <= value <= high
+    if inside and not ("low" in open_ends and value == low) and not ("high" in open_ends and value == high):
+        return
+    if high == math.inf:
+        allowed = f"above {low:g}" if "low" in open_ends else f"at least {low:g}"
+    else:
+        excluded = [f"without {end:g}" for end, word in ((low, "low"), (high, "high")) if word in open_ends]
+        allowed = ", ".join([f"in {low:g}..{high:g}", *excluded])
+    raise InputError(f"{name} is {value}; it must be {allowed}")
 
 
 def is_whole(value: object) -> bool:

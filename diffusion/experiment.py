@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from diffusion import data, schedules, solvers, timesteps
-from diffusion.errors import InputError, nearest
+from diffusion.errors import InputError, nearest, require_range
 from diffusion.losses import TARGETS
 from diffusion.models import UNet, as_apply_fn
 from diffusion.schedules import NoiseSchedule
@@ -89,6 +89,10 @@ def make_model(config: ConfigDict, image_shape: tuple[int, int, int]) -> Model:
         return module.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
 
     jax.eval_shape(init, jax.random.key(0))  # raises what is wrong with the fields before anything is computed
+    if module.out_channels not in (0, image_shape[-1]):
+        raise InputError(
+            f"config.model.out_channels is {module.out_channels}; images have {image_shape[-1]} channels, set 0 or that"
+        )
     return Model(
         schedule=make_schedule(config.schedule),
         prediction=config.train.prediction,
@@ -108,11 +112,8 @@ def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
     """step -> learning rate: linear warm-up, then constant, or a cosine to 0 at num_steps; config.optimizer."""
     if config.decay not in ("constant", "cosine"):
         raise InputError(f"config.optimizer.decay is {config.decay!r}; {nearest(config.decay, ('constant', 'cosine'))}")
-    if config.warmup_steps < 0 or config.learning_rate <= 0 or config.clip_norm <= 0:
-        raise InputError(
-            f"config.optimizer has learning_rate {config.learning_rate}, warmup_steps {config.warmup_steps}, clip_norm "
-            f"{config.clip_norm}; the first and the last must be above 0, warmup_steps at least 0"
-        )
+    require_range("config.optimizer.learning_rate", config.learning_rate, 0, open_ends="low")
+    require_range("config.optimizer.warmup_steps", config.warmup_steps, 0)
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     if config.decay == "constant":
         after = optax.constant_schedule(config.learning_rate)
@@ -124,6 +125,9 @@ def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
 
 def make_optimizer(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
     """Adam with clipping of the whole gradient; config.optimizer."""
+    require_range("config.optimizer.clip_norm", config.clip_norm, 0, open_ends="low")
+    require_range("config.optimizer.b1", config.b1, 0, 1, open_ends="high")
+    require_range("config.optimizer.b2", config.b2, 0, 1, open_ends="high")
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(rate, b1=config.b1, b2=config.b2))
 
 

@@ -45,9 +45,9 @@ def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
 
 
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Pixels in [-1, 1] to the nearest of 0..255; values outside are cut off. NaN becomes 0."""
+    """Pixels in [-1, 1] to the nearest of 0..255; values outside are cut off."""
     scaled = np.round((np.asarray(images, np.float32) + 1) * 127.5)
-    return np.nan_to_num(np.clip(scaled, 0, 255)).astype(np.uint8)
+    return np.clip(scaled, 0, 255).astype(np.uint8)
 
 
 def grid(images: UInt8[np.ndarray, "N H W C"], *, columns: int = 0, min_height: int = 64) -> UInt8[np.ndarray, "H W C"]:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 
+from diffusion.errors import InputError
 from diffusion.experiment import Model
 from diffusion.files import to_uint8
 from diffusion.sampling import sample
@@ -53,7 +54,11 @@ def generate(
         padded = np.pad(batch, (0, size - len(batch)), mode="edge")
         placed = jax.device_put({"sample_ids": padded, **_classes(model, padded, labels)}, split)
         images = _sample(model, params, table, key, **placed, **options)
-        yield to_uint8(images)[: len(batch)]
+        images = np.asarray(images)[: len(batch)]
+        bad = ~np.isfinite(images).all(axis=(1, 2, 3))
+        if bad.any():
+            raise InputError(f"image {batch[bad][0]} is not finite: the weights diverged, or {table.name} on this grid")
+        yield to_uint8(images)
 
 
 def trajectory(

@@ -70,5 +70,8 @@ def simple_loss(
     uniforms = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0)))(keys)
     eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1), x_0.shape[1:], x_0.dtype))(keys)
     t = stratified_timesteps(uniforms, index, batch_size, schedule.num_timesteps)
-    error = network(q_sample(schedule, x_0, t, eps), t, cond) - TARGETS[prediction](schedule, x_0, t, eps)
+    output = network(q_sample(schedule, x_0, t, eps), t, cond)
+    if output.shape != x_0.shape:
+        raise InputError(f"the network returned shape {output.shape} for images of shape {x_0.shape}; they must agree")
+    error = output - TARGETS[prediction](schedule, x_0, t, eps)
     return jnp.mean(jnp.square(error), axis=tuple(range(1, x_0.ndim)))

@@ -141,14 +141,19 @@ def _check_conditions(num_samples, cond, null_cond, guided):
             )
 
 
-def _stages(table, prediction):
-    """The table in the form the scan reads, for one kind of prediction."""
+def check_prediction(table: SamplerTable, prediction: str) -> None:
+    """Raises InputError if the prediction says nothing about x_0 at the table's first time."""
     needs_signal = prediction in ("eps", "edm")
     if needs_signal and _is_concrete(table.signal) and not np.all(np.asarray(table.signal) > 0):
         raise InputError(
             f"{table.name} starts at zero signal, where {prediction} says nothing about x_0; use a v, x0 or flow "
             "model, or start lower"
         )
+
+
+def _stages(table, prediction):
+    """The table in the form the scan reads, for one kind of prediction."""
+    check_prediction(table, prediction)
     reading = PREDICTIONS[prediction](table.t, table.signal, table.noise)
     return _Stage(np.arange(table.nfe), table.signal, reading, table.update, table.log_variance, None)
 

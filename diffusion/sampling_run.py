@@ -13,6 +13,7 @@ from diffusion.denoiser import CLIPS, GUIDANCE_RULES, Options, check_options
 from diffusion.errors import InputError
 from diffusion.experiment import Trained, load_data, load_trained, make_table, make_tau
 from diffusion.generate import generate, trajectory
+from diffusion.sampling import check_prediction
 from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS, SamplerTable
 from diffusion.timesteps import GRIDS
 from diffusion.training import run_folder
@@ -52,7 +53,7 @@ class SamplingRun(NamedTuple):
             "sampler": self.sampler,
             "table": self.table.name,
             "grid": self.tau,
-            "steps": self.steps,
+            "steps": len(self.table.tau) - 1,
             "tau": self.table.tau.tolist(),
             "nfe": self.table.nfe,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()},
@@ -113,6 +114,8 @@ def open_run() -> SamplingRun:
     folder = run_folder.existing(given.workdir) if given.workdir else run_folder.newest("runs")
     trained = load_trained(folder)
     config, schedule = trained.config.sample, trained.model.schedule
+    if given.steps is not None and ":" in (given.tau or config.tau):
+        raise InputError(f"tau {given.tau or config.tau} has its own number of steps; leave out --steps")
     sampler, steps, tau, clip = (
         config[name] if given[name].value is None else given[name].value for name in ("sampler", "steps", "tau", "clip")
     )
@@ -124,6 +127,7 @@ def open_run() -> SamplingRun:
         gamma = analytic.cached_gamma(folder.path, trained, images, grid)
         options |= {"gamma": gamma, "max_cov": 1.0}
     table = make_table(schedule, sampler, steps, tau, **options)
+    check_prediction(table, trained.model.prediction)
     guidance = {
         "clip": clip,
         "dynamic_threshold": given.dynamic_threshold,

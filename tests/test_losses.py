@@ -70,7 +70,8 @@ def test_the_exact_predictor_has_no_loss(prediction):
 
     def knows_x0(x_t, t, cond):
         eps = gaussian.predict_eps(LINEAR, x_t, t, cond)
-        return {"eps": eps, "x0": cond, "v": gaussian.velocity(LINEAR, cond, t, eps)}[prediction]
+        v = gaussian.velocity(LINEAR, cond, t, eps)
+        return {"eps": eps, "x0": cond, "v": v, "flow": eps - cond}[prediction]
 
     run = jax.jit(lambda x, keys: simple_loss(knows_x0, LINEAR, x, x, keys, jnp.arange(32), 32, prediction))
     loss = run(x_0, batch_keys(32))

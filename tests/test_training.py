@@ -17,7 +17,7 @@ from diffusion.errors import InputError
 from diffusion.losses import simple_loss
 from diffusion.training import checkpoints, run_folder
 from diffusion.training.loop import StopRequest
-from diffusion.training.recorder import Recorder
+from diffusion.training.recorder import COLUMNS, Recorder
 from diffusion.training.step import ema_decay_at, init_state, make_train_step
 
 SCHEDULE = schedules.linear(100)
@@ -214,9 +214,43 @@ def test_metrics_after_the_step_resumed_from_are_written_again(tmp_path):
 def test_metrics_of_something_else_are_not_overwritten(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="other columns"):
+    with pytest.raises(InputError, match="its columns are not"):
         Recorder(path, 0)
     assert path.read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize("line", ["x,1,1,1,1,1", "5,1,1,1,1,1,1", "5,1,1,1,1,much", "5,1\n6,1,1,1,1,1", "\x00,1"])
+def test_a_damaged_record_of_metrics_is_refused_and_kept(tmp_path, line):
+    path = tmp_path / "metrics.csv"
+    path.write_text(",".join(COLUMNS) + f"\n{line}\n1,1,1,1,1,1\n")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="is not a record of this program"):
+        Recorder(path, 10)
+    assert path.read_bytes() == before
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    folder = run_folder.RunFolder(tmp_path / "run")
+    with folder.locked(), pytest.raises(InputError, match="another process is training"), folder.locked():
+        pass
+    with folder.locked():
+        pass
+
+
+def test_the_length_of_a_run_is_fixed_where_it_shapes_the_learning_rate():
+    def metadata(decay, num_steps):
+        return {"config": {"optimizer": {"decay": decay}, "train": {"num_steps": num_steps}}}
+
+    folder = run_folder.RunFolder("somewhere")
+    run_folder.check_resumable(metadata("constant", 5), metadata("constant", 9), folder)
+    with pytest.raises(InputError, match="num_steps is 9, the run has 5"):
+        run_folder.check_resumable(metadata("cosine", 5), metadata("cosine", 9), folder)
+
+
+def test_a_step_folder_that_is_no_checkpoint_is_named_before_training(tmp_path):
+    (tmp_path / "50").mkdir()
+    with pytest.raises(InputError, match="50 is no complete checkpoint; delete it"):
+        checkpoints.CheckpointWriter(tmp_path, keep=1)
 
 
 def test_the_first_signal_is_a_request_and_the_second_interrupts():

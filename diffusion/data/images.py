@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -144,5 +145,5 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a damaged file makes the decoders raise nearly anything
-        reason = " ".join(str(error).split())
+        reason = " ".join(re.sub(r"<.*?>", "", str(error)).split())  # without the repr of a buffer
         raise InputError(f"image {name} cannot be read ({reason}); replace or remove it") from error

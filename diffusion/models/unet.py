@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from diffusion.errors import InputError
+from diffusion.errors import InputError, require_range
 from diffusion.models.layers import (
     INIT,
     ZERO,
@@ -110,8 +110,9 @@ class UNet(nn.Module):
         for name, least in (("num_blocks", 0), ("num_heads", 1), ("num_classes", 0), ("out_channels", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"model.{name} is {getattr(self, name)}; it must be at least {least}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"model.dropout is {self.dropout}; it must lie in 0..1, below 1")
+        require_range("model.dropout", self.dropout, 0, 1, open_ends="high")
+        if not all(isinstance(resolution, int) for resolution in self.attention_resolutions):
+            raise InputError(f"model.attention_resolutions are {self.attention_resolutions}; give image heights, or 0")
         for features in (self.width * m for m in self.multipliers):
             if features % num_groups(features) or features % self.num_heads:
                 raise InputError(

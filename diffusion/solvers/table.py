@@ -113,9 +113,9 @@ def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> S
         if not np.all(np.isfinite(array)):
             stage = int(np.argwhere(~np.isfinite(array))[0][0])
             raise InputError(f"{name}: {label} is not finite at stage {stage}; this solver cannot take this grid")
-    stages, registers, columns = arrays[-1].shape
-    assert columns == registers + 2
-    assert all(a.shape == (stages,) for a in arrays[1:4])
+    stages, registers, columns = arrays[-1].shape if arrays[-1].ndim == 3 else (0, 0, 0)
+    if columns != registers + 2 or any(a.shape != (stages,) for a in arrays[1:4]):
+        raise InputError(f"{name}: update has shape {arrays[-1].shape}, t {arrays[1].shape}; want (stages, R, R + 2)")
     return SamplerTable(*arrays, name=name, log_variance=log_variance)
 
 

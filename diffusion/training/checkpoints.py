@@ -6,6 +6,7 @@ The config travels in the checkpoint's metadata, so that both are committed by t
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,9 +26,11 @@ class CheckpointWriter:
     """Saves the train state in the background and keeps the newest `keep`. Leaving the context waits for it."""
 
     def __init__(self, folder: str | os.PathLike, keep: int):
-        if keep < 1:
-            raise InputError(f"config.train.keep is {keep}; at least 1 checkpoint must be kept")
         self._folder = Path(folder).absolute()
+        complete = steps(folder)
+        for path in self._folder.glob("*"):
+            if path.name.isdigit() and int(path.name) not in complete:
+                raise InputError(f"{path} is no complete checkpoint; delete it and start again with the same command")
         self._pending = None
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
@@ -87,6 +90,12 @@ class CheckpointWriter:
         ) from error
 
 
+def newest_commit(folder: str | os.PathLike) -> float:
+    """When the newest complete checkpoint was written, in seconds since the epoch; -inf if there is none."""
+    saved = steps(folder)
+    return (Path(folder) / str(saved[-1]) / _METADATA).stat().st_mtime if saved else -math.inf
+
+
 def steps(folder: str | os.PathLike) -> list[int]:
     """The steps of all complete checkpoints in a folder, ascending."""
     return sorted(int(path.parent.name) for path in Path(folder).glob(f"*/{_METADATA}") if path.parent.name.isdigit())
@@ -131,16 +140,18 @@ def load_state(folder: str | os.PathLike, step: int, like: TrainState) -> TrainS
 def _load(folder, step, items):
     path = Path(folder).absolute() / str(step)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items)
+    remedy = "it is damaged; delete it to use the one before"
     try:
-        stored = ocp.checkpointables_metadata(path).metadata
-        _check_same(path, _leaves(stored["ema"]), _leaves(abstract["ema"]))
+        stored = (ocp.checkpointables_metadata(path).metadata or {}).get("ema")
+        if not stored:
+            raise InputError(f"checkpoint {path} has no readable list of its weights; {remedy}")
+        _check_same(path, _leaves(stored), _leaves(abstract["ema"]))
         return ocp.load_checkpointables(path, abstract)
     except InputError:
         raise
     except Exception as error:  # orbax raises errors of many kinds for a damaged file, tensorstore's own among them
-        cause = _first_line(error.__cause__ or error)
         raise InputError(
-            f"checkpoint {path} cannot be loaded ({cause}); if it is damaged, delete it to use the one before"
+            f"checkpoint {path} cannot be loaded ({_first_line(error.__cause__ or error)}); {remedy}"
         ) from error
 
 

@@ -45,7 +45,9 @@ class StopRequest:
         self.received = False
 
     def __enter__(self):
-        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        # What a shell starts in the background ignores Ctrl-C; leave that as it is.
+        heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._receive) for s in heard}
         return self
 
     def __exit__(self, *_):
@@ -107,7 +109,7 @@ def train(
             if step % plan.log_every == 0 or last:
                 _log(meter, step, plan, float(learning_rate(step - 1)), recorder, progress)
             if step % plan.save_every == 0 or last:
-                _require_finite(float(metrics.loss), step)
+                _require_finite(metrics, step)
                 writer.save(step, state, metadata)
             if step % plan.grid_every == 0 or step == plan.num_steps:
                 with meter.paused():
@@ -143,10 +145,10 @@ class _Meter:
         self._mark += time.monotonic() - before
 
     def take(self) -> tuple[Metrics, float, float]:
-        """(mean metrics, steps a second, seconds) since the last call; the rate is NaN if only step 1 was made."""
+        """(mean metrics, steps a second, seconds) since the last call; the rate is 0 after the first step alone."""
         mean = Metrics(*(sum(map(float, values)) / len(values) for values in zip(*self._metrics, strict=True)))
         seconds = self.elapsed()
-        rate = self._timed / seconds if self._timed else math.nan
+        rate = self._timed / seconds if self._timed else 0.0
         self._metrics.clear()
         self.restart_clock()
         return mean, rate, seconds
@@ -155,7 +157,7 @@ class _Meter:
 def _log(meter, step, plan, learning_rate, recorder, progress):
     """One line on the terminal and one row on disk."""
     mean, rate, seconds = meter.take()
-    _require_finite(mean.loss, step)
+    _require_finite(mean, step)
     recorder.scalars(step, mean.loss, mean.grad_norm, learning_rate, rate * plan.batch_size, seconds)
     left = tqdm.format_interval((plan.num_steps - step) / rate) if rate > 0 else "?"
     progress.write(
@@ -164,9 +166,11 @@ def _log(meter, step, plan, learning_rate, recorder, progress):
     )
 
 
-def _require_finite(loss, step):
-    if not math.isfinite(loss):
+def _require_finite(metrics, step):
+    """A finite loss belongs to the weights before the step, a finite gradient to those after it."""
+    loss, grad_norm = map(float, metrics)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise InputError(
-            f"the loss is {loss} at step {step}; the checkpoints before it are whole. Lower "
+            f"the loss is {loss}, the gradient {grad_norm} at step {step}; earlier checkpoints are whole. Lower "
             "config.optimizer.learning_rate and start in a new --workdir, or resume to try again from the last one"
         )

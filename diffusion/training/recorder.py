@@ -1,7 +1,6 @@
 """Metrics on disk: metrics.csv, which is the record, and TensorBoard events for looking at."""
 
 import csv
-import io
 from pathlib import Path
 
 import numpy as np
@@ -27,22 +26,17 @@ class Recorder:
     """
 
     def __init__(self, metrics: Path, step: int):
-        kept = [row for row in _rows(metrics) if int(row["step"]) <= step]
-        self._seconds = float(kept[-1]["seconds"]) if kept else 0.0
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, COLUMNS)
-        writer.writeheader()
-        writer.writerows(kept)
-        write_atomically(metrics, buffer.getvalue().encode())
+        kept = [row for row in _rows(metrics) if row[0] <= step]
+        self._seconds = kept[-1][-1] if kept else 0.0
+        write_atomically(metrics, "".join(_line(row) for row in [COLUMNS, *kept]).encode())
         self._file = open(metrics, "a", newline="", buffering=1)  # noqa: SIM115 - closed in __exit__
-        self._csv = csv.writer(self._file)
         self._events = SummaryWriter(str(metrics.parent), purge_step=step + 1 if step else None)
 
     def scalars(self, step, loss, grad_norm, learning_rate, images_per_second, seconds) -> None:
         """Writes one row. seconds are those since the last row; the file holds their sum over all starts of the run."""
         self._seconds += seconds
         values = (loss, grad_norm, learning_rate, images_per_second, self._seconds)
-        self._csv.writerow((step, *(f"{value:.8g}" for value in values)))
+        self._file.write(_line((step, *values)))
         for name, value in zip(COLUMNS[1:], values, strict=True):
             self._events.add_scalar(name, value, step)
         self._events.flush()
@@ -60,11 +54,26 @@ class Recorder:
 
 
 def _rows(metrics):
+    """Rows as dictionaries; a last one that a kill cut short is left out."""
     if not metrics.exists():
         return []
-    with open(metrics, newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or COLUMNS) != COLUMNS:
-            raise InputError(f"{metrics} has other columns than {', '.join(COLUMNS)}; move it away")
-        # A row cut short by a kill lacks its last fields.
-        return [row for row in reader if None not in row.values()]
+    try:
+        header, *lines = list(csv.reader(metrics.read_text().splitlines())) or [list(COLUMNS)]
+        if tuple(header) != COLUMNS:
+            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+        if lines and len(lines[-1]) < len(COLUMNS):
+            lines.pop()
+        return [(int(step), *map(float, values)) for step, *values in _complete(lines)]
+    except ValueError as error:
+        raise InputError(f"{metrics} is not a record of this program ({error}); move it away") from None
+
+
+def _complete(lines):
+    for number, line in enumerate(lines, start=2):
+        if len(line) != len(COLUMNS):
+            raise ValueError(f"line {number} has {len(line)} entries")
+        yield line
+
+
+def _line(row):
+    return ",".join(f"{value:.8g}" if isinstance(value, float) else str(value) for value in row) + "\n"

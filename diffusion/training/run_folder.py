@@ -1,5 +1,7 @@
 """The run folder: what is where, and what a resumed run may change."""
 
+import contextlib
+import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,9 +48,24 @@ class RunFolder:
         saved = checkpoints.steps(self.checkpoints)
         return saved[-1] if saved else None
 
+    @contextlib.contextmanager
+    def locked(self):
+        """Makes the folder and keeps other processes from training in it.
+
+        Raises:
+          InputError: another process is doing so.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process is training in {self.path}; name another --workdir") from None
+            yield
+
     def create(self, config: ConfigDict) -> None:
-        """Makes the folders and writes config.json."""
-        self.grids.mkdir(parents=True, exist_ok=True)
+        """Makes the folder of the grids and writes config.json."""
+        self.grids.mkdir(exist_ok=True)
         write_atomically(self.config, (config.to_json(indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -58,13 +75,13 @@ def newest(root: str | os.PathLike) -> RunFolder:
     Raises:
       InputError: there is none.
     """
-    marks = Path(root).glob(f"*/checkpoints/*/{checkpoints._METADATA}")
-    found = max(marks, key=lambda mark: mark.stat().st_mtime, default=None)
-    if found is None:
+    runs = [RunFolder(path) for path in Path(root).glob("*")]
+    runs = [run for run in runs if run.latest_step() is not None]
+    if not runs:
         raise InputError(
             f"no trained model below {root}/; train one with `python train.py`, or name one with --workdir"
         )
-    return RunFolder(found.parents[2])
+    return max(runs, key=lambda run: checkpoints.newest_commit(run.checkpoints))
 
 
 def existing(path: str | os.PathLike) -> RunFolder:
@@ -86,10 +103,13 @@ def check_resumable(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder:
       InputError: they would train different things; the fields are named.
     """
     old, new = dict(_flatten(saved)), dict(_flatten(wanted))
+    # Under a cosine the number of steps shapes the learning rate of every one of them.
+    shaped = old.get("config.optimizer.decay") == "cosine"
     different = [
         f"{field} is {new.get(field, 'missing')!r}, the run has {old.get(field, 'missing')!r}"
         for field in sorted(old | new)
-        if old.get(field) != new.get(field) and not field.startswith(_FREE)
+        if old.get(field) != new.get(field)
+        and (not field.startswith(_FREE) or (shaped and field == "config.train.num_steps"))
     ]
     if different:
         raise InputError(

@@ -44,29 +44,24 @@ double_precision = pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("DDIM", {}),
+        ("DDIM", {"clip_sample": False}),
         ("DPMSolverMultistep", {"solver_order": 3}),
         ("UniPCMultistep", {"solver_order": 3}),
         ("DEISMultistep", {"solver_order": 3, "lower_order_final": False}),
     ],
 )
 def test_single_precision_moves_diffusers_away_from_our_tables(kind, options):
-    """As installed, not widened to float64: its float32 tables of alpha_bar cost 1e-6 to 1e-4 in what is sampled."""
-    clip = {"clip_sample": False} if kind == "DDIM" else {}
-    theirs = library(kind, "linear", 10, timestep_spacing="trailing", **clip, **options)
-    tau, end = whole_grid(LINEAR, theirs), slice(None)
-    if kind == "DEISMultistep":
-        tau, end = whole_grid(LINEAR, theirs, end=(1, 0)), slice(-1)
-    solver = {"DDIM": ddim, "UniPCMultistep": unipc, "DEISMultistep": deis}.get(kind)
-    ours = {
-        "DDIM": lambda: ddim(LINEAR, tau),
-        "DPMSolverMultistep": lambda: dpm_solver_pp(LINEAR, tau, 3, variant="official"),
-        "UniPCMultistep": lambda: unipc(LINEAR, tau, 3),
-        "DEISMultistep": lambda: deis(LINEAR, tau, 3, lower_order_final=False),
+    """As installed, not widened to float64: its float32 tables of alpha_bar cost 1e-7 to 1e-4 in what is sampled."""
+    theirs = library(kind, "linear", 10, timestep_spacing="trailing", **options)
+    tau = whole_grid(LINEAR, theirs)
+    table, shown = {
+        "DDIM": lambda: (ddim(LINEAR, tau), slice(None)),
+        "DPMSolverMultistep": lambda: (dpm_solver_pp(LINEAR, tau, 3, variant="official"), slice(None)),
+        "UniPCMultistep": lambda: (unipc(LINEAR, tau, 3), slice(None)),
+        "DEISMultistep": lambda: (deis(LINEAR, [*tau[:-1], 1, 0], 3, lower_order_final=False), slice(-1)),
     }[kind]()
-    assert solver or kind == "DPMSolverMultistep"
     path = library_path(theirs, LINEAR, network(LINEAR), start())
-    assert 1e-8 < difference(table_path(ours, network(LINEAR), start())[end], path) < 1e-3
+    assert 1e-8 < difference(table_path(table, network(LINEAR), start())[shown], path) < 1e-3
 
 
 def off_the_marginals(path, schedule, times, x0, eps):
@@ -110,7 +105,7 @@ def test_diffusers_step_past_the_next_grid_point_and_ours_do_not(kind, steps, op
 
 
 @double_precision
-def test_diffusers_add_noise_in_the_last_step(double):
+def test_diffusers_add_noise_in_the_last_step():
     """DDPM with fixed_large decides by t > 0 whether to inject noise, and `trailing` ends above 0.
 
     The last step must return its estimate of x_0, as ours does.
@@ -150,7 +145,7 @@ def observed_order(run, steps=(40, 80, 160)):
 
 @double_precision
 def test_third_order_of_diffusers_is_of_order_2_and_our_exact_one_of_order_3():
-    """The published 3M halves the second difference. Both start from exact values, so that the start decides nothing."""
+    """The published 3M halves the second difference. Both start from exact values, or the start would decide."""
 
     def theirs(tau, exact):
         scheduler = library("DPMSolverMultistep", "linear", 10, solver_order=3, lower_order_final=False)
@@ -173,15 +168,15 @@ def test_third_order_of_diffusers_is_of_order_2_and_our_exact_one_of_order_3():
 def test_third_order_sde_of_diffusers_has_a_wrong_sign():
     """The weight of the second difference is (1 - e^-z - z) / z^2 - 1/2 there, for + 1/2, z = 2 h (diffusers#9104).
 
-    It tends to -1 with the step where it should vanish, which makes the step one of order 1. Tried on D = lambda^2 with no
-    noise, where the right result is an integral: our exact solver meets it, and the published rule errs by h^3 a step.
+    It tends to -1 with the step where it should vanish, and so errs by h^2 a step: order 1. Tried on D = lambda^2 with
+    no noise, where the right result is an integral: our exact solver meets it, and the published rule errs by h^3.
     """
 
     def lambda_squared(x, t):
         return np.full_like(x, LINEAR.half_log_snr(t) ** 2)
 
     errors = {"theirs": [], "official": [], "exact": []}
-    for h in (0.2, 0.1):
+    for h in (0.1, 0.05):
         lambdas = -0.5 + h * np.arange(4)
         tau, end = grid(LINEAR, lambdas), lambdas[3]
         theirs = library(
@@ -209,7 +204,7 @@ def test_third_order_sde_of_diffusers_has_a_wrong_sign():
 
 @double_precision
 def test_third_order_singlestep_of_diffusers_is_another_method_of_order_3():
-    """With solver_type midpoint the inner evaluation is made by 2S's rule; the authors' 3S, and ours, integrates there."""
+    """With solver_type midpoint the inner evaluation is by 2S's rule; the authors' 3S, and ours, integrates there."""
 
     def exact_start(tau):
         return exact_states(LINEAR, tau[:1], start_states(LINEAR, tau)).reshape(1, 1, -1)
@@ -262,16 +257,19 @@ def test_one_step_of_diffusers_starts_at_clean_data_and_ours_at_noise(kind):
     assert timesteps.linspace(LINEAR, 1)[0] == 1000
 
 
-def test_karras_times_of_diffusers_are_rounded_and_repeat():
-    """The network is told a whole timestep that is not where its sigma is (diffusers#12771); ours is told a real one."""
-    theirs = library("DPMSolverMultistep", "linear", 50, use_karras_sigmas=True)
-    told = theirs.timesteps.numpy()
+def test_karras_times_of_diffusers_are_whole_and_repeat():
+    """The network is told a timestep that is not where its sigma is (diffusers#12771); ours is told a real one.
+
+    The sigmas themselves agree, as far as the float32 of theirs goes.
+    """
+    schedule = SCHEDULES["cosine"]
+    theirs = library("DPMSolverMultistep", "cosine", 25, use_karras_sigmas=True)
+    told, sigmas = theirs.timesteps.numpy(), theirs.sigmas.numpy()[:-1]
     assert np.unique(told).size < told.size
-    schedule_sigmas = np.exp(-LINEAR.half_log_snr(np.clip(told + 1, 1, 1000)))
-    assert np.max(np.abs(schedule_sigmas / theirs.sigmas.numpy()[:-1] - 1)) > 0.05
-    ours = timesteps.karras(LINEAR, 50)
+    assert np.max(np.abs(np.exp(-schedule.half_log_snr(told + 1)) / sigmas - 1)) > 0.5
+    ours = timesteps.karras(schedule, 25)
     assert np.all(np.diff(ours) < 0)
-    np.testing.assert_allclose(np.exp(-LINEAR.half_log_snr(ours[:-1])), theirs.sigmas.numpy()[:-1], rtol=1e-4)
+    np.testing.assert_allclose(np.exp(-schedule.half_log_snr(ours[:-1])), sigmas, rtol=1e-2)
 
 
 @double_precision

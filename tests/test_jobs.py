@@ -1,0 +1,262 @@
+"""Laws of sampling jobs on disk: every image once, none twice, and none of another job."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from reference import refused
+
+from diffusion import devices, files, jobs, schedules, timesteps
+from diffusion.experiment import Model
+from diffusion.generate import generate
+from diffusion.solvers import ddim
+
+LINEAR = schedules.linear(50, 1e-3, 0.2)
+RECORD = {"run": "runs/x", "steps": 4, "tau": [50.0, 25.5, 0.0], "clip": "recompute", "seed": 3, "labels": [0, 1]}
+
+
+def network(params, x, t, cond=None):
+    return jnp.tanh(x * params)
+
+
+MODEL = Model(LINEAR, "eps", network, (4, 3, 1), 0, None)
+TABLE = ddim(LINEAR, timesteps.uniform(LINEAR, 4), 1.0)
+
+
+def drawn(ids, seed=3):
+    """The images of a shard, in batches that do not divide it."""
+    mesh = devices.data_mesh(1)
+    return np.concatenate(list(generate(MODEL, jnp.array(0.8), TABLE, ids, seed=seed, mesh=mesh, batch_size=4)))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(jobs, "SHARD", 10)
+
+
+def finished(out, ids, record=RECORD, shards=None):
+    """Draws the missing shards, or those of them that are named; returns the job and what was drawn."""
+    job = jobs.Job(out, ids, record)
+    todo = [i for i in job.missing() if shards is None or i in shards]
+    for index in todo:
+        job.write(index, drawn(job.shards[index]))
+    return job, todo
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("samples*.npz"))}
+
+
+# Lists of numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("0", [0]),
+        ("0-3", [0, 1, 2, 3]),
+        ("7-7", [7]),
+        ("5,7,100-102", [5, 7, 100, 101, 102]),
+        (" 3 , 1-2 ", [3, 1, 2]),
+        ("4294967295", [2**32 - 1]),
+        ("007", [7]),
+    ],
+)
+def test_numbers_and_ranges_are_read_in_the_order_written(text, wanted):
+    assert jobs.parse_ids(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["", ",", "1,", "1,,2", "a", "1-", "-1", "3-1", "1-2-3", "1.5", "0x3", "1;2", "4294967296", "1 2", "5 - 7"]
+)
+def test_text_that_is_no_list_of_numbers_is_refused(text):
+    with refused("seeds are"):
+        jobs.parse_ids(text)
+
+
+@pytest.mark.parametrize("text", ["1,1", "0-5,3", "4,2-4"])
+def test_a_number_that_comes_twice_is_refused(text):
+    with refused("twice"):
+        jobs.parse_ids(text)
+
+
+def test_a_range_is_written_as_it_is_read():
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 5, 40):
+        ids = rng.permutation(60)[:size].tolist()
+        assert jobs.parse_ids(jobs._ranges(ids)) == ids
+    assert jobs._ranges(range(1000)) == "0-999"
+
+
+# Shards
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 11, 20, 35])
+@pytest.mark.usefixtures("small_shards")
+def test_shards_hold_every_image_exactly_once_and_in_order(tmp_path, count):
+    ids = list(np.random.default_rng(count).permutation(100)[:count])
+    job = jobs.Job(tmp_path, ids, RECORD)
+    assert [i for shard in job.shards for i in shard] == ids
+    assert all(1 <= len(shard) <= 10 for shard in job.shards)
+    number = -(-count // 10)
+    names = [job.path(i).name for i in range(number)]
+    assert names == (["samples.npz"] if number == 1 else [f"samples-{i:05}-of-{number:05}.npz" for i in range(number)])
+    assert job.missing() == list(range(len(job.shards)))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_files_hold_the_images_their_numbers_and_their_classes(tmp_path):
+    ids, labels = [*range(3, 18), 40], [5, 0, 7]
+    job = jobs.Job(tmp_path, ids, RECORD)
+    images = np.random.default_rng(0).integers(0, 256, (16, 4, 3, 1), np.uint8)
+    job.write(0, images[:10], labels)
+    job.write(1, images[10:], labels)
+    found = [np.load(job.path(i)) for i in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate([f["samples"] for f in found]), images)
+    np.testing.assert_array_equal(np.concatenate([f["ids"] for f in found]), ids)
+    np.testing.assert_array_equal(np.concatenate([f["labels"] for f in found]), [labels[i % 3] for i in ids])
+    np.testing.assert_array_equal(job.first_images(7), images[:7])
+    job.write(1, images[10:])
+    assert sorted(np.load(job.path(1))) == ["ids", "samples"]  # a model without classes has no labels
+
+
+def subfolder(parent, name):
+    folder = parent / name
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_killed_job_draws_only_what_is_missing_and_the_same_bytes(tmp_path):
+    whole, killed = subfolder(tmp_path, "whole"), subfolder(tmp_path, "killed")
+    ids = range(33)
+    job, todo = finished(whole, ids)
+    assert todo == [0, 1, 2, 3]
+    _, todo = finished(killed, ids, shards=[0, 2])
+    kept = contents(killed)
+    assert (todo, len(kept)) == ([0, 2], 2)
+    (killed / ".samples-00001-of-00004.npz.xyz").write_bytes(b"half a file")
+    job, todo = finished(killed, ids)
+    assert todo == [1, 3]
+    assert job.missing() == []
+    assert contents(killed) == contents(whole)
+    assert kept.items() <= contents(killed).items()
+    alone = np.concatenate([np.load(killed / name)["samples"] for name in contents(killed)])
+    np.testing.assert_array_equal(alone, drawn(ids))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_finished_job_draws_nothing_and_a_small_one_is_drawn_anew(tmp_path):
+    job, _ = finished(tmp_path, range(20))
+    job.finish(seconds=1.5)
+    assert finished(tmp_path, range(20))[1] == []
+    small = subfolder(tmp_path, "small")
+    for _ in range(2):
+        assert finished(small, range(10))[1] == [0]
+
+
+OTHERS = {
+    "seed": RECORD | {"seed": 4},
+    "tau": RECORD | {"tau": [50.0, 25.0, 0.0]},
+    "clip": RECORD | {"clip": None},
+    "labels": RECORD | {"labels": [1, 0]},
+    "guidance_scale": RECORD | {"guidance_scale": 2.0},
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+@pytest.mark.usefixtures("small_shards")
+def test_a_job_of_other_options_in_the_same_folder_is_refused_and_leaves_it_alone(tmp_path, key):
+    finished(tmp_path, range(25), shards=[1])
+    before, record = contents(tmp_path), (tmp_path / jobs.RECORD).read_bytes()
+    with refused(f"{key} is .*--out"):
+        jobs.Job(tmp_path, range(25), OTHERS[key])
+    assert contents(tmp_path) == before
+    assert (tmp_path / jobs.RECORD).read_bytes() == record
+    assert jobs.Job(tmp_path, range(25), RECORD).missing() == [0, 2]
+
+
+@pytest.mark.parametrize("ids", [range(26), range(35), range(1, 26), [*range(24), 99], range(5)], ids=str)
+@pytest.mark.usefixtures("small_shards")
+def test_a_job_of_other_numbers_in_the_same_folder_is_refused(tmp_path, ids):
+    """Also one of a single file: it would take the record that the shards there need to be told apart by."""
+    finished(tmp_path, range(25), shards=[1])
+    with refused("another job"):
+        jobs.Job(tmp_path, ids, RECORD)
+
+
+@pytest.mark.parametrize("record", [None, b"", b"{", b"{}", b"[]"], ids=str)
+@pytest.mark.usefixtures("small_shards")
+def test_shards_without_a_record_that_names_them_are_refused(tmp_path, record):
+    finished(tmp_path, range(25), shards=[1])
+    (tmp_path / jobs.RECORD).unlink()
+    if record is not None:
+        (tmp_path / jobs.RECORD).write_bytes(record)
+    with refused("another job"):
+        jobs.Job(tmp_path, range(25), RECORD)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_sampling_json_holds_the_record_from_the_start_and_the_facts_at_the_end(tmp_path):
+    for ids, text in ((range(25), "0-24"), ([3, 4, 9], "3-4,9")):
+        folder = subfolder(tmp_path, text)
+        job = jobs.Job(folder, ids, RECORD)
+        at_start = json.loads((folder / jobs.RECORD).read_text())
+        assert at_start == RECORD | {"num": len(ids), "ids": text}
+        job.finish(seconds=2.5, devices="1 x cpu")
+        assert json.loads((folder / jobs.RECORD).read_text()) == at_start | {"seconds": 2.5, "devices": "1 x cpu"}
+    assert jobs.Job(tmp_path / "0-24", range(25), RECORD).missing() == [0, 1, 2]
+
+
+def test_a_write_that_fails_leaves_neither_a_file_nor_a_part_of_one(tmp_path):
+    job = jobs.Job(tmp_path, range(3), RECORD)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(TypeError):
+        files.write_atomically(job.path(0), "no bytes")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# Images
+
+
+def test_images_depend_on_their_number_and_the_seed_and_not_on_the_batches():
+    ids = [4, 0, 17, 3, 9]
+    images = drawn(ids)
+    assert images.dtype == np.uint8
+    assert images.shape == (5, 4, 3, 1)
+    np.testing.assert_array_equal(images[2:3], drawn([17]))
+    assert np.any(images != drawn(ids, seed=4))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    spread = np.concatenate(list(generate(MODEL, jnp.array(0.8), TABLE, ids, seed=3, mesh=mesh, batch_size=3)))
+    np.testing.assert_array_equal(spread, images)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_gif_loops_over_its_frames_and_rests_on_the_last(tmp_path, channels):
+    rng = np.random.default_rng(0)
+    # Few colours, so that the palette of a GIF holds them all.
+    colours = rng.integers(0, 256, (6, channels), np.uint8)
+    frames = [colours[rng.integers(0, 6, (5, 7))] for _ in range(4)]
+    files.write_gif(tmp_path / "a.gif", frames, milliseconds=120)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 4
+        assert gif.info["loop"] == 0
+        durations = []
+        for i, frame in enumerate(frames):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+            got = np.asarray(gif.convert("RGB"))
+            np.testing.assert_array_equal(got, np.broadcast_to(frame, got.shape))
+    assert durations == [120, 120, 120, 1000]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gif"]
+
+
+def test_a_gif_of_one_frame_is_a_picture(tmp_path):
+    frame = np.arange(20, dtype=np.uint8).reshape(4, 5, 1)
+    files.write_gif(tmp_path / "a.gif", [frame])
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 1
+        np.testing.assert_array_equal(np.asarray(gif.convert("L")), frame[..., 0])
