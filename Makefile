@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test agreement lint format bench clean
 
 # Install, train the digits, and draw 64 of them in 25 steps.
 demo: $(VENV)/.installed
@@ -13,6 +13,12 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# Every table beside diffusers' scheduler. The CPU build of torch comes first, or pip brings gigabytes of CUDA.
+agreement: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,reference]"
+	$(BIN)/python -m pytest tests/agreement
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
