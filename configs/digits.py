@@ -16,8 +16,8 @@ def get_config():
     config.optimizer.warmup_steps = 50
     config.optimizer.decay = "cosine"
 
-    config.train.num_steps = 1200
+    config.train.num_steps = 1000
     config.train.ema_decay = 0.995
-    config.train.save_every = 400
-    config.train.grid_every = 400
+    config.train.save_every = 500
+    config.train.grid_every = 500
     return config

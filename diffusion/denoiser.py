@@ -90,7 +90,7 @@ def denoise(
     reading: Reading,
     signal: Float[Array, ""],
     options: Options,
-    guidance: tuple[Any, Any, Any] | None = None,
+    guidance: tuple[Any, Any, Any, Any] | None = None,
     known: tuple[Images, Images] | None = None,
 ) -> Denoised:
     """Evaluates the network once and reads D off it; one batched call also when guided.
@@ -101,12 +101,16 @@ def denoise(
       cond: a pytree with leading axis B, or None.
       reading, signal: of this noise level, scalars.
       options: static choices.
-      guidance: if options.guided, (scale, rescale, null_cond) with a scalar scale and rescale.
+      guidance: if options.guided, (scale, inside, rescale, null_cond), scalars but for the last; inside is 0 where this
+        noise level is not to be guided, and 1 elsewhere.
       known: (values, mask) of pixels to keep, both broadcastable to x; mask is 1 where known.
     """
-    scale, rescale, null_cond = guidance or (None, None, None)
+    scale, inside, rescale, null_cond = guidance or (None,) * 4
     output, unguided, share = _call(apply_fn, params, x, cond, null_cond, reading, options)
+    output_for_eps = output
     if options.guided:
+        # CFG++ (arXiv:2406.08070): the guided D, but the eps of the output without condition.
+        output_for_eps = output + inside * (unguided - output)
         guided = unguided + scale * (output - unguided)
         # Guidance widens the output; rescale brings its spread back (arXiv:2305.08891, Eq. 15-16).
         ratio = _spread(output) / jnp.maximum(_spread(guided), 1e-12)
@@ -115,8 +119,7 @@ def denoise(
     x0 = _threshold(raw, options)
     x_for_eps = x
     if options.guidance_rule == "cfg++" and options.guided:
-        # CFG++ (arXiv:2406.08070): the guided D, but the eps of the unguided one.
-        x_for_eps = x + signal * (x0 - (reading.from_x * x + reading.from_output * unguided))
+        x_for_eps = x + signal * (x0 - (reading.from_x * x + reading.from_output * output_for_eps))
     elif options.clip == "keep_eps":
         x_for_eps = x + signal * (x0 - raw)
     if known is not None:

@@ -33,7 +33,10 @@ def predict_eps(schedule: NoiseSchedule, x_t: Images, t: Timesteps, x_0: Images)
 
 @jax.jit
 def velocity(schedule: NoiseSchedule, x_0: Images, t: Timesteps, eps: Images) -> Images:
-    """v = a_t eps - n_t x_0 (Salimans & Ho, arXiv:2202.00512, appendix D); then x_0 = a_t x_t - n_t v."""
+    """v = a_t eps - n_t x_0 (Salimans & Ho, arXiv:2202.00512, appendix D).
+
+    Then x_0 = a_t x_t - n_t v where a_t^2 + n_t^2 = 1.
+    """
     return _signal(schedule, t, x_0) * eps - _noise(schedule, t, x_0) * x_0
 
 

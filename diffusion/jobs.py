@@ -27,7 +27,7 @@ def parse_ids(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < 2**32:
+        if not first <= last < 2**32 or last - first > 10**8:
             raise InputError(f"seeds are {text!r}; write numbers below 2^32 and ranges, as 0-63 or 5,7,100-199")
         ids.extend(range(first, last + 1))
     if len(set(ids)) != len(ids):
@@ -54,8 +54,7 @@ class Job:
         self.out = out
         self.shards = [ids[i : i + SHARD] for i in range(0, len(ids), SHARD)]
         self.record = {**record, "num": len(ids), "ids": _ranges(ids)}
-        if len(self.shards) > 1:
-            self._check_same()
+        self._check_same()
         write_json(out / RECORD, self.record)
 
     def path(self, index: int) -> Path:
@@ -93,6 +92,7 @@ class Job:
             found = json.loads((self.out / RECORD).read_text())
         except (OSError, ValueError):
             found = {}
+        found = found if isinstance(found, dict) else {}
         wanted = json.loads(json.dumps(self.record))
         different = [key for key in wanted if found.get(key) != wanted[key]]
         if different:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from diffusion.denoiser import PREDICTIONS, Options, Reading, check_options, denoise
-from diffusion.errors import InputError
+from diffusion.errors import InputError, require_range
 from diffusion.solvers.table import SamplerTable
 from diffusion.types import ApplyFn, Images, Params
 
@@ -34,7 +34,7 @@ class _Stage(NamedTuple):
     reading: Reading
     update: Float[Array, "R R+2"]
     log_variance: Float[Array, "2"] | None
-    guidance_scale: Float[Array, ""] | None
+    guidance: tuple[Float[Array, ""], Float[Array, ""]] | None  # scale, and whether to guide at all: 1 or 0
 
 
 def sample(
@@ -79,14 +79,15 @@ def sample(
         [-1, 1] (Imagen, arXiv:2205.11487); 0.995 is usual.
       cond: a pytree given to the network, each leaf with a leading axis N.
       guidance_scale: w of classifier-free guidance, output_null + w (output_cond - output_null) (arXiv:2207.12598; its
-        w is ours less 1). Needs null_cond and makes one call of twice the batch. 1 does nothing and costs nothing.
+        w is ours less 1). Needs null_cond and makes one call of twice the batch. 1 does nothing and costs nothing,
+        but for cfg++.
       null_cond: the condition that means "none", shaped as cond; for the UNet here, labels of num_classes.
       guidance_interval: (low, high), guides only where low <= t <= high (arXiv:2404.07724).
       guidance_rescale: 0..1, how far to bring the guided output back to the spread of the conditional one
         (arXiv:2305.08891); 0.7 is usual.
       guidance_rule: "cfg", or "cfg++" (arXiv:2406.08070), which goes on with the eps of the unguided output.
       known: (values, mask), broadcastable to the samples: keeps the pixels where mask is 1 and draws the others to fit
-        (inpainting). The estimate of x_0 takes the known values, so x holds them with the right noise at every step.
+        (inpainting). The estimate of x_0 takes the known values, so x holds them with the noise of every step.
       x_init: the start instead of noise, [N, *sample_shape]; its dtype is the precision of the run.
       sample_ids: int [N], 0..N-1 if not given.
       return_trajectory: also return all intermediate states, which then stay in memory.
@@ -99,7 +100,7 @@ def sample(
         without conditions.
     """
     clip = {None: "none", False: "none", True: "recompute"}.get(clip, clip)
-    guided = not (isinstance(guidance_scale, int | float) and guidance_scale == 1)
+    guided = not (isinstance(guidance_scale, int | float) and guidance_scale == 1 and guidance_rule == "cfg")
     options = Options(clip, dynamic_threshold, guided, guidance_rule, table.log_variance is not None)
     check_options(prediction, options)
     shape = (num_samples, *sample_shape)
@@ -108,13 +109,14 @@ def sample(
         raise InputError(f"sample_ids have shape {ids.shape}, type {ids.dtype}; give {num_samples} whole numbers")
     x_init = _check_start(x_init, shape, table)
     _check_conditions(num_samples, cond, null_cond if guided else None, guided)
-    if not 0 <= guidance_rescale <= 1:
-        raise InputError(f"guidance_rescale is {guidance_rescale}; it must lie in 0..1")
+    if _is_concrete(guidance_rescale):
+        require_range("guidance_rescale", guidance_rescale, 0, 1)
+    known = _check_known(known, shape)
     stages = _stages(table, prediction)
     if guided:
-        stages = stages._replace(guidance_scale=_guidance_scales(table, guidance_scale, guidance_interval))
+        stages = stages._replace(guidance=_guidance(table, guidance_scale, guidance_interval))
     start_std = (table.signal[0] ** 2 + table.noise[0] ** 2) ** 0.5
-    inputs = (cond, null_cond if guided else None, guidance_rescale, known, x_init, start_std)
+    inputs = (cond, null_cond if guided else None, 1.0 * guidance_rescale, known, x_init, start_std)
     return _run(apply_fn, params, stages, key, ids, inputs, shape[1:], options, return_trajectory)
 
 
@@ -158,15 +160,26 @@ def _stages(table, prediction):
     return _Stage(np.arange(table.nfe), table.signal, reading, table.update, table.log_variance, None)
 
 
-def _guidance_scales(table, scale, interval):
-    """One scale for each stage, 1 outside the interval."""
+def _guidance(table, scale, interval):
+    """For each stage the scale and whether it is inside the interval; 1 and 0 outside."""
     if interval is None:
-        return scale * np.ones(table.nfe)
+        return scale * np.ones(table.nfe), np.ones(table.nfe)
     low, high = interval
     if not low <= high:
         raise InputError(f"guidance_interval is {interval}; give (low, high) in timesteps")
-    inside = (table.t >= low) & (table.t <= high)
-    return 1.0 + inside * (scale - 1.0)
+    inside = 1.0 * ((table.t >= low) & (table.t <= high))
+    return 1.0 + inside * (scale - 1.0), inside
+
+
+def _check_known(known, shape):
+    """(values, mask) broadcast to the samples."""
+    if known is None:
+        return None
+    try:
+        values, mask = (jnp.broadcast_to(jnp.asarray(part), shape) for part in known)
+    except (ValueError, TypeError):
+        raise InputError(f"known must be (values, mask), each of a shape that broadcasts to {shape}") from None
+    return values, mask
 
 
 def _is_concrete(array):
@@ -182,7 +195,7 @@ def _run(apply_fn, params, stages, key, ids, inputs, shape, options, return_traj
     index, time = stages.index, stages.reading.time
     stages = jax.tree.map(lambda leaf: leaf.astype(dtype), stages)
     stages = stages._replace(index=index, reading=stages.reading._replace(time=time))
-    known = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(ids), *shape)).astype(dtype), known)
+    known = jax.tree.map(lambda leaf: leaf.astype(dtype), known)
 
     def noise(stage_id):
         return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, stage_id), shape, dtype))(keys)
@@ -191,7 +204,7 @@ def _run(apply_fn, params, stages, key, ids, inputs, shape, options, return_traj
     registers = (x, *[jnp.zeros_like(x)] * (stages.update.shape[1] - 1))
 
     def step(registers, stage):
-        guidance = (stage.guidance_scale, jnp.asarray(rescale, dtype), null_cond) if options.guided else None
+        guidance = (*stage.guidance, jnp.asarray(rescale, dtype), null_cond) if options.guided else None
         x = registers[0]
         d = denoise(apply_fn, params, x, cond, stage.reading, stage.signal, options, guidance, known)
         z = noise(stage.index + 1)

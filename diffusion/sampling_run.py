@@ -1,5 +1,6 @@
 """How to sample a trained run: the flags that sample.py and evaluate.py share, and what they ask for."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ class SamplingRun(NamedTuple):
             "run": str(self.folder.path),
             "checkpoint_step": self.trained.step,
             "sampler": self.sampler,
+            "update_sha256": hashlib.sha256(self.table.update.tobytes()).hexdigest(),
             "table": self.table.name,
             "grid": self.tau,
             "steps": len(self.table.tau) - 1,

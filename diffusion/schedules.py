@@ -127,12 +127,16 @@ def _linear(schedule, lower, weight):
 
 def _linear_time(schedule, half_log_snr):
     signal, noise = np.sqrt(schedule.alpha_bar), np.sqrt(schedule.noise_var)
-    ratio = np.exp(-half_log_snr)  # noise / signal
+    with np.errstate(over="ignore"):
+        ratio = np.exp(-half_log_snr)  # noise / signal
     with np.errstate(divide="ignore"):
         lower = np.searchsorted(noise / signal, ratio, side="right") - 1
     lower = np.clip(lower, 0, schedule.num_timesteps - 1)
     d_signal, d_noise = signal[lower + 1] - signal[lower], noise[lower + 1] - noise[lower]
-    return lower + (ratio * signal[lower] - noise[lower]) / (d_noise - ratio * d_signal)
+    with np.errstate(invalid="ignore"):
+        time = lower + (ratio * signal[lower] - noise[lower]) / (d_noise - ratio * d_signal)
+    # No signal at all is the end; rounding must not pass it.
+    return np.where(np.isinf(ratio), schedule.num_timesteps, np.minimum(time, schedule.num_timesteps))
 
 
 def transition_var(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s):
@@ -201,8 +205,8 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     sqrt(alpha_bar[1]) keeps its value and sqrt(alpha_bar[T]) becomes 0. An eps-model cannot be sampled from t = T then:
     eps says nothing about x_0 there. Use v or x_0 prediction.
     """
-    if schedule.num_timesteps < 2:
-        raise InputError("zero_terminal_snr needs a schedule of at least 2 timesteps")
+    if schedule.num_timesteps < 2 or not schedule.variance_preserving:
+        raise InputError("zero_terminal_snr needs a variance-preserving schedule of at least 2 timesteps")
     signal = np.sqrt(schedule.alpha_bar[1:])
     alpha_bar = np.concatenate([[1.0], ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2])
     return from_betas(1 - alpha_bar[1:] / alpha_bar[:-1])
@@ -222,8 +226,9 @@ def from_signal_noise(signal, noise) -> NoiseSchedule:
         raise InputError(f"signal and noise have shapes {signal.shape} and {noise.shape}; give two vectors of T + 1")
     with np.errstate(divide="ignore", invalid="ignore"):
         descends = np.diff(signal / noise) < 0
-    if signal[0] != 1 or noise[0] != 0 or min(signal.min(), noise.min()) < 0 or not np.all(descends):
-        raise InputError("signal and noise must start at 1 and 0, not be negative, and signal / noise must descend")
+    finite = np.isfinite(signal**2).all() and np.isfinite(noise**2).all()
+    if not finite or signal[0] != 1 or noise[0] != 0 or min(signal.min(), noise.min()) < 0 or not np.all(descends):
+        raise InputError("signal and noise must be finite, start at 1 and 0, and signal / noise must descend")
     return NoiseSchedule(alpha_bar=signal**2, noise_var=noise**2)
 
 
@@ -232,8 +237,8 @@ def shifted_cosine(num_timesteps: int = 1000, image_size: int = 128, base_size: 
 
     More pixels average more noise away; the shift gives a large image as much of it as base_size pixels need.
     """
-    if image_size < 1 or base_size < 1:
-        raise InputError(f"image_size is {image_size}, base_size {base_size}; both must be at least 1")
+    if not (is_whole(image_size) and is_whole(base_size)) or image_size < 1 or base_size < 1:
+        raise InputError(f"image_size is {image_size}, base_size {base_size}; both must be whole and at least 1")
     schedule = cosine(num_timesteps)
     signal_power = schedule.alpha_bar * (base_size / image_size) ** 2
     total = signal_power + schedule.noise_var
@@ -249,7 +254,8 @@ def edm(
     """
     if not 0 < sigma_min < sigma_max or not rho > 0:
         raise InputError(f"sigma_min is {sigma_min}, sigma_max {sigma_max}, rho {rho}; need 0 < min < max and rho > 0")
-    levels = np.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), _count(num_timesteps)) ** rho
+    roots = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), _count(num_timesteps))  # T = 1 is sigma_max
+    levels = roots[::-1] ** rho
     return from_signal_noise(np.ones(levels.size + 1), np.concatenate([[0.0], levels]))
 
 

@@ -260,6 +260,10 @@ def test_moments_of_a_covariance_matrix_are_those_of_the_full_linear_system(tabl
     mean, covariance = np.array([0.5, -1.0, 0.0, 2.0]), matrix(4)
     power = table.signal[0] ** 2 + table.noise[0] ** 2
     for start, given in (((np.zeros(d), power * np.eye(d)), None), ((np.full(d, 0.3), 0.7 * np.eye(d)), (0.3, 0.7))):
+        if given is None and table.tau[0] < table.tau[-1]:
+            with refused("starts from images"):
+                gaussian_moments(table, mean, covariance)
+            continue
         wanted = propagated(table, mean, covariance, *start)
         got = gaussian_moments(table, mean, covariance, given)
         # The axes of the covariance see 0.3 in every coordinate of their own, not of ours.
@@ -273,7 +277,7 @@ def test_moments_of_a_covariance_matrix_are_those_of_the_full_linear_system(tabl
 
 @fixed_noise
 def test_moments_of_numbers_are_those_of_the_one_by_one_matrix(table):
-    for start in (None, (0.4, 1.7)):
+    for start in (None, (0.4, 1.7))[table.tau[0] < table.tau[-1] :]:
         number = gaussian_moments(table, 0.3, 0.6, start)
         assert all(isinstance(value, float) for value in number)
         mean, covariance = gaussian_moments(table, np.array([0.3]), np.array([[0.6]]), start)

@@ -78,7 +78,7 @@ def unipc(
 
     The D at the end of a step first corrects that step (UniC-p), then takes part in predicting the next (UniP-p); it is
     not evaluated again at the corrected x. Both are linear, so one row does both. Registers: x as predicted; D of 1,
-    ..., order - 1 stages ago; and last, if any step is corrected, the corrected x but for its term in the D to come.
+    ..., order - 1 stages ago; and last, if a step is corrected, what that adds to x but for its term in the D to come.
     Orders at the start and the end are as in `dpm_solver_pp`. The last step is not corrected, as in the authors' code
     and in diffusers, and neither is a step from zero signal.
 
@@ -108,8 +108,9 @@ def unipc(
         x = unit[0]
         if corrected[i]:
             *known, coming = signal * _weights(grid, i, published, corrector=True)
-            update[i, -1] = kept + known @ unit[estimates[:p]]
-            x = unit[-3] + coming * unit[-2]
+            # As a difference from the x predicted, so that what changes x (clipping, guidance) reaches the next step.
+            update[i, -1] = kept + known @ unit[estimates[:p]] - update[i, 0]
+            x = unit[0] + unit[-3] + coming * unit[-2]
     return _table(f"unipc(order={_label(order)}, variant={variant})", grid, update)
 
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from diffusion.errors import InputError
+from diffusion.errors import InputError, is_whole
 
 
 class _Label:
@@ -108,14 +108,20 @@ def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> S
     arrays = [np.asarray(a, np.float64) for a in (tau, t, signal, noise, update)]
     if log_variance is not None:
         log_variance = np.asarray(log_variance, np.float64)
+    if not isinstance(name, str):
+        raise InputError(f"the name of a table is {name!r}; give a text")
     labels = ("tau", "t", "signal", "noise", "update", "log_variance")
     for label, array in zip(labels, [*arrays, 0.0 if log_variance is None else log_variance], strict=True):
         if not np.all(np.isfinite(array)):
-            stage = int(np.argwhere(~np.isfinite(array))[0][0])
+            stage = int(np.argwhere(~np.isfinite(np.atleast_1d(array)))[0][0])
             raise InputError(f"{name}: {label} is not finite at stage {stage}; this solver cannot take this grid")
     stages, registers, columns = arrays[-1].shape if arrays[-1].ndim == 3 else (0, 0, 0)
-    if columns != registers + 2 or any(a.shape != (stages,) for a in arrays[1:4]):
-        raise InputError(f"{name}: update has shape {arrays[-1].shape}, t {arrays[1].shape}; want (stages, R, R + 2)")
+    shapes_agree = stages and columns == registers + 2 and all(a.shape == (stages,) for a in arrays[1:4])
+    if not shapes_agree or arrays[0].ndim != 1 or arrays[0].size < 2 or np.shape(log_variance) not in ((), (stages, 2)):
+        raise InputError(
+            f"{name}: update has shape {arrays[-1].shape}, t {arrays[1].shape}, tau {arrays[0].shape}; "
+            "want (stages, R, R + 2), (stages,), (S + 1,)"
+        )
     return SamplerTable(*arrays, name=name, log_variance=log_variance)
 
 
@@ -143,7 +149,7 @@ def from_json(text: str) -> SamplerTable:
         if not isinstance(fields, dict) or set(fields) != names:
             raise ValueError(f"it must have the fields {', '.join(sorted(names))} and no other")
         return make_table(**fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"this is no sampler table in JSON: {error}") from None
 
 
@@ -161,8 +167,8 @@ def reverse(table: SamplerTable, iterations: int = 1) -> SamplerTable:
     Raises:
       InputError: the table is of another kind, starts at zero signal, or iterations is below 1.
     """
-    if iterations < 1:
-        raise InputError(f"iterations is {iterations}; it must be at least 1")
+    if not is_whole(iterations) or iterations < 1:
+        raise InputError(f"iterations is {iterations}; it must be a whole number of at least 1")
     signal_t, noise_t = np.asarray(table.signal)[::-1], np.asarray(table.noise)[::-1]
     signal_s, noise_s = np.append(1.0, signal_t[:-1]), np.append(0.0, noise_t[:-1])
     row = np.asarray(table.update)[::-1, 0]
@@ -197,11 +203,16 @@ def gaussian_moments(table: SamplerTable, mean, covariance, start=None):
     Returns:
       (mean, covariance) of the samples, shaped as given, float64.
     """
+    if table.log_variance is not None:
+        raise InputError(f"{table.name}: the variance of the steps is the network's, not the table's")
+    if table.tau[0] < table.tau[-1] and start is None:
+        raise InputError(f"{table.name} starts from images; give their moments as start")
     if np.ndim(covariance) == 0:
         first, second = _axis_moments(table, np.atleast_1d(mean), np.atleast_1d(covariance), start)
         return (float(first[0]), float(second[0])) if first.size == 1 else (first, float(second[0]))
     variances, axes = np.linalg.eigh(np.asarray(covariance, np.float64))
-    first, second = _axis_moments(table, axes.T @ np.asarray(mean, np.float64), variances, start)
+    mean = np.broadcast_to(np.asarray(mean, np.float64), variances.shape)
+    first, second = _axis_moments(table, axes.T @ mean, variances, start)
     return axes @ first, (axes * second) @ axes.T
 
 
