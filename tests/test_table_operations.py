@@ -277,7 +277,7 @@ def test_moments_of_a_covariance_matrix_are_those_of_the_full_linear_system(tabl
 
 @fixed_noise
 def test_moments_of_numbers_are_those_of_the_one_by_one_matrix(table):
-    for start in (None, (0.4, 1.7))[table.tau[0] < table.tau[-1] :]:
+    for start in (None, (0.4, 1.7))[int(table.tau[0] < table.tau[-1]) :]:
         number = gaussian_moments(table, 0.3, 0.6, start)
         assert all(isinstance(value, float) for value in number)
         mean, covariance = gaussian_moments(table, np.array([0.3]), np.array([[0.6]]), start)
