@@ -47,14 +47,14 @@ def main() -> int:
     optimizer = experiment.make_optimizer(config.optimizer, rate)
     schedule = experiment.make_schedule(config.schedule)
     table = experiment.make_table(schedule, config.sample.sampler, config.sample.steps, config.sample.tau)
-    denoiser.check_options(options.prediction, denoiser.Options(config.sample.clip))
-    check_prediction(table, options.prediction)
     data = experiment.load_data(config.data)
     model = experiment.make_model(config, data.images.shape[1:])
     if model.num_classes and len(data.class_names) != model.num_classes:
         raise InputError(
             f"config.model.num_classes is {model.num_classes}; the data has {len(data.class_names)} classes"
         )
+    denoiser.check_options(options.prediction, denoiser.Options(config.sample.clip))
+    check_prediction(table, options.prediction)
     with folder.locked():
         return run(config, folder, plan, table, optimizer, rate, data, model)
 

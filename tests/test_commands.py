@@ -187,7 +187,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes_there(tmp_path):
     steps = [int(row["step"]) for row in metrics(tmp_path / "run")]
     assert steps == sorted(set(steps))
     assert steps[-1] == saved + 15
-    assert "already trained" in train(tmp_path, *args[1:], f"--config.train.num_steps={saved + 15}").stdout
+    assert "is trained to step" in train(tmp_path, *args[1:], f"--config.train.num_steps={saved + 15}").stdout
 
 
 def test_an_interrupted_run_ends_in_the_same_weights(trained, tmp_path):

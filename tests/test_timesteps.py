@@ -37,12 +37,24 @@ def test_a_grid_has_the_steps_asked_for_and_descends_to_zero_for_every_number_of
         assert_grid(LINEAR, name, steps)
 
 
+with_signal_at_the_top = pytest.mark.parametrize(
+    "build",
+    [build for build in schedules.SCHEDULES.values() if build().alpha_bar[-1] > 0],
+    ids=lambda build: build.__name__,
+)
+
+
 @GRIDS
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 10, 100])
 def test_short_schedules_have_a_grid_for_every_number_of_steps(name, total):
     for build in schedules.SCHEDULES.values():
+        schedule = build(total)
+        if name in ("log_snr", "karras") and schedule.alpha_bar[-1] == 0:
+            with refused("infinite at zero terminal SNR"):
+                timesteps.GRIDS[name](schedule, 1)
+            continue
         for steps in range(1, total + 1):
-            assert_grid(build(total), name, steps)
+            assert_grid(schedule, name, steps)
 
 
 @GRIDS
@@ -139,7 +151,7 @@ def test_trailing_is_the_formula_of_diffusers_counted_from_one():
     assert compared > 700
 
 
-@pytest.mark.parametrize("build", schedules.SCHEDULES.values(), ids=schedules.SCHEDULES.keys())
+@with_signal_at_the_top
 def test_log_snr_is_even_in_lambda_from_the_top_to_one(build):
     schedule = build()
     for steps in (2, 3, 10, 25, 100):
@@ -150,7 +162,7 @@ def test_log_snr_is_even_in_lambda_from_the_top_to_one(build):
 
 
 @pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
-@pytest.mark.parametrize("build", schedules.SCHEDULES.values(), ids=schedules.SCHEDULES.keys())
+@with_signal_at_the_top
 def test_karras_is_even_in_a_root_of_noise_over_signal(build, rho):
     schedule = build()
     for steps in (2, 3, 10, 25, 100):
