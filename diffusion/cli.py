@@ -63,14 +63,16 @@ def _hide_background_errors():
 
     def hidden(trace, error):
         files = [frame.filename for frame in traceback.extract_tb(trace)]
-        if isinstance(error, RuntimeError) and "Event loop is closed" in str(error):
-            return all("asyncio" in file for file in files)  # a late answer of tensorstore, in whichever thread
-        theirs = any(name in file for file in files for name in libraries)
-        return theirs and threading.current_thread() is not threading.main_thread()
+        return any(name in file for file in files for name in libraries) or _is_late_callback(error)
 
-    shown, shown_of_thread = sys.excepthook, threading.excepthook
-    sys.excepthook = lambda kind, error, trace: hidden(trace, error) or shown(kind, error, trace)
+    shown_of_thread, shown_unraisable = threading.excepthook, sys.unraisablehook
     threading.excepthook = lambda args: hidden(args.exc_traceback, args.exc_value) or shown_of_thread(args)
+    sys.unraisablehook = lambda args: _is_late_callback(args.exc_value) or shown_unraisable(args)
+
+
+def _is_late_callback(error):
+    """What tensorstore's answers to a save that has failed run into."""
+    return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
 
 
 def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
