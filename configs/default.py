@@ -20,11 +20,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.flip = False  # mirror images at random
 
     config.schedule = ml_collections.ConfigDict()
-    config.schedule.name = "linear"  # linear, cosine or scaled_linear, with the options below
+    config.schedule.name = "linear"  # with the options of that name below
     config.schedule.num_timesteps = 1000
     config.schedule.linear = ml_collections.ConfigDict({"beta_start": 1e-4, "beta_end": 0.02})
     config.schedule.scaled_linear = ml_collections.ConfigDict({"beta_start": 0.00085, "beta_end": 0.012})
     config.schedule.cosine = ml_collections.ConfigDict({"offset": 0.008, "max_beta": 0.999})
+    config.schedule.shifted_cosine = ml_collections.ConfigDict({"image_size": 128, "base_size": 64})
+    config.schedule.edm = ml_collections.ConfigDict({"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0})
+    config.schedule.rectified_flow = ml_collections.ConfigDict()  # with train.prediction = "flow"
 
     config.model = ml_collections.ConfigDict()  # the arguments of diffusion.models.UNet
     config.model.width = 128

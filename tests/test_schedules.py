@@ -209,3 +209,13 @@ def test_a_schedule_keeps_its_relative_precision_through_jit_in_float32(schedule
     half_ulp = 2.0**-24
     np.testing.assert_allclose(np.asarray(passed.noise_var, np.float64), schedule.noise_var, rtol=1.01 * half_ulp)
     np.testing.assert_allclose(np.asarray(passed.alpha_bar, np.float64), schedule.alpha_bar, rtol=1.01 * half_ulp)
+
+
+def test_every_schedule_can_be_named_in_a_config_with_the_defaults_of_its_function():
+    from configs import default
+    from diffusion import experiment
+
+    config = default.get_config().schedule
+    for name, build in schedules.SCHEDULES.items():
+        config.name = name
+        np.testing.assert_array_equal(experiment.make_schedule(config).alpha_bar, build().alpha_bar)

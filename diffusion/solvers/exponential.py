@@ -10,7 +10,7 @@ Adams-Bashforth method (a predictor), or Adams-Moulton where the polynomial also
 corrector). The published solvers are these methods with one moment of the kernel approximated: see `_DPM`, `_UNIPC`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -112,9 +112,6 @@ def unipc(
             update[i, -1] = kept + known @ unit[estimates[:p]] - update[i, 0]
             x = unit[0] + unit[-3] + coming * unit[-2]
     return _table(f"unipc(order={_label(order)}, variant={variant})", grid, update)
-
-
-SOLVERS: dict[str, Callable[..., SamplerTable]] = {"dpm_solver_pp": dpm_solver_pp, "unipc": unipc}
 
 
 def _dpm_official(z, moments):
