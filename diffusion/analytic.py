@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from diffusion.denoiser import PREDICTIONS, Options, denoise
+from diffusion.errors import InputError
 from diffusion.experiment import Model, Trained
 from diffusion.files import write_json
 from diffusion.types import Params
@@ -56,7 +57,10 @@ def estimate_gamma(
 def cached_gamma(folder: Path, trained: Trained, images, tau) -> Float[np.ndarray, "S"]:
     """gamma at tau[:-1], read from analytic_gamma.json in the run folder where it was estimated before, else added."""
     path = folder / "analytic_gamma.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        raise InputError(f"{path} is damaged; delete it, and it is estimated again") from None
     of_step = known.setdefault(str(trained.step), {})
     missing = [float(t) for t in tau[:-1] if str(float(t)) not in of_step]
     if missing:
