@@ -114,7 +114,7 @@ def train(
             if step % plan.grid_every == 0 or step == plan.num_steps:
                 with meter.paused():
                     draw_grid(state)
-            if stop.received:
+            if last:  # not stop.received, which may have come after the decision to save
                 break
     writer.wait()
     return state, int(state.step) >= plan.num_steps
