@@ -16,7 +16,7 @@ from diffusion import devices, experiment, schedules
 from diffusion.errors import InputError
 from diffusion.losses import simple_loss
 from diffusion.training import checkpoints, run_folder
-from diffusion.training.loop import StopRequest
+from diffusion.training.loop import Plan, StopRequest, train
 from diffusion.training.recorder import COLUMNS, Recorder
 from diffusion.training.step import ema_decay_at, init_state, make_train_step
 
@@ -192,6 +192,35 @@ def test_a_resumed_run_may_change_its_length_and_nothing_that_it_trains():
         InputError, match=r"config.train.batch_size is 3, the run has 2; num_examples is 6, the run has 5"
     ):
         run_folder.check_resumable(old, longer, folder)
+
+
+def test_a_signal_at_any_moment_of_a_step_loses_no_step(params, tmp_path):
+    """The log row of step 2 is written after the decision whether step 2 is saved."""
+
+    class Interrupting(Recorder):
+        def scalars(self, step, *values):
+            super().scalars(step, *values)
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    optimizer = optax.sgd(1e-2)
+    mesh, step = make_step(1, optimizer)
+    plan = Plan(num_steps=9, batch_size=BATCH, log_every=1, save_every=9, grid_every=9)
+    writer = checkpoints.CheckpointWriter(tmp_path / "checkpoints", keep=2)
+    with writer, Interrupting(tmp_path / "metrics.csv", 0) as recorder:
+        state, finished = train(
+            start(params, optimizer, mesh),
+            lambda state, images, cond: step(state),
+            lambda number: (IMAGES, None),
+            plan,
+            lambda number: 0.01,
+            recorder,
+            writer,
+            {"a": 1},
+            draw_grid=lambda state: None,
+        )
+    assert not finished
+    assert checkpoints.steps(tmp_path / "checkpoints") == [int(state.step)]
 
 
 def rows(path):
