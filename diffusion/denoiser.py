@@ -105,6 +105,10 @@ def denoise(
         noise level is not to be guided, and 1 elsewhere.
       known: (values, mask) of pixels to keep, both broadcastable to x; mask is 1 where known.
     """
+
+    def read(output):
+        return reading.from_x * x + reading.from_output * output
+
     scale, inside, rescale, null_cond = guidance or (None,) * 4
     output, unguided, share = _call(apply_fn, params, x, cond, null_cond, reading, options)
     output_for_eps = output
@@ -115,11 +119,11 @@ def denoise(
         # Guidance widens the output; rescale brings its spread back (arXiv:2305.08891, Eq. 15-16).
         ratio = _spread(output) / jnp.maximum(_spread(guided), 1e-12)
         output = guided * (rescale * ratio + (1 - rescale))
-    raw = reading.from_x * x + reading.from_output * output
+    raw = read(output)
     x0 = _threshold(raw, options)
     x_for_eps = x
     if options.guidance_rule == "cfg++" and options.guided:
-        x_for_eps = x + signal * (x0 - (reading.from_x * x + reading.from_output * output_for_eps))
+        x_for_eps = x + signal * (x0 - read(output_for_eps))
     elif options.clip == "keep_eps":
         x_for_eps = x + signal * (x0 - raw)
     if known is not None:
@@ -139,8 +143,8 @@ def _call(apply_fn, params, x, cond, null_cond, reading, options):
     wanted = (*inputs.shape[:-1], 2 * inputs.shape[-1]) if options.learned_variance else inputs.shape
     if output.shape != wanted:
         raise InputError(f"the network returned shape {output.shape} for x of shape {inputs.shape}; expected {wanted}")
-    output, share = jnp.split(output.astype(x.dtype), 2, axis=-1) if options.learned_variance else (output, None)
     output = output.astype(x.dtype)
+    output, share = jnp.split(output, 2, axis=-1) if options.learned_variance else (output, None)
     if not options.guided:
         return output, None, share
     output, unguided = jnp.split(output, 2)

@@ -26,7 +26,7 @@ class Model:
 
     Attributes:
       schedule: the noise schedule it is trained with.
-      prediction: "eps", "x0" or "v".
+      prediction: what it predicts, a key of losses.TARGETS.
       apply_fn: the network.
       image_shape: (H, W, C).
       num_classes: 0 if unconditional.

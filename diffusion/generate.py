@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from diffusion.errors import InputError
 from diffusion.experiment import Model
@@ -84,9 +84,14 @@ def _sample(model, params, table, key, *, sample_ids, **options):
     return sample(model.apply_fn, params, table, key, len(sample_ids), model.image_shape, **shared, **options)
 
 
+def labels_of(sample_ids: Sequence[int], labels: Sequence[int]) -> Int32[np.ndarray, "N"]:
+    """The classes of images with these numbers, which take the labels (at least one) in turn."""
+    return np.asarray(labels, np.int32)[np.asarray(sample_ids) % len(labels)]
+
+
 def _classes(model, ids, labels):
     """cond and null_cond of these images."""
     if not labels:
         return {}
-    cond = np.asarray(labels, np.int32)[ids % len(labels)]
+    cond = labels_of(ids, labels)
     return {"cond": cond, "null_cond": np.full_like(cond, model.num_classes)}

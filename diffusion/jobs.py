@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 
 from diffusion.errors import InputError
 from diffusion.files import write_atomically, write_json
+from diffusion.generate import labels_of
 
 SHARD = 1000
 RECORD = "sampling.json"
@@ -71,7 +72,7 @@ class Job:
         ids = np.asarray(self.shards[index])
         arrays = {"samples": images, "ids": ids}
         if labels:
-            arrays["labels"] = np.asarray(labels)[ids % len(labels)]
+            arrays["labels"] = labels_of(ids, labels)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         write_atomically(self.path(index), buffer.getvalue())

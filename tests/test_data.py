@@ -9,6 +9,7 @@ import numpy as np
 import pooch
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from diffusion import data
 from diffusion.data import cifar10, images, order
@@ -93,9 +94,8 @@ def test_digits_read_no_path():
 
 
 def test_digits_are_the_bundled_ones_with_black_at_0_and_white_at_255():
-    sklearn_datasets = pytest.importorskip("sklearn.datasets")
     digits = data.load("digits", split="all", size=8, channels=1)
-    grey, labels = sklearn_datasets.load_digits(return_X_y=True)
+    grey, labels = load_digits(return_X_y=True)
     expected = [[round(v * 255 / 16) for v in row] for row in grey[:50].tolist()]
     assert digits.images.shape == (1797, 8, 8, 1)
     assert digits.images[:50].reshape(50, 64).tolist() == expected

@@ -79,7 +79,7 @@ def make_train_step(
       mesh: its "data" axis must divide the batch.
       key: the run's random key.
       ema_decay: the highest decay of ema_params, see `ema_decay_at`.
-      prediction: "eps", "x0" or "v".
+      prediction: a key of losses.TARGETS.
       flip: mirror each image with probability 1/2.
       null_label, label_dropout: how often a label is replaced by the one that means "no class", which guidance needs.
 
