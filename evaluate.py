@@ -19,7 +19,7 @@ _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.
 
 
 def main() -> None:
-    devices.one_device_per_core()
+    devices.prepare()
     run = sampling_run.open_run()
     config = run.trained.config
     if config.data.name != "digits":

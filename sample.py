@@ -27,7 +27,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the sampler's table and st
 
 
 def main() -> None:
-    devices.one_device_per_core()
+    devices.prepare()
     run = sampling_run.open_run()
     ids = range(_NUM.value) if _SEEDS.value is None else jobs.parse_ids(_SEEDS.value)
     print(run.title(len(ids)))

@@ -1,9 +1,14 @@
 """Trains a diffusion model: `python train.py --config=configs/cifar.py`, or without a config the embedded digits.
 
-The run folder (runs/<config name>, or --workdir) gets config.json, checkpoints, metrics.csv, TensorBoard events and
-sample grids. The same command resumes an interrupted run.
+The run folder (runs/<config name>, or --workdir) gets config.json, environment.json, checkpoints, metrics.csv,
+TensorBoard events and sample grids. The same command resumes an interrupted run, from the newest checkpoint that is as
+it was written. Ctrl-C and SIGTERM save the step in progress; the exit codes are 130 and 75.
+
+Several processes train one model together when each gets --coordinator, --num_processes and --process_id, or
+--distributed where a cluster's own environment tells them.
 """
 
+import contextlib
 import shlex
 from pathlib import Path
 
@@ -13,111 +18,183 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from diffusion import cli, denoiser, devices, experiment, files
-from diffusion.data import batch_indices
+from diffusion import cli, data, denoiser, devices, experiment, files
 from diffusion.errors import InputError, require_range
 from diffusion.generate import generate
 from diffusion.sampling import check_prediction
-from diffusion.training import checkpoints, run_folder
-from diffusion.training.loop import Plan, train
-from diffusion.training.recorder import Recorder
+from diffusion.training import checkpoints, environment, run_folder
+from diffusion.training.loop import Plan, Run, train
+from diffusion.training.recorder import Recorder, Silent
 from diffusion.training.step import init_state, make_train_step
+from diffusion.training.stop import Stopped, StopRequest
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file. Any field: --config.train.num_steps=100")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: runs/<config name>.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to RUN/profile, for TensorBoard or XProf.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several train one model.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train one model.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this one, from 0.", lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes that Slurm or the like has started.")
 
 
 def main() -> int:
-    devices.one_device_per_core()
+    devices.prepare()
+    if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+        devices.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
+        raise InputError("--num_processes and --process_id go with --coordinator=HOST:PORT")
+    # After jax.distributed, which hears SIGTERM itself.
+    with StopRequest() as stop:
+        if jax.process_count() > 1:
+            stop.defer()  # all stop after the same step
+        try:
+            return start(stop)
+        except Stopped:
+            print("stopped before the first step; nothing is lost")
+            return stop.exit_code
+
+
+def start(stop: StopRequest) -> int:
+    """Finds everything that can be wrong with the config before anything is written, and goes on to `run`."""
     config = _CONFIG.value
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     folder = run_folder.RunFolder(_WORKDIR.value or Path("runs", name))
-
-    # Everything that can be wrong with the config is found before anything is written.
     options = config.train
     plan = Plan(*(options[k] for k in ("num_steps", "batch_size", "log_every", "save_every", "grid_every")))
     require_range("config.seed", config.seed, 0, 2**32 - 1)
     require_range("config.sample.num", config.sample.num, 1)
     require_range("config.train.keep", options.keep, 1)
-    require_range("config.train.ema_decay", options.ema_decay, 0, 1, open_ends="high")
+    require_range("config.train.keep_best", options.keep_best, 0)
+    require_range("config.train.microbatches", options.microbatches, 1)
+    require_range("config.train.fsdp", options.fsdp, 1)
     require_range("config.train.label_dropout", options.label_dropout, 0, 1, open_ends="high")
+    for decay in experiment.ema_decays(options):
+        require_range("config.train.ema_decays", decay, 0, 1, open_ends="high")
+    mesh = devices.training_mesh(plan.batch_size, options.fsdp, options.microbatches)
     rate = experiment.learning_rate(config.optimizer, plan.num_steps)
     optimizer = experiment.make_optimizer(config.optimizer, rate)
     schedule = experiment.make_schedule(config.schedule)
+    objective = experiment.make_objective(options, schedule)
     table = experiment.make_table(schedule, config.sample.sampler, config.sample.steps, config.sample.tau)
-    data = experiment.load_data(config.data)
-    model = experiment.make_model(config, data.images.shape[1:])
-    if model.num_classes and len(data.class_names) != model.num_classes:
+    dataset = experiment.load_data(config.data)
+    model = experiment.make_model(config, dataset.images.shape[1:])
+    if model.num_classes and len(dataset.class_names) != model.num_classes:
         raise InputError(
-            f"config.model.num_classes is {model.num_classes}; the data has {len(data.class_names)} classes"
+            f"config.model.num_classes is {model.num_classes}; the data has {len(dataset.class_names)} classes"
         )
     denoiser.check_options(options.prediction, denoiser.Options(config.sample.clip))
     check_prediction(table, options.prediction)
-    with folder.locked():
-        return run(config, folder, plan, table, optimizer, rate, data, model)
+    with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
+        return run(config, folder, plan, table, optimizer, rate, objective, dataset, model, mesh, stop)
 
 
-def run(config, folder, plan, table, optimizer, rate, data, model) -> int:
+def run(config, folder, plan, table, optimizer, rate, objective, dataset, model, mesh, stop) -> int:
     """Starts or resumes the run; returns the exit code."""
     metadata = {
         "config": config.to_dict(),
         "image_shape": model.image_shape,
-        "num_examples": len(data.images),
-        "class_names": data.class_names,
+        "num_examples": len(dataset.images),
+        "class_names": dataset.class_names,
+        "data": data.fingerprint(dataset),
     }
-    mesh = devices.data_mesh(plan.batch_size)
     key = jax.random.key(config.seed)
-    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    state = jax.device_put(init_state(model.init(jax.random.fold_in(key, 0)), optimizer), everywhere)
+    decays = experiment.ema_decays(config.train)
+
+    def make_state(key):
+        return init_state(model.init(key), optimizer, decays)
+
+    shapes = jax.eval_shape(make_state, key)
+    shardings = devices.state_sharding(mesh, shapes)
+    begin = folder.latest_step()
+    if begin is None:
+        state = jax.jit(make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
+    else:
+        run_folder.check_resumable(checkpoints.metadata(folder.checkpoints, begin), metadata, folder)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        state = checkpoints.load_state(folder.checkpoints, begin, like)
+    begin = begin or 0
+    talk = print if jax.process_index() == 0 else lambda *_: None
+    if begin >= plan.num_steps:
+        talk(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
+        return 0
+    count = sum(p.size for p in jax.tree.leaves(state.params))
+    talk(f"resuming {folder.path} at step {begin:,}" if begin else f"training {folder.path}")
+    talk(f"{len(dataset.images):,} images {model.image_shape}, {count:,} parameters, {devices.describe(mesh)}")
+
     train_step = make_train_step(
         model.apply_fn,
+        objective,
         optimizer,
         model.schedule,
         mesh,
         jax.random.fold_in(key, 1),
-        ema_decay=config.train.ema_decay,
-        prediction=config.train.prediction,
-        flip=config.data.flip,
+        ema_decays=decays,
+        microbatches=config.train.microbatches,
+        log_every=plan.log_every,
         null_label=model.num_classes,
         label_dropout=config.train.label_dropout if model.num_classes else 0.0,
     )
-
-    start = folder.latest_step()
-    if start is not None:
-        run_folder.check_resumable(checkpoints.metadata(folder.checkpoints, start), metadata, folder)
-        state = checkpoints.load_state(folder.checkpoints, start, state)
-    if (start or 0) >= plan.num_steps:
-        print(f"{folder.path} is trained to step {start:,}, and config.train.num_steps asks for {plan.num_steps:,}")
-        return 0
-
-    count = sum(p.size for p in jax.tree.leaves(state.params))
-    print(f"training {folder.path}" if start is None else f"resuming {folder.path} at step {start:,}")
-    print(f"{len(data.images):,} images {model.image_shape}, {count:,} parameters, {devices.describe(mesh)}")
-
-    def next_batch(step):
-        chosen = batch_indices(len(data.images), plan.batch_size, config.seed, step)
-        labels = jax.device_put(data.labels[chosen], split) if model.num_classes else None
-        return jax.device_put(data.images[chosen], split), labels
-
-    def draw_grid(state):
-        shared = {"seed": config.seed, "labels": range(model.num_classes), "mesh": mesh, "clip": config.sample.clip}
-        drawn = generate(model, state.ema_params, table, range(config.sample.num), **shared)
-        grid = files.grid(np.concatenate(list(drawn)))
-        files.write_png(folder.grids / f"step_{int(state.step):08d}.png", grid)
-        recorder.image("samples", grid, int(state.step))
-
-    folder.create(config)
-    writer = checkpoints.CheckpointWriter(folder.checkpoints, config.train.keep)
-    with writer, Recorder(folder.metrics, start or 0) as recorder:
-        state, finished = train(state, train_step, next_batch, plan, rate, recorder, writer, metadata, draw_grid)
+    if jax.process_index() == 0:
+        folder.create(config, environment.describe(mesh, begin))
+    recorder = Recorder(folder.path, begin) if jax.process_index() == 0 else Silent()
+    writer = checkpoints.CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_best)
+    with writer, recorder:
+        work = Run(
+            train_step,
+            placed_batches(config, dataset, plan, mesh, begin, bool(model.num_classes)),
+            rate,
+            recorder,
+            writer,
+            metadata,
+            grid_drawer(config, folder, model, table, mesh, recorder),
+            lambda step: data.batch_indices(len(dataset.images), plan.batch_size, config.seed, step),
+            stop,
+            folder.profile if _PROFILE.value else None,
+        )
+        state, finished = train(state, plan, work)
     if not finished:
-        print(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
-        return cli.INTERRUPTED
+        talk(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
+        return stop.exit_code
     workdir = shlex.quote(str(folder.path))
-    print(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={workdir}")
+    talk(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={workdir}")
     return 0
+
+
+def placed_batches(config, dataset, plan, mesh, begin, with_labels):
+    """(images, labels or None) of each step on the devices; every process loads its own rows."""
+    rows = devices.local_rows(mesh, plan.batch_size)
+    options = {"rows": rows, "flip": config.data.flip, "workers": config.data.workers}
+    local = data.batches(dataset, batch_size=plan.batch_size, seed=config.seed, start=begin, **options)
+    sharding = devices.batch_sharding(mesh)
+
+    def place(part):
+        return jax.make_array_from_process_local_data(sharding, part, (plan.batch_size, *part.shape[1:]))
+
+    with contextlib.closing(local):
+        for batch in local:
+            yield place(batch.images), place(batch.labels) if with_labels else None
+
+
+def grid_drawer(config, folder, model, table, mesh, recorder):
+    """state -> None: the first process draws samples of the first EMA into grids/."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    gather = jax.jit(lambda params: params, out_shardings=everywhere)
+
+    def draw(state):
+        step = int(state.step)
+        path = folder.grids / f"step_{step:08d}.png"
+        params = jax.tree.map(lambda x: x.addressable_data(0), gather(next(iter(state.ema_params.values()))))
+        if jax.process_index() > 0 or path.exists():
+            return
+        shared = {"seed": config.seed, "labels": range(model.num_classes), "clip": config.sample.clip}
+        drawn = generate(model, params, table, range(config.sample.num), mesh=devices.data_mesh(), **shared)
+        grid = files.grid(np.concatenate(list(drawn)))
+        files.write_png(path, grid)
+        recorder.image("samples", grid, step)
+
+    return draw
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dropout = 0.0
     config.model.num_classes = 0  # 0: unconditional
     config.model.out_channels = 0  # 0: as many as the images have
-    config.model.dtype = "float32"  # or bfloat16
+    config.model.dtype = "float32"  # or bfloat16, for the arithmetic; weights and statistics stay float32
+    config.model.remat = False  # compute activations again in the backward pass, to save memory
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 2e-4
@@ -53,10 +54,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.label_dropout = 0.1  # of models with classes; guidance needs it
     config.train.num_steps = 800_000
     config.train.batch_size = 128
-    config.train.ema_decay = 0.9999
+    config.train.ema_decays = (0.9999,)  # one EMA each; grids and samples are drawn with the first
+    config.train.microbatches = 1  # parts a batch goes through the network in, to save memory
+    config.train.fsdp = 1  # devices over which parameters and optimizer are sharded; the rest repeat them
     config.train.log_every = 100  # steps between lines of the log and rows of metrics.csv
     config.train.save_every = 5000  # steps between checkpoints
     config.train.keep = 3  # newest checkpoints kept
+    config.train.keep_best = 0  # checkpoints with the lowest loss kept besides
     config.train.grid_every = 5000  # steps between sample grids
 
     config.sample = ml_collections.ConfigDict()  # of the grids in training; sample.py's flags override it

@@ -17,7 +17,7 @@ def get_config():
     config.optimizer.decay = "cosine"
 
     config.train.num_steps = 1000
-    config.train.ema_decay = 0.995
+    config.train.ema_decays = (0.995,)
     config.train.save_every = 500
     config.train.grid_every = 500
     return config

@@ -12,9 +12,9 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from diffusion.errors import InputError, nearest
+from diffusion.training.stop import INTERRUPTED
 
 USER_ERROR = 2
-INTERRUPTED = 130  # the shell's code for Ctrl-C
 
 _FULL = ("ENOSPC", "EDQUOT", "EFBIG")
 _NO_PLACE = ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENOENT", "ENAMETOOLONG", "ELOOP")
@@ -44,7 +44,11 @@ def fail(message: str) -> None:
 def _guarded(main):
     _hide_background_errors()
     try:
-        sys.exit(main())
+        code = main() or 0
+        sys.stdout.flush()
+        if code:  # a stopped run: what its other threads were about is of no use
+            os._exit(code)
+        sys.exit(0)
     except InputError as error:
         fail(error)
     except OSError as error:

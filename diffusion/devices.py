@@ -1,29 +1,137 @@
-"""Devices: how many there are, and how a batch is laid over them."""
+"""Devices and processes: how many there are, and how a batch and a train state are laid over them."""
 
+import contextlib
 import os
+from pathlib import Path
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+import pooch
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from diffusion.errors import InputError
+
+SHARDED_FROM = 1024
+"""Arrays of fewer elements than this are not worth sharding."""
 
 
-def one_device_per_core() -> None:
-    """Gives a CPU run one JAX device for each core. Call it before anything else touches JAX.
+def prepare() -> None:
+    """One JAX device a core on a CPU, and a cache of compiled programs. Call it before anything else touches JAX.
 
     XLA's own threads inside one program scale badly. One program a core, each with its share of the batch, gave on two
     cores 1.64 times the network calls and 1.34 times the training steps at 64 images of 32x32, and 1.30 and 0.92 times
     at 16 (benchmarks/devices.py, width 32, November 2026). It is the same data-parallel mesh that several GPUs use.
+
+    Compiled programs are kept in the user's cache (JAX_COMPILATION_CACHE_DIR overrides it), so that a command given
+    again starts at once.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", cores)
+    jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAX_NUM_CPU_DEVICES", cores)))
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path(pooch.os_cache("diffusion"), "compiled")
+        with contextlib.suppress(OSError):  # a home that cannot be written: compile each time
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Connects the processes of one run through `jax.distributed`.
+
+    Args:
+      coordinator: HOST:PORT of process 0; None leaves it to jax.distributed, which knows Slurm, Open MPI, Kubernetes
+        and cloud TPUs, and JAX_COORDINATOR_ADDRESS.
+      num_processes: how many there are.
+      process_id: the number of this one, from 0.
+
+    Raises:
+      InputError: the others were not found, or a number is missing or out of range.
+    """
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise InputError(f"--process_id is {process_id}; with --num_processes={num_processes} it lies below that")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the processes of the run did not find each other ({str(error).splitlines()[0]})") from error
 
 
 def data_mesh(batch_size: int | None = None) -> Mesh:
-    """A mesh with one axis, "data", over all devices, or over as many as divide the batch."""
+    """A mesh with one axis, "data", over this process's devices, or over as many as divide the batch."""
+    local = jax.local_devices()
+    count = max(n for n in range(1, len(local) + 1) if (batch_size or n) % n == 0)
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=local[:count])
+
+
+def training_mesh(batch_size: int, fsdp: int = 1, microbatches: int = 1) -> Mesh:
+    """A mesh with the axes "data" and "fsdp" over the devices of all processes; both share the batch.
+
+    Args:
+      batch_size: of the whole batch. One process uses as many of its devices as divide it.
+      fsdp: the state is sharded over so many devices, and repeated over "data".
+      microbatches: parts that each device's share is divided into.
+
+    Raises:
+      InputError: the batch cannot be shared, or fsdp does not divide the number of devices.
+    """
     devices = jax.devices()
-    count = max(n for n in range(1, len(devices) + 1) if (batch_size or n) % n == 0)
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+    fits = [n for n in range(fsdp, len(devices) + 1, fsdp) if batch_size % (n * microbatches) == 0]
+    if not fits or (jax.process_count() > 1 and fits[-1] != len(devices)):
+        of = f"fsdp = {fsdp}, microbatches = {microbatches} and {len(devices)} devices"
+        raise InputError(
+            f"config.train.batch_size is {batch_size}; with {of} it must be a multiple of "
+            f"{microbatches * (len(devices) if jax.process_count() > 1 else fsdp)}, and fsdp at most {len(devices)}"
+        )
+    shape = (fits[-1] // fsdp, fsdp)
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[: fits[-1]])
+
+
+def state_sharding(mesh: Mesh, state: Any) -> Any:
+    """Where each array of a train state lies: its longest axis that "fsdp" divides is sharded over it.
+
+    Args:
+      mesh: from `training_mesh`.
+      state: a pytree of anything with a shape.
+
+    Returns:
+      The same tree of NamedShardings.
+    """
+    ways = mesh.shape["fsdp"]
+
+    def sharding(x):
+        axes = [axis for axis in range(len(x.shape)) if x.shape[axis] % ways == 0]
+        if ways == 1 or not axes or np.prod(x.shape) < SHARDED_FROM:
+            return NamedSharding(mesh, PartitionSpec())
+        longest = max(axes, key=lambda axis: x.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+
+    return jax.tree.map(sharding, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis of a batch over all devices of a `training_mesh`."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of the whole batch that this process loads, ascending; int64."""
+    shares = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[share] for share in shares]))
 
 
 def describe(mesh: Mesh) -> str:
-    """For example "2 x cpu" or "1 x NVIDIA H200"."""
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    """For example "2 x cpu", "1 x NVIDIA H200" or "8 x cpu in 2 processes, fsdp 4"."""
+    text = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    if jax.process_count() > 1:
+        text += f" in {jax.process_count()} processes"
+    return text + (f", fsdp {mesh.shape['fsdp']}" if mesh.shape.get("fsdp", 1) > 1 else "")
+
+
+def memory_in_use() -> int:
+    """Bytes: the most that one local device has held, or on a CPU, which does not count, that this process has."""
+    peaks = [stats["peak_bytes_in_use"] for d in jax.local_devices() if (stats := d.memory_stats())]
+    if peaks:
+        return max(peaks)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if os.uname().sysname == "Darwin" else 1024)

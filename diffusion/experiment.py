@@ -17,6 +17,7 @@ from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import SamplerTable
 from diffusion.training import checkpoints
 from diffusion.training.run_folder import RunFolder
+from diffusion.training.step import ema_name
 from diffusion.types import ApplyFn, Params
 
 
@@ -42,19 +43,24 @@ class Model:
 
 
 class Trained(NamedTuple):
-    """What a run folder holds: the model, its EMA weights, its whole config, and the step they were saved at."""
+    """What a run folder holds: the model, the weights of one EMA (its name), the whole config, the step saved at."""
 
     model: Model
     params: Params
     config: ConfigDict
     step: int
+    ema: str
 
 
-def load_trained(folder: RunFolder) -> Trained:
-    """The newest checkpoint of a run.
+def load_trained(folder: RunFolder, ema: str = "") -> Trained:
+    """The newest good checkpoint of a run.
+
+    Args:
+      folder: the run.
+      ema: which of its EMAs, by decay; "" is the first.
 
     Raises:
-      InputError: it is damaged or does not fit its own config.
+      InputError: all are damaged, or do not fit their own config; there is no such EMA.
     """
     step = folder.latest_step()
     saved = checkpoints.metadata(folder.checkpoints, step)
@@ -63,7 +69,23 @@ def load_trained(folder: RunFolder) -> Trained:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    return Trained(model, checkpoints.load_ema(folder.checkpoints, step, like), config, step)
+    names = [ema_name(decay) for decay in ema_decays(config.train)]
+    if ema and ema not in names:
+        raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
+    ema = ema or names[0]
+    return Trained(model, checkpoints.load_ema(folder.checkpoints, step, ema, like), config, step, ema)
+
+
+def ema_decays(config: ConfigDict) -> tuple[float, ...]:
+    """config.train.ema_decays; config: the section config.train.
+
+    Raises:
+      InputError: there is none, or one comes twice.
+    """
+    decays = tuple(config.ema_decays)
+    if not decays or len(set(map(ema_name, decays))) < len(decays):
+        raise InputError(f"config.train.ema_decays are {decays}; give at least one, and none twice")
+    return decays
 
 
 def make_schedule(config: ConfigDict) -> NoiseSchedule:

@@ -51,6 +51,7 @@ class SamplingRun(NamedTuple):
         return {
             "run": str(self.folder.path),
             "checkpoint_step": self.trained.step,
+            "ema": self.trained.ema,
             "sampler": self.sampler,
             "update_sha256": hashlib.sha256(self.table.update.tobytes()).hexdigest(),
             "table": self.table.name,
@@ -79,6 +80,7 @@ class SamplingRun(NamedTuple):
 def define_flags() -> None:
     """The flags that `open_run` reads."""
     flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")
+    flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i alone.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("steps", None, "Sampling steps, 1..T. Default: the run's config.sample.steps (25).")
     flags.DEFINE_string(
@@ -114,7 +116,7 @@ def open_run() -> SamplingRun:
     """
     given = flags.FLAGS
     folder = run_folder.existing(given.workdir) if given.workdir else run_folder.newest("runs")
-    trained = load_trained(folder)
+    trained = load_trained(folder, given.ema or "")
     config, schedule = trained.config.sample, trained.model.schedule
     if given.steps is not None and ":" in (given.tau or config.tau):
         raise InputError(f"tau {given.tau or config.tau} has its own number of steps; leave out --steps")

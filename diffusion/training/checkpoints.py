@@ -1,14 +1,17 @@
 """Checkpoints: all that touches orbax stands here.
 
-One folder a step holds two items: `ema`, the weights that samples are drawn with, and `train`, the rest of the state.
-The config travels in the checkpoint's metadata, so that both are committed by the same rename.
+One folder a step holds an item for each EMA, the weights that samples are drawn with, and `train`, the rest of the
+state. The config travels in the checkpoint's metadata. A save is written beside, gets its SHA-256 manifest, and appears
+under its number by one rename; so every folder with a number was complete once, and what has changed since is found.
 """
 
-import contextlib
 import json
 import math
 import os
+import shutil
+import sys
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +19,54 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from diffusion.errors import InputError
+from diffusion.training import manifest
 from diffusion.training.step import TrainState
 from diffusion.types import Params
 
-_METADATA = "_CHECKPOINT_METADATA"  # written last by orbax; an interrupted or empty folder lacks it
+_UNFINISHED = "unfinished-"
+_REASONS = (OSError, ValueError, KeyError)
 
 
 class CheckpointWriter:
-    """Saves the train state in the background and keeps the newest `keep`. Leaving the context waits for it."""
+    """Saves the train state in the background. Leaving the context waits for the last save.
 
-    def __init__(self, folder: str | os.PathLike, keep: int):
+    Args:
+      folder: of all steps. Remains of saves that were cut short are removed from it.
+      keep: how many of the newest steps stay; older ones go when a newer one is complete.
+      keep_best: how many of the steps with the lowest loss stay besides.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep: int, keep_best: int = 0):
         self._folder = Path(folder).absolute()
-        complete = steps(folder)
-        for path in self._folder.glob("*"):
-            if path.name.isdigit() and int(path.name) not in complete:
-                raise InputError(f"{path} is no complete checkpoint; delete it and start again with the same command")
-        self._pending = None
-        self._checkpointer = ocp.training.Checkpointer(
-            self._folder,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self._keep, self._keep_best = keep, keep_best
+        self._pending: Future | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._folder.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(path)
 
-    def save(self, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
-        """Starts to save; an error of the save before is raised here. Saving a step again does nothing.
+    def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], loss: float = math.nan) -> None:
+        """Starts to save; an error of the save before is raised here. A damaged checkpoint of this step is replaced.
 
         Args:
-          step: number of updates made.
+          step: number of steps made.
           state: may be donated as soon as this returns.
           metadata: what JSON can hold.
+          loss: by which keep_best ranks; one that is not finite is never the best.
 
         Raises:
           InputError: the disk is full or cannot be written; checkpoints already there are whole.
         """
         self.wait()
-        if step in steps(self._folder):
-            return
-        items = {"ema": state.ema_params, "train": state.replace(ema_params=None)}
-        plain = json.loads(json.dumps(metadata))
+        temporary = self._folder / f"{_UNFINISHED}{step}"
         try:
-            self._pending = self._checkpointer.save_checkpointables_async(
-                step, items, force=True, custom_metadata=plain
+            saving = ocp.save_checkpointables_async(
+                temporary, _items(state), custom_metadata=json.loads(json.dumps(metadata))
             )
-        except (OSError, ValueError) as error:
+        except _REASONS as error:
             self._fail(error)
+        self._pending = self._thread.submit(self._finish, saving, temporary, step, loss)
 
     def wait(self) -> None:
         """Returns when the last save is on disk."""
@@ -67,7 +74,7 @@ class CheckpointWriter:
         try:
             if pending is not None:
                 pending.result()
-        except (OSError, ValueError) as error:
+        except _REASONS as error:
             self._fail(error)
 
     def __enter__(self):
@@ -77,9 +84,30 @@ class CheckpointWriter:
         try:
             self.wait()
         finally:
-            # After a failed save, close raises that error once more.
-            with contextlib.suppress(OSError, ValueError):
-                self._checkpointer.close()
+            self._thread.shutdown()
+
+    def _finish(self, saving, temporary, step, loss):
+        saving.result()
+        if jax.process_index() > 0:
+            return
+        manifest.write(temporary, step=step, loss=loss if math.isfinite(loss) else None)
+        _sync(temporary)
+        final = self._folder / str(step)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        self._remove_old()
+
+    def _remove_old(self):
+        saved = steps(self._folder)
+        best = sorted((loss, step) for step in saved if (loss := _loss(self._folder, step)) is not None)
+        kept = {*saved[-self._keep :], *(step for _, step in best[: self._keep_best])}
+        for step in saved:
+            if step not in kept:
+                # Under another name first: a kill in between leaves no half of a checkpoint.
+                removed = self._folder / f"{_UNFINISHED}removal-{step}"
+                os.rename(self._folder / str(step), removed)
+                shutil.rmtree(removed)
 
     def _fail(self, error):
         saved = steps(self._folder)
@@ -90,15 +118,42 @@ class CheckpointWriter:
         ) from error
 
 
-def newest_commit(folder: str | os.PathLike) -> float:
-    """When the newest complete checkpoint was written, in seconds since the epoch; -inf if there is none."""
-    saved = steps(folder)
-    return (Path(folder) / str(saved[-1]) / _METADATA).stat().st_mtime if saved else -math.inf
-
-
 def steps(folder: str | os.PathLike) -> list[int]:
-    """The steps of all complete checkpoints in a folder, ascending."""
-    return sorted(int(path.parent.name) for path in Path(folder).glob(f"*/{_METADATA}") if path.parent.name.isdigit())
+    """The steps of all checkpoints in a folder, ascending; whether they are whole, `newest_good` finds out."""
+    return sorted(int(path.name) for path in Path(folder).glob("*") if path.name.isdecimal() and path.is_dir())
+
+
+def newest_commit(folder: str | os.PathLike) -> float:
+    """When the newest checkpoint was written, in seconds since the epoch; -inf if there is none."""
+    saved = steps(folder)
+    return (Path(folder) / str(saved[-1])).stat().st_mtime if saved else -math.inf
+
+
+def newest_good(folder: str | os.PathLike) -> int | None:
+    """The newest step whose files are all as they were written, or None where there is no checkpoint.
+
+    Each damaged one is named on stderr.
+
+    Raises:
+      InputError: there are checkpoints, and all are damaged.
+    """
+    damage = {}
+    for step in reversed(steps(folder)):
+        try:
+            manifest.verify(Path(folder) / str(step))
+        except _REASONS as error:
+            damage[step] = _first_line(error)
+            continue
+        for bad, reason in damage.items():
+            print(
+                f"warning: checkpoint {Path(folder) / str(bad)} is damaged ({reason}); using step {step}",
+                file=sys.stderr,
+            )
+        return step
+    if not damage:
+        return None
+    reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
+    raise InputError(f"every checkpoint in {folder} is damaged ({reasons}); restore one or name another --workdir")
 
 
 def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:
@@ -110,55 +165,66 @@ def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:
     path = Path(folder).absolute() / str(step)
     try:
         saved = ocp.checkpointables_metadata(path).custom_metadata
-    except (OSError, ValueError, KeyError) as error:
+    except _REASONS as error:
         raise InputError(f"checkpoint {path} cannot be read ({_first_line(error)}); delete this folder") from error
-    if not saved:
-        raise InputError(f"checkpoint {path} cannot be read (no metadata); delete this folder")
+    if not saved or "config" not in saved:
+        raise InputError(f"checkpoint {path} cannot be read (it has no config); delete this folder")
     return saved
 
 
-def load_ema(folder: str | os.PathLike, step: int, like: Params) -> Params:
-    """The EMA weights of a step.
+def load_ema(folder: str | os.PathLike, step: int, name: str, like: Params) -> Params:
+    """One EMA of a step.
 
     Args:
       folder: the folder of all steps.
       step: one of `steps(folder)`.
+      name: a key of TrainState.ema_params.
       like: tree of arrays or ShapeDtypeStructs with shardings.
 
     Raises:
       InputError: the checkpoint is of another model (the first differing fields are named) or damaged.
     """
-    return _load(folder, step, {"ema": like})["ema"]
+    return _load(folder, step, {_ema_item(name): like})[_ema_item(name)]
 
 
 def load_state(folder: str | os.PathLike, step: int, like: TrainState) -> TrainState:
-    """The whole state of a step, laid out as `like`; raises as `load_ema`."""
-    items = _load(folder, step, {"ema": like.ema_params, "train": like.replace(ema_params=None)})
-    return items["train"].replace(ema_params=items["ema"])
+    """The whole state of a step, laid out as `like`, an array tree; raises as `load_ema`."""
+    items = _load(folder, step, _items(like))
+    return items["train"].replace(ema_params={name: items[_ema_item(name)] for name in like.ema_params})
+
+
+def _items(state):
+    return {_ema_item(name): params for name, params in state.ema_params.items()} | {
+        "train": state.replace(ema_params=None)
+    }
+
+
+def _ema_item(name):
+    return f"ema_{name}"
 
 
 def _load(folder, step, items):
     path = Path(folder).absolute() / str(step)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items)
-    remedy = "it is damaged; delete it to use the one before"
     try:
-        stored = (ocp.checkpointables_metadata(path).metadata or {}).get("ema")
-        if not stored:
-            raise InputError(f"checkpoint {path} has no readable list of its weights; {remedy}")
-        _check_same(path, _leaves(stored), _leaves(abstract["ema"]))
+        stored = ocp.checkpointables_metadata(path).metadata or {}
+        for name in abstract:
+            _check_same(path, _leaves(stored.get(name)), _leaves(abstract[name]))
         return ocp.load_checkpointables(path, abstract)
     except InputError:
         raise
     except Exception as error:  # orbax raises errors of many kinds for a damaged file, tensorstore's own among them
         raise InputError(
-            f"checkpoint {path} cannot be loaded ({_first_line(error.__cause__ or error)}); {remedy}"
+            f"checkpoint {path} cannot be loaded ({_first_line(error.__cause__ or error)}); "
+            "it is damaged; delete it to use the one before"
         ) from error
 
 
 def _leaves(tree):
     """{"a/b": "float32 (3, 3)"} of any tree whose leaves have shape and dtype."""
     named = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype} {x.shape}" for path, x in named}
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in named}
+    return {name: f"{x.dtype} {tuple(x.shape)}" for name, x in leaves.items() if hasattr(x, "shape")}
 
 
 def _check_same(path, stored, wanted):
@@ -170,6 +236,23 @@ def _check_same(path, stored, wanted):
     if different:
         more = f" and {len(different) - 5} more" if len(different) > 5 else ""
         raise InputError(f"checkpoint {path} is of another model: {'; '.join(different[:5])}{more}")
+
+
+def _loss(folder, step):
+    try:
+        return manifest.read(folder / str(step))["loss"]
+    except _REASONS:
+        return None
+
+
+def _sync(folder):
+    """Puts the folder on disk before it gets its name, for a machine that loses power."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _first_line(error):

@@ -2,21 +2,28 @@
 
 import contextlib
 import dataclasses
-import math
-import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from tqdm import tqdm
 
+from diffusion import devices
 from diffusion.errors import InputError
 from diffusion.training.checkpoints import CheckpointWriter
-from diffusion.training.recorder import Recorder
+from diffusion.training.recorder import Recorder, Row, Silent
 from diffusion.training.step import Metrics, TrainState
+from diffusion.training.stop import Stopped, StopRequest
+
+MAX_SKIPPED_IN_ROW = 5
+PROFILED = range(10, 15)
+"""The steps of --profile, counted from the start of the process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,108 +42,206 @@ class Plan:
                 raise InputError(f"config.train.{field.name} is {getattr(self, field.name)}; it must be at least 1")
 
 
-class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into `received`, so that the step in progress ends and is saved.
+@dataclasses.dataclass
+class Run:
+    """What the loop works with, apart from the state.
 
-    A second Ctrl-C interrupts at once. A context manager, for the main thread.
+    Attributes:
+      train_step: see `make_train_step`.
+      batches: (images, cond) of the step after the start, then of the next, and so on; closed at the end.
+      learning_rate: number of updates -> rate, for the log.
+      recorder, writer: where metrics and checkpoints go; metadata goes into each checkpoint.
+      draw_grid: draws samples of a state and saves them, unless they are there.
+      examples: step -> numbers of the examples in its batch, for the report on a step that was skipped.
+      stop: the signals heard.
+      profile: the folder for a trace of the steps `PROFILED`, or None.
     """
 
-    def __init__(self):
-        self.received = False
-
-    def __enter__(self):
-        # What a shell starts in the background ignores Ctrl-C; leave that as it is.
-        heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
-        self._before = {s: signal.signal(s, self._receive) for s in heard}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number, frame):
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = True
+    train_step: Callable[..., tuple[TrainState, Metrics]]
+    batches: Iterator[tuple[jax.Array, Any]]
+    learning_rate: optax.Schedule
+    recorder: Recorder | Silent
+    writer: CheckpointWriter
+    metadata: dict[str, Any]
+    draw_grid: Callable[[TrainState], None]
+    examples: Callable[[int], np.ndarray]
+    stop: StopRequest
+    profile: Path | None = None
 
 
-def train(
-    state: TrainState,
-    train_step: Callable[[TrainState, jax.Array, Any], tuple[TrainState, Metrics]],
-    next_batch: Callable[[int], tuple[jax.Array, Any]],
-    plan: Plan,
-    learning_rate: optax.Schedule,
-    recorder: Recorder,
-    writer: CheckpointWriter,
-    metadata: dict[str, Any],
-    draw_grid: Callable[[TrainState], None],
-) -> tuple[TrainState, bool]:
+def train(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, bool]:
     """Trains from state.step to plan.num_steps, or until Ctrl-C or SIGTERM; the last state is always saved.
 
     Args:
       state: where to start; donated.
-      train_step: see `make_train_step`.
-      next_batch: step -> (images, cond), a pure function, so that a resumed run sees the same batches.
       plan: lengths and intervals.
-      learning_rate: step -> rate, for the log.
-      recorder, writer: where metrics and checkpoints go; metadata goes into each checkpoint.
-      draw_grid: draws and saves samples of a state.
+      run: what it works with.
 
     Returns:
       The last state, and whether training came to its end.
 
     Raises:
-      InputError: the loss is not finite (nothing is saved then), or the disk is full.
+      InputError: too many gradients in a row are not finite, or the disk is full; earlier checkpoints are whole.
+      Stopped: the signal came before the first step was done, so there was nothing to save.
     """
     start = int(state.step)
-    meter = _Meter()
-    in_flight: deque[Metrics] = deque()
-    progress = tqdm(total=plan.num_steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
-    with StopRequest() as stop, progress:
-        for step in range(start + 1, plan.num_steps + 1):
-            state, metrics = train_step(state, *next_batch(step - 1))
-            meter.add(metrics)
-            in_flight.append(metrics)
-            # Waiting for the step before last keeps the device busy, and Ctrl-C prompt where a step takes seconds.
-            if len(in_flight) > 2:
-                jax.block_until_ready(in_flight.popleft())
-            progress.update()
-            if step == start + 1:
-                jax.block_until_ready(metrics)
-                progress.write(f"first step after {meter.elapsed():.1f} s, compilation included")
-                meter.restart_clock()
-            last = step == plan.num_steps or stop.received
-            if step % plan.log_every == 0 or last:
-                _log(meter, step, plan, float(learning_rate(step - 1)), recorder, progress)
-            if step % plan.save_every == 0 or last:
-                _require_finite(metrics, step)
-                writer.save(step, state, metadata)
+    if start and start % plan.grid_every == 0:
+        run.draw_grid(state)  # a kill may have come between the save and the grid
+    progress = tqdm(
+        total=plan.num_steps, initial=start, unit="step", dynamic_ncols=True, disable=jax.process_index() > 0 or None
+    )
+    run.stop.defer()
+    with contextlib.closing(run.batches), progress:
+        return _Loop(state, plan, run, progress).go()
+
+
+class _Loop:
+    def __init__(self, state, plan, run, progress):
+        self.state, self.plan, self.run, self.progress = state, plan, run, progress
+        self.start = int(state.step)
+        self.in_flight: deque[tuple[int, Metrics]] = deque()
+        self.skipped = int(state.skipped)
+        self.votes = 0.0
+        self.ballots: dict[bool, jax.Array] = {}
+        self.clock = _Clock()
+
+    def go(self):
+        plan, run = self.plan, self.run
+        for step in range(self.start + 1, plan.num_steps + 1):
+            self._trace(step)
+            metrics = self._step(step)
+            if step % plan.log_every == 0 or step == plan.num_steps:
+                self._settle(0)
+                self._log(step, metrics)
             if step % plan.grid_every == 0 or step == plan.num_steps:
-                with meter.paused():
-                    draw_grid(state)
-            if last:  # not stop.received, which may have come after the decision to save
+                with self.clock.paused(), contextlib.suppress(Stopped):  # then what follows stops and saves
+                    self._interruptible(run.draw_grid, self.state)
+            last = step == plan.num_steps or self._stopping()
+            if step % plan.save_every == 0 or last:
+                self._settle(0)
+                self._save(step, metrics)
+            if last:  # not self._stopping(), which may have come after the decision to save
                 break
-    writer.wait()
-    return state, int(state.step) >= plan.num_steps
+        run.writer.wait()
+        return self.state, step >= plan.num_steps
+
+    def _step(self, step):
+        """Starts a step, and waits for the one before last: that keeps the device busy, and the answer to signals
+        prompt where a step takes seconds."""
+        images, cond = next(self.run.batches)
+        first = step == self.start + 1
+        call = self._interruptible if first else lambda function, *args: function(*args)
+        self.state, metrics = call(self.run.train_step, self.state, images, cond, self._vote(images))
+        self.in_flight.append((step, metrics))
+        self._settle(0 if first else 2)
+        self.clock.steps += 1
+        self.progress.update()
+        if first:
+            self.progress.write(f"first step after {self.clock.elapsed():.1f} s, compilation included")
+            self.clock.restart()
+        return metrics
+
+    def _interruptible(self, function, *args):
+        """In one process a signal ends a long call; of several, all must go on to where they agree to stop."""
+        return self.run.stop.call(function, *args) if jax.process_count() == 1 else function(*args)
+
+    def _vote(self, images):
+        """One entry for each device of the run: whether its process wants to stop."""
+        wanted = self.run.stop.received
+        if wanted not in self.ballots:
+            mesh = images.sharding.mesh
+            mine = np.full(len(devices.local_rows(mesh, mesh.size)), wanted, np.float32)
+            placed = jax.make_array_from_process_local_data(devices.batch_sharding(mesh), mine, (mesh.size,))
+            self.ballots[wanted] = placed
+        return self.ballots[wanted]
+
+    def _stopping(self):
+        # Several processes go by the votes that travelled with the steps, so that all stop after the same one.
+        return self.run.stop.received if jax.process_count() == 1 else self.votes > 0
+
+    def _settle(self, in_flight):
+        """Waits until at most in_flight steps are not done, and looks at those that are."""
+        while len(self.in_flight) > in_flight:
+            step, metrics = self.in_flight.popleft()
+            if int(metrics.skipped) > self.skipped:  # waits
+                self._report_skipped(step, metrics)
+            if jax.process_count() > 1:
+                self.votes = max(self.votes, float(metrics.stop))
+
+    def _report_skipped(self, step, metrics):
+        self.skipped = int(metrics.skipped)
+        in_row = int(metrics.skipped_in_row)
+        facts = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm), "in_row": in_row}
+        examples = self.run.examples(step - 1).tolist()
+        self.run.recorder.skipped(step, **{k: str(v) for k, v in facts.items()}, examples=examples)
+        what = f"the loss is {facts['loss']:g}, the norm of the gradient {facts['grad_norm']:g}"
+        self.progress.write(f"step {step:,}: {what}; skipped ({in_row} in a row), see skipped.jsonl")
+        if in_row >= MAX_SKIPPED_IN_ROW:
+            raise InputError(
+                f"{in_row} steps in a row up to step {step} gave no finite gradient ({what}); earlier checkpoints are "
+                "whole. Lower config.optimizer.learning_rate and start in a new --workdir"
+            )
+
+    def _log(self, step, metrics):
+        """One line on the terminal and one row on disk."""
+        plan = self.plan
+        seconds, pace = self.clock.take()
+        skipped = int(metrics.skipped)
+        row = _row(step, metrics, float(self.run.learning_rate(max(0, step - skipped - 1))))
+        memory = devices.memory_in_use() / 2**30
+        self.run.recorder.scalars(row, pace * plan.batch_size, seconds, memory)
+        left = tqdm.format_interval((plan.num_steps - step) / pace) if pace > 0 else "?"
+        self.progress.write(
+            f"step {step:,}/{plan.num_steps:,}  loss {row.loss:.4f}  gradient {row.grad_norm:.3f}  "
+            f"rate {row.learning_rate:.2e}  {pace * plan.batch_size:.1f} images/s  {memory:.2f} GiB  {left} left"
+            + (f"  {skipped} skipped" if skipped else "")
+        )
+
+    def _save(self, step, metrics):
+        if not bool(_all_finite(self.state)):
+            raise InputError(
+                f"the weights are not finite at step {step}; earlier checkpoints are whole. Lower "
+                "config.optimizer.learning_rate and start in a new --workdir"
+            )
+        totals = metrics.totals
+        self.run.writer.save(step, self.state, self.run.metadata, float(totals.loss / totals.steps))
+
+    def _trace(self, step):
+        if self.run.profile is None:
+            return
+        done = step - self.start - 1
+        if done == PROFILED.start:
+            jax.profiler.start_trace(self.run.profile)
+        elif done == PROFILED.stop:
+            self._settle(0)
+            jax.profiler.stop_trace()
+            self.progress.write(f"wrote a trace of {len(PROFILED)} steps to {self.run.profile}")
 
 
-class _Meter:
-    """Mean metrics and pace since the last row of the log. Compilation and grids do not count as time."""
+@jax.jit
+def _all_finite(tree):
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
+
+
+def _row(step, metrics, learning_rate):
+    totals = jax.device_get(metrics.totals)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where all steps were skipped, or no sample was in that tenth
+        loss, grad_norm = totals.loss / totals.steps, totals.grad_norm / totals.steps
+        errors = totals.errors / totals.counts
+    return Row(step, float(loss), float(grad_norm), learning_rate, int(metrics.skipped), tuple(map(float, errors)))
+
+
+class _Clock:
+    """The pace since the last row of the log. Compilation and grids do not count as time."""
 
     def __init__(self):
-        self._metrics: list[Metrics] = []
-        self._timed = 0
-        self.restart_clock()
-
-    def add(self, metrics: Metrics) -> None:
-        self._metrics.append(metrics)
-        self._timed += 1
+        self.restart()
 
     def elapsed(self) -> float:
         return time.monotonic() - self._mark
 
-    def restart_clock(self) -> None:
-        self._mark, self._timed = time.monotonic(), 0
+    def restart(self) -> None:
+        self._mark, self.steps = time.monotonic(), 0
 
     @contextlib.contextmanager
     def paused(self):
@@ -144,33 +249,9 @@ class _Meter:
         yield
         self._mark += time.monotonic() - before
 
-    def take(self) -> tuple[Metrics, float, float]:
-        """(mean metrics, steps a second, seconds) since the last call; the rate is 0 after the first step alone."""
-        mean = Metrics(*(sum(map(float, values)) / len(values) for values in zip(*self._metrics, strict=True)))
+    def take(self) -> tuple[float, float]:
+        """(seconds, steps a second) since the last call; the pace is 0 after the first step alone."""
         seconds = self.elapsed()
-        rate = self._timed / seconds if self._timed else 0.0
-        self._metrics.clear()
-        self.restart_clock()
-        return mean, rate, seconds
-
-
-def _log(meter, step, plan, learning_rate, recorder, progress):
-    """One line on the terminal and one row on disk."""
-    mean, rate, seconds = meter.take()
-    _require_finite(mean, step)
-    recorder.scalars(step, mean.loss, mean.grad_norm, learning_rate, rate * plan.batch_size, seconds)
-    left = tqdm.format_interval((plan.num_steps - step) / rate) if rate > 0 else "?"
-    progress.write(
-        f"step {step:,}/{plan.num_steps:,}  loss {mean.loss:.4f}  gradient {mean.grad_norm:.3f}  "
-        f"rate {learning_rate:.2e}  {rate * plan.batch_size:.1f} images/s  {left} left"
-    )
-
-
-def _require_finite(metrics, step):
-    """A finite loss belongs to the weights before the step, a finite gradient to those after it."""
-    loss, grad_norm = map(float, metrics)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise InputError(
-            f"the loss is {loss}, the gradient {grad_norm} at step {step}; earlier checkpoints are whole. Lower "
-            "config.optimizer.learning_rate and start in a new --workdir, or resume to try again from the last one"
-        )
+        pace = self.steps / seconds if self.steps else 0.0
+        self.restart()
+        return seconds, pace

@@ -1,45 +1,98 @@
-"""Metrics on disk: metrics.csv, which is the record, and TensorBoard events for looking at."""
+"""Metrics on disk: files that are the record, and TensorBoard events for looking at.
+
+metrics.csv and skipped.jsonl hold what the seed and the config determine: a run that was killed and resumed writes the
+same bytes. speed.csv holds what the machine does.
+"""
 
 import csv
+import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
 from diffusion.errors import InputError
 from diffusion.files import write_atomically
+from diffusion.training.step import TENTHS
 
-COLUMNS = ("step", "loss", "grad_norm", "learning_rate", "images_per_second", "seconds")
+
+class Row(NamedTuple):
+    """One row of metrics.csv: means over the steps since the last row.
+
+    Attributes:
+      step: number of steps made.
+      loss, grad_norm: means over the steps that were not skipped.
+      learning_rate: of the last step.
+      skipped: steps skipped so far, as their gradient was not finite.
+      errors: mean squared error of the network for each tenth of the timesteps, NaN where there was no sample.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: int
+    errors: tuple[float, ...]
+
+    def flat(self) -> list[float]:
+        """In the order of COLUMNS."""
+        return [*self[:-1], *self.errors]
+
+
+class Speed(NamedTuple):
+    """One row of speed.csv: pace since the last row, seconds since the start of the run, peak memory in GiB."""
+
+    step: int
+    images_per_second: float
+    seconds: float
+    memory_gib: float
+
+
+COLUMNS = (*Row._fields[:-1], *(f"error_tenth_{k}" for k in range(1, TENTHS + 1)))
 
 
 class Recorder:
-    """Appends one row at a time, flushed, so that a killed run loses none; a context manager.
+    """Appends to the record a row at a time, flushed, so that a killed run loses none; a context manager.
 
     Rows after `step` are dropped when it opens: a run resumed at `step` writes them again.
 
     Args:
-      metrics: path of metrics.csv; the events go to its folder.
+      folder: the run folder.
       step: the step the run starts from.
 
     Raises:
-      InputError: metrics.csv is not one of ours.
+      InputError: a file there is not one of ours.
     """
 
-    def __init__(self, metrics: Path, step: int):
-        kept = [row for row in _rows(metrics) if row[0] <= step]
-        self._seconds = kept[-1][-1] if kept else 0.0
-        write_atomically(metrics, "".join(_line(row) for row in [COLUMNS, *kept]).encode())
-        self._file = open(metrics, "a", newline="", buffering=1)  # noqa: SIM115 - closed in __exit__
-        self._events = SummaryWriter(str(metrics.parent), purge_step=step + 1 if step else None)
+    def __init__(self, folder: Path, step: int):
+        metrics, speed = folder / "metrics.csv", folder / "speed.csv"
+        timed = _read_csv(speed, Speed._fields, step)
+        self._seconds = timed[-1][Speed._fields.index("seconds")] if timed else 0.0
+        self._metrics = _reopen(metrics, [COLUMNS, *_read_csv(metrics, COLUMNS, step)], _line)
+        self._speed = _reopen(speed, [Speed._fields, *timed], _line)
+        self._skipped_path, self._step = folder / "skipped.jsonl", step
+        self._skipped = None
+        if self._skipped_path.exists():
+            self._open_skipped()
+        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
-    def scalars(self, step, loss, grad_norm, learning_rate, images_per_second, seconds) -> None:
-        """Writes one row. seconds are those since the last row; the file holds their sum over all starts of the run."""
+    def scalars(self, row: Row, images_per_second: float, seconds: float, memory_gib: float) -> None:
+        """Writes one row to each file. seconds are those since the last row."""
         self._seconds += seconds
-        values = (loss, grad_norm, learning_rate, images_per_second, self._seconds)
-        self._file.write(_line((step, *values)))
-        for name, value in zip(COLUMNS[1:], values, strict=True):
-            self._events.add_scalar(name, value, step)
+        speed = Speed(row.step, images_per_second, self._seconds, memory_gib)
+        self._metrics.write(_line(row.flat()))
+        self._speed.write(_line(speed))
+        for name, value in [*zip(COLUMNS, row.flat(), strict=True), *zip(Speed._fields, speed, strict=True)]:
+            if name != "step":
+                self._events.add_scalar(name, value, row.step)
         self._events.flush()
+
+    def skipped(self, step: int, **facts: Any) -> None:
+        """Adds a line on a skipped step to skipped.jsonl."""
+        if self._skipped is None:
+            self._open_skipped()
+        self._skipped.write(_json({"step": step, **facts}))
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """image: uint8 [H, W, C]."""
@@ -49,31 +102,68 @@ class Recorder:
         return self
 
     def __exit__(self, *_):
-        self._file.close()
-        self._events.close()
+        for file in (self._metrics, self._speed, self._skipped, self._events):
+            if file is not None:
+                file.close()
+
+    def _open_skipped(self):
+        self._skipped = _reopen(self._skipped_path, _read_skipped(self._skipped_path, self._step), _json)
 
 
-def _rows(metrics):
-    """Rows as dictionaries; a last one that a kill cut short is left out."""
-    if not metrics.exists():
+class Silent:
+    """Takes the place of a Recorder in all processes of a run but the first."""
+
+    def scalars(self, *_): ...
+
+    def skipped(self, *_, **__): ...
+
+    def image(self, *_): ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_): ...
+
+
+def _reopen(path, rows, line):
+    """The file with these rows, open for more."""
+    write_atomically(path, "".join(map(line, rows)).encode())
+    return open(path, "a", newline="", buffering=1)
+
+
+def _read_csv(path, columns, last_step):
+    """Rows up to last_step; a last line that a kill cut short is left out."""
+    if not path.exists():
         return []
     try:
-        header, *lines = list(csv.reader(metrics.read_text().splitlines())) or [list(COLUMNS)]
-        if tuple(header) != COLUMNS:
-            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
-        if lines and len(lines[-1]) < len(COLUMNS):
-            lines.pop()
-        return [(int(step), *map(float, values)) for step, *values in _complete(lines)]
+        header, *lines = list(csv.reader(_whole_lines(path))) or [list(columns)]
+        if tuple(header) != columns:
+            raise ValueError(f"its columns are not {', '.join(columns)}")
+        for number, line in enumerate(lines, start=2):
+            if len(line) != len(columns):
+                raise ValueError(f"line {number} has {len(line)} entries")
+        kinds = [int if name in ("step", "skipped") else float for name in columns]
+        rows = [[kind(text) for kind, text in zip(kinds, line, strict=True)] for line in lines]
+        return [row for row in rows if row[0] <= last_step]
     except ValueError as error:
-        raise InputError(f"{metrics} is not a record of this program ({error}); move it away") from None
+        raise InputError(f"{path} is not a record of this program ({error}); move it away") from None
 
 
-def _complete(lines):
-    for number, line in enumerate(lines, start=2):
-        if len(line) != len(COLUMNS):
-            raise ValueError(f"line {number} has {len(line)} entries")
-        yield line
+def _read_skipped(path, last_step):
+    try:
+        rows = [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
+        return [row for row in rows if row["step"] <= last_step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a record of this program ({error}); move it away") from None
+
+
+def _whole_lines(path):
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _line(row):
-    return ",".join(f"{value:.8g}" if isinstance(value, float) else str(value) for value in row) + "\n"
+    return ",".join(f"{value:.9g}" if isinstance(value, float) else str(value) for value in row) + "\n"
+
+
+def _json(row):
+    return json.dumps(row) + "\n"

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusion.errors import InputError
 from diffusion.files import write_atomically
-from diffusion.training import checkpoints
+from diffusion.training import checkpoints, environment
 
 # Fields that do not change what is being trained, so a resumed run may have other values.
 _FREE = (
@@ -20,7 +20,13 @@ _FREE = (
     "config.train.save_every",
     "config.train.grid_every",
     "config.train.keep",
+    "config.train.keep_best",
+    "config.train.microbatches",
+    "config.train.fsdp",
+    "config.model.remat",
     "config.data.path",
+    "config.data.max_memory",
+    "config.data.workers",
     "config.sample.",
 )
 
@@ -32,21 +38,26 @@ class RunFolder:
       path: the folder itself.
       checkpoints: one sub-folder for each saved step.
       config: config.json, the config of the newest start; what the program reads is the copy in each checkpoint.
-      metrics: metrics.csv.
+      environment: environment.json, versions and machine of every start.
       grids: sample grids drawn in training.
+      profile: traces of --profile.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.json"
-        self.metrics = self.path / "metrics.csv"
+        self.environment = self.path / "environment.json"
         self.grids = self.path / "grids"
+        self.profile = self.path / "profile"
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None."""
-        saved = checkpoints.steps(self.checkpoints)
-        return saved[-1] if saved else None
+        """The newest checkpoint whose files are as they were written, or None; names damaged ones on stderr.
+
+        Raises:
+          InputError: all are damaged.
+        """
+        return checkpoints.newest_good(self.checkpoints)
 
     @contextlib.contextmanager
     def locked(self):
@@ -63,9 +74,10 @@ class RunFolder:
                 raise InputError(f"another process is training in {self.path}; name another --workdir") from None
             yield
 
-    def create(self, config: ConfigDict) -> None:
-        """Makes the folder of the grids and writes config.json."""
+    def create(self, config: ConfigDict, start: dict[str, Any]) -> None:
+        """Makes the folder of the grids, writes config.json and adds this start to environment.json."""
         self.grids.mkdir(exist_ok=True)
+        environment.append(self.environment, start)
         write_atomically(self.config, (config.to_json(indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -76,7 +88,7 @@ def newest(root: str | os.PathLike) -> RunFolder:
       InputError: there is none.
     """
     runs = [RunFolder(path) for path in Path(root).glob("*")]
-    runs = [run for run in runs if run.latest_step() is not None]
+    runs = [run for run in runs if checkpoints.steps(run.checkpoints)]
     if not runs:
         raise InputError(
             f"no trained model below {root}/; train one with `python train.py`, or name one with --workdir"
@@ -88,10 +100,10 @@ def existing(path: str | os.PathLike) -> RunFolder:
     """The run in a folder.
 
     Raises:
-      InputError: it holds no complete checkpoint.
+      InputError: it holds no checkpoint.
     """
     folder = RunFolder(path)
-    if folder.latest_step() is None:
+    if not checkpoints.steps(folder.checkpoints):
         raise InputError(f"{path} holds no checkpoint; --workdir names a run folder such as runs/digits")
     return folder
 

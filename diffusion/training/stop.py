@@ -1,0 +1,78 @@
+"""Signals: how a run is asked to stop, and what it answers."""
+
+import concurrent.futures
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start me again
+
+
+class Stopped(BaseException):
+    """A stop was asked for while there was nothing to save. No Exception, so that nothing takes it for an error."""
+
+
+class StopRequest:
+    """Hears Ctrl-C and SIGTERM. A context manager, for the main thread.
+
+    At first a signal raises `Stopped`, since nothing can be lost. After `defer` it only sets `received`, so that the
+    step in progress ends and is saved; a second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self):
+        self._signal: int | None = None
+        self._deferred = False
+
+    @property
+    def received(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """For the process that a signal has stopped; PREEMPTED also where another process of the run got the signal."""
+        return INTERRUPTED if self._signal == signal.SIGINT else PREEMPTED
+
+    def defer(self) -> None:
+        """From now on a signal waits for the end of the step."""
+        self._deferred = True
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args) in another thread: XLA compiles for minutes, in which the main thread could hear nothing.
+
+        Raises:
+          Stopped: a signal came before it was done; it goes on, and must be left to the end of the process.
+        """
+        future: concurrent.futures.Future = concurrent.futures.Future()
+
+        def work():
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        while not future.done():
+            if self.received:
+                raise Stopped
+            concurrent.futures.wait([future], timeout=0.1)
+        return future.result()
+
+    def __enter__(self):
+        # What a shell starts in the background ignores Ctrl-C; leave that as it is.
+        heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._receive) for s in heard}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+        if not self._deferred:
+            raise Stopped
