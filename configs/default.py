@@ -51,6 +51,10 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.prediction = "eps"  # eps, x0, v or flow
+    config.train.objective = "simple"  # simple, hybrid or vlb; the last two learn the variance
+    config.train.weighting = (
+        "simple"  # simple, snr, min_snr, p2, sigmoid or edm; options follow a colon: min_snr:gamma=5
+    )
     config.train.label_dropout = 0.1  # of models with classes; guidance needs it
     config.train.num_steps = 800_000
     config.train.batch_size = 128

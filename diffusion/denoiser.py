@@ -51,7 +51,7 @@ class Denoised(NamedTuple):
     Attributes:
       x0: the estimate D, guided, thresholded and with known pixels put in.
       x: what tables must take for x, so that (x - a D) / n is the eps to go on with.
-      log_variance_share: the second half of the network's channels if it predicts a variance, else None.
+      log_variance_share: the second half of the network's channels if options ask for it, else None.
     """
 
     x0: Images
@@ -60,7 +60,10 @@ class Denoised(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Choices that are compiled in; see `diffusion.sample`."""
+    """Choices that are compiled in; see `diffusion.sample`.
+
+    A network may return twice the channels whatever learned_variance says; without it the second half is left out.
+    """
 
     clip: str = "none"
     dynamic_threshold: float | None = None
@@ -140,15 +143,46 @@ def _call(apply_fn, params, x, cond, null_cond, reading, options):
         inputs = jnp.concatenate([inputs, inputs])
         cond = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null_cond)
     output = apply_fn(params, inputs, jnp.broadcast_to(time, inputs.shape[:1]), cond)
-    wanted = (*inputs.shape[:-1], 2 * inputs.shape[-1]) if options.learned_variance else inputs.shape
-    if output.shape != wanted:
-        raise InputError(f"the network returned shape {output.shape} for x of shape {inputs.shape}; expected {wanted}")
-    output = output.astype(x.dtype)
-    output, share = jnp.split(output, 2, axis=-1) if options.learned_variance else (output, None)
+    output, share = split_variance(output.astype(x.dtype), inputs.shape)
+    if options.learned_variance and share is None:
+        raise InputError(
+            f"this sampler takes its variance from the network, which returned shape {output.shape}, a prediction "
+            "alone; use a fixed variance, or a network of twice the channels"
+        )
+    share = share if options.learned_variance else None
     if not options.guided:
         return output, None, share
     output, unguided = jnp.split(output, 2)
     return output, unguided, None if share is None else jnp.split(share, 2)[0]
+
+
+def split_variance(output: Images, shape: tuple[int, ...]) -> tuple[Images, Images | None]:
+    """A network's output as the prediction and, where it has twice the channels of x, what it says of its variance.
+
+    Args:
+      output: [B, ..., C] or [B, ..., 2 C].
+      shape: of x, [B, ..., C].
+
+    Raises:
+      InputError: any other shape.
+    """
+    if output.shape == (*shape[:-1], 2 * shape[-1]):
+        return tuple(jnp.split(output, 2, axis=-1))
+    if output.shape != shape:
+        raise InputError(
+            f"the network returned shape {output.shape} for x of shape {shape}; expected the same, or twice the "
+            "channels where it predicts its variance"
+        )
+    return output, None
+
+
+def log_variance_between(share, log_small, log_large):
+    """Log-variance of a step from a network's share of -1 to 1: f log beta + (1 - f) log beta_tilde, f = (share + 1)/2.
+
+    Improved DDPM (arXiv:2102.09672), Eq. 15. Shares beyond the ends extrapolate, as in the paper.
+    """
+    f = (share + 1) / 2
+    return f * log_large + (1 - f) * log_small
 
 
 def _threshold(x0, options):

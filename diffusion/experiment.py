@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffusion import data, schedules, solvers, timesteps
 from diffusion.errors import InputError, nearest, require_range
-from diffusion.losses import TARGETS
+from diffusion.losses import LEARN_VARIANCE, OBJECTIVES, TARGETS, Loss
 from diffusion.models import UNet, as_apply_fn
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import SamplerTable
@@ -19,6 +21,8 @@ from diffusion.training import checkpoints
 from diffusion.training.run_folder import RunFolder
 from diffusion.training.step import ema_name
 from diffusion.types import ApplyFn, Params
+from diffusion.variational import bound_steps
+from diffusion.weightings import WEIGHTINGS, loss_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Model:
       image_shape: (H, W, C).
       num_classes: 0 if unconditional.
       init: key -> params.
+      learned_variance: whether it returns twice the channels, see `losses.hybrid_loss`.
     """
 
     schedule: NoiseSchedule
@@ -40,6 +45,7 @@ class Model:
     image_shape: tuple[int, int, int]
     num_classes: int
     init: Any
+    learned_variance: bool = False
 
 
 class Trained(NamedTuple):
@@ -105,15 +111,18 @@ def make_model(config: ConfigDict, image_shape: tuple[int, int, int]) -> Model:
         raise InputError(
             f"config.train.prediction is {config.train.prediction!r}; {nearest(config.train.prediction, TARGETS)}"
         )
-    module = UNet(**config.model)
+    learned_variance = _objective(config.train) in LEARN_VARIANCE
+    channels = image_shape[-1] * (2 if learned_variance else 1)
+    module = UNet(**{**config.model, "out_channels": config.model.out_channels or channels})
 
     def init(key):
         return module.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
 
     jax.eval_shape(init, jax.random.key(0))  # raises what is wrong with the fields before anything is computed
-    if module.out_channels not in (0, image_shape[-1]):
+    if module.out_channels != channels:
         raise InputError(
-            f"config.model.out_channels is {module.out_channels}; images have {image_shape[-1]} channels, set 0 or that"
+            f"config.model.out_channels is {module.out_channels}; images have {image_shape[-1]} channels and objective "
+            f"{config.train.objective} wants {channels}, set 0 or that"
         )
     return Model(
         schedule=make_schedule(config.schedule),
@@ -122,7 +131,33 @@ def make_model(config: ConfigDict, image_shape: tuple[int, int, int]) -> Model:
         image_shape=tuple(image_shape),
         num_classes=module.num_classes,
         init=jax.jit(init),
+        learned_variance=learned_variance,
     )
+
+
+def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[..., Loss]:
+    """What training minimises; config: the section config.train.
+
+    Returns:
+      (network, schedule, x_0, cond, keys, index, batch_size) -> Loss, as in `losses`, prediction and weights bound.
+
+    Raises:
+      InputError: an unknown name or option, or choices that do not go together.
+    """
+    objective = OBJECTIVES[_objective(config)]
+    name, _, options = _parse_choice("config.train.weighting", config.weighting, WEIGHTINGS)
+    if config.objective == "vlb" and name != "simple":
+        raise InputError(f"config.train.weighting is {name!r}, but objective vlb has its own weights; set it to simple")
+    if config.objective in LEARN_VARIANCE:
+        bound_steps(schedule, range(schedule.num_timesteps, -1, -1), config.prediction)  # refuses what it cannot take
+    weights = None if name == "simple" else loss_weights(schedule, config.prediction, name, **options)
+    return partial(objective, prediction=config.prediction, weights=weights)
+
+
+def _objective(config):
+    if config.objective not in OBJECTIVES:
+        raise InputError(f"config.train.objective is {config.objective!r}; {nearest(config.objective, OBJECTIVES)}")
+    return config.objective
 
 
 def load_data(config: ConfigDict) -> data.Dataset:
@@ -185,40 +220,58 @@ def make_table(schedule: NoiseSchedule, sampler: str, num_steps: int, tau: str, 
     Raises:
       InputError: an unknown name or option, a value out of its range, or an option without its value.
     """
-    name, _, text = sampler.partition(":")
     known = solvers.SOLVERS | solvers.ESTIMATED_SOLVERS
+    _, solver, options = _parse_choice("sampler", sampler, known, given)
+    return solver(schedule, make_tau(schedule, tau, num_steps), **options)
+
+
+_NOT_OPTIONS = ("schedule", "tau", "prediction")
+
+
+def _parse_choice(
+    what: str, text: str, known: Mapping[str, Callable], given: Mapping[str, Any] | None = None
+) -> tuple[str, Callable, dict[str, Any]]:
+    """Reads "name" or "name:option=value,option=value", a key of known and options of that function.
+
+    Args:
+      what: what to call the choice in errors.
+      text: the choice.
+      known: functions by name; their parameters but _NOT_OPTIONS are the options.
+      given: options that take precedence.
+
+    Returns:
+      (name, function, options): options given by either, parsed as the type of their default.
+    """
+    name, _, settings = text.partition(":")
     if name not in known:
-        raise InputError(f"sampler is {name!r}; {nearest(name, known)}")
-    solver = known[name]
-    options = {p.name: p.default for p in inspect.signature(solver).parameters.values() if p.name not in _NOT_OPTIONS}
-    chosen = dict(given)
-    for part in filter(None, text.split(",")):
+        raise InputError(f"{what} is {name!r}; {nearest(name, known)}")
+    parameters = inspect.signature(known[name]).parameters.values()
+    options = {p.name: p.default for p in parameters if p.name not in _NOT_OPTIONS}
+    chosen = dict(given or {})
+    for part in filter(None, settings.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
-            raise InputError(f"sampler option {part!r} has no value; write --sampler={name}:{key}=VALUE")
-        chosen.setdefault(key, _parse(name, key, value, options.get(key)))
+            raise InputError(f"{what} option {part!r} has no value; write {name}:{key}=VALUE")
+        chosen.setdefault(key, _parse(f"{what} option {name}:{key}", value, options.get(key)))
     unknown = [key for key in chosen if key not in options]
     if unknown:
         valid = nearest(unknown[0], options) if options else "it has no options"
-        raise InputError(f"sampler {name} has no option {unknown[0]!r}; {valid}")
+        raise InputError(f"{what} {name} has no option {unknown[0]!r}; {valid}")
     missing = [key for key, default in options.items() if default is inspect.Parameter.empty and key not in chosen]
     if missing:
-        raise InputError(f"sampler {name} needs {missing[0]}, which cannot be given by name; call it from Python")
-    return solver(schedule, make_tau(schedule, tau, num_steps), **chosen)
+        raise InputError(f"{what} {name} needs {missing[0]}, which cannot be given by name; call it from Python")
+    return name, known[name], chosen
 
 
-_NOT_OPTIONS = ("schedule", "tau")
-
-
-def _parse(sampler, key, value, default):
+def _parse(what, value, default):
     """An option's text as its default's type; numbers where there is no default."""
     if isinstance(default, str):
         return value
     if isinstance(default, bool):
         if value.lower() not in ("true", "false"):
-            raise InputError(f"sampler option {sampler}:{key} is {value!r}; write true or false")
+            raise InputError(f"{what} is {value!r}; write true or false")
         return value.lower() == "true"
     try:
         return int(value) if isinstance(default, int) else float(value)
     except ValueError:
-        raise InputError(f"sampler option {sampler}:{key} is {value!r}; write a number") from None
+        raise InputError(f"{what} is {value!r}; write a number") from None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from diffusion.denoiser import PREDICTIONS, Options, Reading, check_options, denoise
+from diffusion.denoiser import PREDICTIONS, Options, Reading, check_options, denoise, log_variance_between
 from diffusion.errors import InputError, require_range
 from diffusion.solvers.table import SamplerTable
 from diffusion.types import ApplyFn, Images, Params
@@ -153,6 +153,15 @@ def check_prediction(table: SamplerTable, prediction: str) -> None:
         )
 
 
+def check_variance(table: SamplerTable, learned_variance: bool) -> None:
+    """Raises InputError if the table takes its variance from a model that predicts none."""
+    if table.log_variance is not None and not learned_variance:
+        raise InputError(
+            f"{table.name} takes its variance from the model, which predicts none; use ddpm:variance=small or large, "
+            "or train with config.train.objective=hybrid"
+        )
+
+
 def _stages(table, prediction):
     """The table in the form the scan reads, for one kind of prediction."""
     check_prediction(table, prediction)
@@ -209,9 +218,7 @@ def _run(apply_fn, params, stages, key, ids, inputs, shape, options, return_traj
         d = denoise(apply_fn, params, x, cond, stage.reading, stage.signal, options, guidance, known)
         z = noise(stage.index + 1)
         if options.learned_variance:
-            low, high = stage.log_variance
-            share = (d.log_variance_share + 1) / 2
-            z = jnp.exp(0.5 * (share * high + (1 - share) * low)) * z
+            z = jnp.exp(0.5 * log_variance_between(d.log_variance_share, *stage.log_variance)) * z
         columns = (d.x, *registers[1:], d.x0, z)
         rows = [sum(w * c for w, c in zip(row, columns, strict=True)) for row in stage.update]
         return tuple(rows), (x, d.x0) if return_trajectory else None
