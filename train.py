@@ -25,7 +25,7 @@ from diffusion.sampling import check_prediction
 from diffusion.training import checkpoints, environment, run_folder
 from diffusion.training.loop import Plan, Run, train
 from diffusion.training.recorder import Recorder, Silent
-from diffusion.training.step import init_state, make_train_step
+from diffusion.training.step import ema_name, init_state, make_train_step
 from diffusion.training.stop import Stopped, StopRequest
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
@@ -180,12 +180,13 @@ def placed_batches(config, dataset, plan, mesh, begin, with_labels):
 def grid_drawer(config, folder, model, table, mesh, recorder):
     """state -> None: the first process draws samples of the first EMA into grids/."""
     everywhere = NamedSharding(mesh, PartitionSpec())
+    ema = ema_name(experiment.ema_decays(config.train)[0])
     gather = jax.jit(lambda params: params, out_shardings=everywhere)
 
     def draw(state):
         step = int(state.step)
         path = folder.grids / f"step_{step:08d}.png"
-        params = jax.tree.map(lambda x: x.addressable_data(0), gather(next(iter(state.ema_params.values()))))
+        params = jax.tree.map(lambda x: x.addressable_data(0), gather(state.ema_params[ema]))
         if jax.process_index() > 0 or path.exists():
             return
         shared = {"seed": config.seed, "labels": range(model.num_classes), "clip": config.sample.clip}

@@ -73,7 +73,8 @@ def training_mesh(batch_size: int, fsdp: int = 1, microbatches: int = 1) -> Mesh
     Raises:
       InputError: the batch cannot be shared, or fsdp does not divide the number of devices.
     """
-    devices = jax.devices()
+    # By process, so that each has its rows of the batch in one piece.
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     fits = [n for n in range(fsdp, len(devices) + 1, fsdp) if batch_size % (n * microbatches) == 0]
     if not fits or (jax.process_count() > 1 and fits[-1] != len(devices)):
         of = f"fsdp = {fsdp}, microbatches = {microbatches} and {len(devices)} devices"
@@ -82,7 +83,7 @@ def training_mesh(batch_size: int, fsdp: int = 1, microbatches: int = 1) -> Mesh
             f"{microbatches * (len(devices) if jax.process_count() > 1 else fsdp)}, and fsdp at most {len(devices)}"
         )
     shape = (fits[-1] // fsdp, fsdp)
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices[: fits[-1]])
+    return Mesh(np.reshape(devices[: fits[-1]], shape), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
@@ -112,10 +113,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The rows of the whole batch that this process loads, ascending; int64."""
+def local_rows(mesh: Mesh, batch_size: int) -> range:
+    """The rows of the whole batch that this process loads."""
     shares = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[share] for share in shares]))
+    rows = [range(batch_size)[share] for (share,) in shares]
+    return range(min(r.start for r in rows), max(r.stop for r in rows))
 
 
 def describe(mesh: Mesh) -> str:

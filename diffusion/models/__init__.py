@@ -23,8 +23,8 @@ def as_apply_fn(model: nn.Module) -> ApplyFn:
 
 @functools.lru_cache
 def _as_apply_fn(model):
-    def apply_fn(params, x, t, cond=None, *, train=False, dropout_key=None):
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        return model.apply({"params": params}, x, t, cond, train=train, rngs=rngs)
+    def apply_fn(params, x, t, cond=None, *, dropout_keys=None):
+        rngs = None if dropout_keys is None else {"dropout": dropout_keys[0]}
+        return model.apply({"params": params}, x, t, cond, train=rngs is not None, rngs=rngs)
 
     return apply_fn

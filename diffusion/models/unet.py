@@ -50,6 +50,7 @@ class UNet(nn.Module):
     num_classes: int = 0
     out_channels: int = 0
     dtype: str = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x, t, cond: Any = None, *, train: bool = False):

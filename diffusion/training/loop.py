@@ -137,7 +137,7 @@ class _Loop:
         self.clock.steps += 1
         self.progress.update()
         if first:
-            self.progress.write(f"first step after {self.clock.elapsed():.1f} s, compilation included")
+            self._say(f"first step after {self.clock.elapsed():.1f} s, compilation included")
             self.clock.restart()
         return metrics
 
@@ -171,11 +171,11 @@ class _Loop:
     def _report_skipped(self, step, metrics):
         self.skipped = int(metrics.skipped)
         in_row = int(metrics.skipped_in_row)
-        facts = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm), "in_row": in_row}
-        examples = self.run.examples(step - 1).tolist()
-        self.run.recorder.skipped(step, **{k: str(v) for k, v in facts.items()}, examples=examples)
-        what = f"the loss is {facts['loss']:g}, the norm of the gradient {facts['grad_norm']:g}"
-        self.progress.write(f"step {step:,}: {what}; skipped ({in_row} in a row), see skipped.jsonl")
+        loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
+        facts = {"in_row": in_row, "examples": self.run.examples(step - 1).tolist()}
+        self.run.recorder.skipped(step, loss=str(loss), grad_norm=str(grad_norm), **facts)  # JSON knows no NaN
+        what = f"the loss is {loss:g}, the norm of the gradient {grad_norm:g}"
+        self._say(f"step {step:,}: {what}; skipped ({in_row} in a row), see skipped.jsonl")
         if in_row >= MAX_SKIPPED_IN_ROW:
             raise InputError(
                 f"{in_row} steps in a row up to step {step} gave no finite gradient ({what}); earlier checkpoints are "
@@ -191,7 +191,7 @@ class _Loop:
         memory = devices.memory_in_use() / 2**30
         self.run.recorder.scalars(row, pace * plan.batch_size, seconds, memory)
         left = tqdm.format_interval((plan.num_steps - step) / pace) if pace > 0 else "?"
-        self.progress.write(
+        self._say(
             f"step {step:,}/{plan.num_steps:,}  loss {row.loss:.4f}  gradient {row.grad_norm:.3f}  "
             f"rate {row.learning_rate:.2e}  {pace * plan.batch_size:.1f} images/s  {memory:.2f} GiB  {left} left"
             + (f"  {skipped} skipped" if skipped else "")
@@ -206,6 +206,10 @@ class _Loop:
         totals = metrics.totals
         self.run.writer.save(step, self.state, self.run.metadata, float(totals.loss / totals.steps))
 
+    def _say(self, line):
+        if jax.process_index() == 0:
+            self.progress.write(line)
+
     def _trace(self, step):
         if self.run.profile is None:
             return
@@ -215,7 +219,7 @@ class _Loop:
         elif done == PROFILED.stop:
             self._settle(0)
             jax.profiler.stop_trace()
-            self.progress.write(f"wrote a trace of {len(PROFILED)} steps to {self.run.profile}")
+            self._say(f"wrote a trace of {len(PROFILED)} steps to {self.run.profile}")
 
 
 @jax.jit

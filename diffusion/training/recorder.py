@@ -6,6 +6,7 @@ same bytes. speed.csv holds what the machine does.
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from diffusion.training.step import TENTHS
 
 
 class Row(NamedTuple):
-    """One row of metrics.csv: means over the steps since the last row.
+    """One row of metrics.csv: means over the steps since the last multiple of config.train.log_every.
 
     Attributes:
       step: number of steps made.
@@ -84,7 +85,7 @@ class Recorder:
         self._metrics.write(_line(row.flat()))
         self._speed.write(_line(speed))
         for name, value in [*zip(COLUMNS, row.flat(), strict=True), *zip(Speed._fields, speed, strict=True)]:
-            if name != "step":
+            if name != "step" and math.isfinite(value):  # TensorBoard has no place for others
                 self._events.add_scalar(name, value, row.step)
         self._events.flush()
 

@@ -23,7 +23,7 @@ TENTHS = 10
 
 
 class Totals(NamedTuple):
-    """Sums over the steps since the last row of the log, in which skipped ones do not count.
+    """Sums over the steps since the last multiple of log_every, in which skipped ones do not count.
 
     Attributes:
       steps: how many.

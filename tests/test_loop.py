@@ -1,0 +1,282 @@
+"""Laws of the training loop: what is logged, saved and drawn, how it stops, and what it leaves on disk."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion import devices
+from diffusion.errors import InputError
+from diffusion.losses import simple_loss
+from diffusion.training import checkpoints, environment
+from diffusion.training.loop import Plan, Run, train
+from diffusion.training.recorder import COLUMNS, Recorder, Row
+from diffusion.training.step import TENTHS, make_train_step
+from diffusion.training.stop import INTERRUPTED, PREEMPTED, Stopped, StopRequest
+from tests import tiny
+from tests.tiny import BATCH, IMAGES, assert_same
+
+OPTIMIZER = optax.adam(1e-2)
+PLAN = Plan(num_steps=12, batch_size=BATCH, log_every=5, save_every=4, grid_every=6)
+WHITE = np.full_like(IMAGES, 255)
+
+
+def fragile(network, schedule, x_0, *args):
+    """The loss, which is NaN for a white image."""
+    loss = simple_loss(network, schedule, x_0, *args)
+    return loss._replace(value=loss.value * jnp.where(x_0.min(axis=(1, 2, 3)) > 0.99, jnp.nan, 1))
+
+
+MESH = tiny.training_mesh(2)
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    options = {"ema_decays": [0.9], "log_every": PLAN.log_every}
+    return make_train_step(tiny.apply_fn, fragile, OPTIMIZER, tiny.SCHEDULE, MESH, tiny.KEY, **options)
+
+
+@pytest.fixture
+def go(train_step, tmp_path):
+    """Trains in tmp_path from the newest checkpoint there; images(step) are those of a step, counted from 0."""
+
+    def go(plan=PLAN, images=lambda step: IMAGES, recorder=Recorder, draw_grid=lambda state: None, **changes):
+        folder = tmp_path / "checkpoints"
+        begin = checkpoints.newest_good(folder) or 0
+        state = tiny.start(OPTIMIZER, MESH)
+        if begin:
+            state = checkpoints.load_state(folder, begin, state)
+        sharding = devices.batch_sharding(MESH)
+        batches = ((jax.device_put(images(step), sharding), None) for step in range(begin, 10**6))
+        writer = checkpoints.CheckpointWriter(folder, keep=100)
+        with StopRequest() as stop, writer, recorder(tmp_path, begin) as opened:
+            examples = lambda step: np.arange(BATCH) + step  # noqa: E731
+            run = Run(
+                train_step, batches, lambda k: k / 100, opened, writer, {"config": {}}, draw_grid, examples, stop
+            )
+            return *train(state, plan, dataclasses.replace(run, **changes)), stop
+
+    return go
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_checkpoints_and_grids_come_at_their_intervals_and_at_the_end(go, tmp_path):
+    drawn = []
+    state, finished, _ = go(draw_grid=lambda state: drawn.append(int(state.step)))
+    assert finished
+    assert int(state.step) == 12
+    assert [int(row["step"]) for row in read(tmp_path / "metrics.csv")] == [5, 10, 12]
+    assert [int(row["step"]) for row in read(tmp_path / "speed.csv")] == [5, 10, 12]
+    assert checkpoints.steps(tmp_path / "checkpoints") == [4, 8, 12]
+    assert drawn == [6, 12]
+    rates = [float(row["learning_rate"]) for row in read(tmp_path / "metrics.csv")]
+    np.testing.assert_allclose(rates, [0.04, 0.09, 0.11])
+
+
+@pytest.mark.parametrize("stops", [(1,), (4, 5, 11), (2, 3, 4, 5, 6, 7, 8, 9, 10, 11)], ids=str)
+def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_bits_and_the_same_metrics(
+    go, train_step, tmp_path, stops
+):
+    def interrupting(state, *batch):
+        state, metrics = train_step(state, *batch)
+        if int(state.step) in stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state, metrics
+
+    whole, _, _ = go()
+    record = {"metrics.csv": (tmp_path / "metrics.csv").read_bytes()}
+    for path in tmp_path.iterdir():
+        path.rename(path.with_name(f"whole-{path.name}"))
+    for count in range(len(stops) + 1):
+        state, finished, stop = go(train_step=interrupting)
+        assert finished == (count == len(stops))
+        if not finished:
+            assert stop.exit_code == PREEMPTED
+            assert int(state.step) == stops[count]
+    assert_same(state, whole)
+    assert {name: (tmp_path / name).read_bytes() for name in record} == record
+
+
+def test_a_run_that_goes_back_to_an_older_checkpoint_ends_in_the_same_bits_and_metrics(go, tmp_path):
+    whole, _, _ = go(images=lambda step: WHITE if step == 9 else IMAGES)
+    record = [(tmp_path / name).read_bytes() for name in ("metrics.csv", "skipped.jsonl")]
+    for step in (8, 12):
+        (tmp_path / "checkpoints" / str(step) / "manifest.json").unlink()
+    state, _, _ = go(images=lambda step: WHITE if step == 9 else IMAGES)
+    assert_same(state, whole)
+    assert [(tmp_path / name).read_bytes() for name in ("metrics.csv", "skipped.jsonl")] == record
+    assert checkpoints.newest_good(tmp_path / "checkpoints") == 12
+
+
+def test_steps_without_a_finite_gradient_are_skipped_counted_and_reported(go, tmp_path, capsys):
+    state, finished, _ = go(images=lambda step: WHITE if step in (2, 6, 7) else IMAGES)
+    assert finished
+    assert int(state.skipped) == 3
+    reports = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["in_row"]) for r in reports] == [(3, 1), (7, 1), (8, 2)]
+    assert reports[1]["examples"] == (np.arange(BATCH) + 6).tolist()
+    assert [int(row["skipped"]) for row in read(tmp_path / "metrics.csv")] == [1, 3, 3]
+    assert all(np.isfinite(float(row["loss"])) for row in read(tmp_path / "metrics.csv"))
+    for step in checkpoints.steps(tmp_path / "checkpoints"):
+        saved = checkpoints.load_state(tmp_path / "checkpoints", step, tiny.start(OPTIMIZER, MESH))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved))
+    assert "step 7: the loss is nan, the norm of the gradient nan; skipped (1 in a row)" in capsys.readouterr().out
+
+
+def test_five_skipped_steps_in_a_row_end_the_run_with_its_last_good_checkpoint_whole(go, tmp_path):
+    with pytest.raises(InputError, match="5 steps in a row up to step 9 gave no finite gradient"):
+        go(images=lambda step: WHITE if 4 <= step < 9 else IMAGES, plan=dataclasses.replace(PLAN, save_every=3))
+    assert checkpoints.newest_good(tmp_path / "checkpoints") in (3, 6)
+    state, finished, _ = go(plan=dataclasses.replace(PLAN, save_every=3))
+    assert finished
+    assert np.isfinite(state.params["gate"]["bias"]).all()
+
+
+def test_weights_that_are_not_finite_are_never_saved(go, train_step, tmp_path):
+    def broken(state, *batch):
+        state, metrics = train_step(state, *batch)
+        return state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params)), metrics
+
+    with pytest.raises(InputError, match="the weights are not finite at step 4"):
+        go(train_step=broken)
+    assert checkpoints.steps(tmp_path / "checkpoints") == []
+
+
+def test_a_signal_at_any_moment_of_a_step_loses_no_step(go, tmp_path):
+    """The row of step 5 is written before the decision whether step 5 is saved."""
+
+    class Interrupting(Recorder):
+        def scalars(self, row, *values):
+            super().scalars(row, *values)
+            if row.step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    state, finished, stop = go(recorder=Interrupting)
+    assert not finished
+    assert stop.exit_code == INTERRUPTED
+    assert int(state.step) == checkpoints.newest_good(tmp_path / "checkpoints") == 5
+
+
+def test_a_signal_while_a_grid_is_drawn_is_heard_at_once(go, tmp_path):
+    def slow(state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    before = time.monotonic()
+    state, finished, _ = go(draw_grid=slow)
+    assert time.monotonic() - before < 15
+    assert not finished
+    assert checkpoints.newest_good(tmp_path / "checkpoints") == 6
+    drawn = []
+    go(draw_grid=lambda state: drawn.append(int(state.step)))
+    assert drawn == [6, 12]
+
+
+def test_a_signal_while_the_first_step_compiles_ends_the_run_at_once(go, tmp_path):
+    def slow(state, *batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    before = time.monotonic()
+    with pytest.raises(Stopped):
+        go(train_step=slow)
+    assert time.monotonic() - before < 15
+    assert checkpoints.steps(tmp_path / "checkpoints") == []
+
+
+def test_a_trace_is_written_on_request(go, tmp_path):
+    go(plan=dataclasses.replace(PLAN, num_steps=20), profile=tmp_path / "profile")
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_signals_stop_at_once_until_there_is_something_to_save():
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received
+        assert stop.exit_code == PREEMPTED
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_first_signal_is_a_request_and_a_second_ctrl_c_interrupts():
+    with StopRequest() as stop:
+        stop.defer()
+        assert not stop.received
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_long_call_returns_its_result_or_its_error():
+    with StopRequest() as stop:
+        assert stop.call(lambda a, b: a + b, 1, 2) == 3
+        assert stop.call(threading.current_thread) is not threading.main_thread()
+        with pytest.raises(ValueError, match="no"):
+            stop.call(lambda: (_ for _ in ()).throw(ValueError("no")))
+
+
+def row(step, loss=1.0):
+    return Row(step, loss, 1.0, 1.0, 0, (0.5,) * TENTHS)
+
+
+def test_metrics_after_the_step_resumed_from_are_written_again(tmp_path):
+    with Recorder(tmp_path, 0) as recorder:
+        for step in (10, 20, 30):
+            recorder.scalars(row(step), 1.0, 2.0, 0.1)
+            recorder.skipped(step, loss="nan")
+    for name in ("metrics.csv", "speed.csv", "skipped.jsonl"):
+        with open(tmp_path / name, "a") as file:
+            file.write("4")  # cut short by a kill
+    with Recorder(tmp_path, 20) as recorder:
+        recorder.scalars(row(30), 1.0, 5.0, 0.1)
+    speed = [(int(r["step"]), float(r["seconds"])) for r in read(tmp_path / "speed.csv")]
+    assert speed == [(10, 2.0), (20, 4.0), (30, 9.0)]
+    assert [int(r["step"]) for r in read(tmp_path / "metrics.csv")] == [10, 20, 30]
+    assert [json.loads(line)["step"] for line in open(tmp_path / "skipped.jsonl")] == [10, 20]
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "speed.csv"])
+def test_metrics_of_something_else_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="its columns are not"):
+        Recorder(tmp_path, 0)
+    assert (tmp_path / name).read_text() == "a,b\n1,2\n"
+
+
+ONES = ",1" * (len(COLUMNS) - 1)
+
+
+@pytest.mark.parametrize("line", [f"x{ONES}", f"5{ONES},1", f"5{ONES[:-1]}much", f"5,1\n6{ONES}", "\x00,1"])
+def test_a_damaged_record_of_metrics_is_refused_and_kept(tmp_path, line):
+    path = tmp_path / "metrics.csv"
+    path.write_text(",".join(COLUMNS) + f"\n{line}\n1{ONES}\n")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="is not a record of this program"):
+        Recorder(tmp_path, 10)
+    assert path.read_bytes() == before
+
+
+def test_every_start_of_a_run_is_described(tmp_path):
+    path = tmp_path / "environment.json"
+    for step in (0, 7):
+        environment.append(path, environment.describe(MESH, step))
+    starts = json.loads(path.read_text())
+    assert [start["step"] for start in starts] == [0, 7]
+    assert starts[0]["packages"]["jax"] == jax.__version__
+    assert starts[0]["devices"] == "2 x cpu"

@@ -1,0 +1,58 @@
+"""A network small enough to compile at once, and the train step, state and mesh of tests on training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from diffusion import devices, schedules
+from diffusion.losses import simple_loss
+from diffusion.training.step import init_state, make_train_step
+
+SCHEDULE = schedules.linear(100)
+KEY = jax.random.key(7)
+SHAPE = (8, 8, 1)
+BATCH = 8
+IMAGES = np.random.default_rng(0).integers(0, 256, (BATCH, *SHAPE)).astype(np.uint8)
+
+
+def apply_fn(params, x, t, cond=None, *, dropout_keys=None):
+    """tanh of an affine map of each pixel."""
+    return jnp.tanh(x * params["gate"]["scale"] + params["gate"]["bias"] * t[:, None, None, None] / 100)
+
+
+def make_params():
+    rng = np.random.default_rng(1)
+    return {"gate": {name: jnp.asarray(rng.normal(0, 0.3, SHAPE), jnp.float32)[None] for name in ("bias", "scale")}}
+
+
+def training_mesh(num_devices, fsdp=1):
+    """Over the first so many devices, as `devices.training_mesh` over all."""
+    grid = np.reshape(jax.devices()[:num_devices], (num_devices // fsdp, fsdp))
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def make_step(num_devices, optimizer, *, fsdp=1, objective=simple_loss, ema_decays=(0.9,), **options):
+    """A mesh, and state -> (state, metrics) on IMAGES."""
+    mesh = training_mesh(num_devices, fsdp)
+    step = make_train_step(apply_fn, objective, optimizer, SCHEDULE, mesh, KEY, ema_decays=ema_decays, **options)
+    ballots = jax.device_put(np.zeros(mesh.size, np.float32), devices.batch_sharding(mesh))
+
+    def on_images(state, images=IMAGES):
+        return step(state, jax.device_put(images, devices.batch_sharding(mesh)), None, ballots)
+
+    return mesh, on_images
+
+
+def start(optimizer, mesh, ema_decays=(0.9,)):
+    """The state before the first step, laid over the mesh."""
+    state = init_state(make_params(), optimizer, ema_decays)
+    return jax.device_put(state, devices.state_sharding(mesh, state))
+
+
+def assert_close(a, b, tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance), a, b)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
