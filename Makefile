@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test agreement lint format bench clean
+.PHONY: demo test agreement reliability lint format bench clean
 
 # Install, train the digits, and draw 64 of them in 25 steps.
 demo: $(VENV)/.installed
@@ -19,6 +19,11 @@ agreement: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,reference]"
 	$(BIN)/python -m pytest tests/agreement
+
+# Kills, full disks, flipped bits, processes and devices, with counts; about half an hour.
+reliability: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -rA --no-header -m "" tests/test_reliability.py tests/test_batches.py \
+		tests/test_checkpoints.py tests/test_loop.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

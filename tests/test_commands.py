@@ -1,67 +1,40 @@
 """The entry points as a user runs them: in a shell, on a tiny model."""
 
 import concurrent.futures
-import csv
 import json
 import os
 import re
 import resource
+import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-TINY = (
-    "--config.model.width=4",
-    "--config.model.multipliers=1",
-    "--config.model.num_blocks=1",
-    "--config.model.attention_resolutions=0",
-    "--config.train.batch_size=8",
-    "--config.optimizer.decay=constant",
-    "--config.sample.steps=2",
-    "--config.sample.num=4",
+from tests.commands import (
+    ROOT,
+    TINY,
+    digest,
+    error_line,
+    free_port,
+    metrics,
+    read_until,
+    run,
+    saved_steps,
+    shared_cache,
+    start_training,
+    train,
 )
-
-
-def command(script, *args):
-    return [sys.executable, str(ROOT / script), *args]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
     """Lets the commands share what XLA compiled; most of their time is compilation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        for name, value in shared_cache(tmp_path_factory.mktemp("compiled")).items():
+            patch.setenv(name, value)
         yield
-
-
-def run(script, *args, cwd, **kwargs):
-    return subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs)
-
-
-def train(cwd, *args, **kwargs):
-    return run("train.py", *TINY, *args, cwd=cwd, **kwargs)
-
-
-def error_line(result):
-    """The one line of a user error."""
-    lines = [line for line in result.stderr.splitlines() if not re.match(r"[IW]\d{4} ", line)]
-    assert result.returncode == 2, result.stderr
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
-
-def metrics(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +49,8 @@ def trained(compile_once, tmp_path_factory):
 def test_a_run_folder_holds_config_checkpoints_metrics_events_and_grids(trained):
     folder = trained / "runs" / "digits"
     assert json.loads((folder / "config.json").read_text())["model"]["width"] == 4
-    assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir()) == [5, 10, 12]
+    assert json.loads((folder / "environment.json").read_text())[0]["step"] == 0
+    assert saved_steps(folder) == [5, 10, 12]
     assert [int(row["step"]) for row in metrics(folder)] == [5, 10, 12]
     assert list(folder.glob("events.out.tfevents.*"))
     assert [path.name for path in (folder / "grids").iterdir()] == ["step_00000012.png"]
@@ -166,40 +140,83 @@ def test_a_model_with_classes_is_guided(tmp_path):
     assert "numbered 0..9" in error_line(wrong)
 
 
-def test_ctrl_c_saves_and_the_same_command_resumes_there(tmp_path):
+def test_ctrl_c_and_sigterm_save_and_the_same_command_resumes_there(tmp_path):
     args = ("--config.train.num_steps=100000", "--config.train.log_every=10", "--workdir=run")
-    process = subprocess.Popen(
-        command("train.py", *TINY, *args), cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    for line in process.stdout:
-        if line.startswith("step 20/"):
-            break
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    saved = int(re.search(r"saved step ([\d,]+)", output)[1].replace(",", ""))
-    assert saved >= 20
-    assert (tmp_path / "run" / "checkpoints" / str(saved)).is_dir()
+    saved = 0
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
+        process = start_training(tmp_path, *args)
+        read_until(process, f"step {(saved // 10 + 2) * 10}/")
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == code, output
+        assert saved + 10 <= int(re.search(r"saved step ([\d,]+)", output)[1].replace(",", "")) <= saved + 10**4
+        saved = saved_steps(tmp_path / "run")[-1]
+        assert f"saved step {saved:,} in run" in output
 
     result = train(tmp_path, *args[1:], f"--config.train.num_steps={saved + 15}")
     assert result.returncode == 0, result.stderr
     assert f"resuming run at step {saved:,}" in result.stdout
     steps = [int(row["step"]) for row in metrics(tmp_path / "run")]
-    assert steps == sorted(set(steps))
-    assert steps[-1] == saved + 15
+    assert steps == sorted({*range(10, saved + 15, 10), saved + 15})
     assert "is trained to step" in train(tmp_path, *args[1:], f"--config.train.num_steps={saved + 15}").stdout
 
 
-def test_an_interrupted_run_ends_in_the_same_weights(trained, tmp_path):
+def test_two_processes_train_one_model_and_stop_after_the_same_step(tmp_path):
+    shared = ("--workdir=run", "--config.train.num_steps=100000", "--config.train.log_every=10")
+    join = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2")
+    pair = [
+        start_training(tmp_path, *shared, *join, f"--process_id={i}", env={"JAX_NUM_CPU_DEVICES": "1"}) for i in (0, 1)
+    ]
+    read_until(pair[0], "step 20/")
+    pair[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120)[0] for process in pair]
+    assert [process.returncode for process in pair] == [75, 75], outputs
+    (saved,) = saved_steps(tmp_path / "run")
+    assert f"saved step {saved:,} in run" in outputs[0]
+    # One process ends where two would have: resumed for one more step, and trained from the start.
+    for workdir in ("run", "alone"):
+        result = train(tmp_path, *shared[1:], f"--workdir={workdir}", f"--config.train.num_steps={saved + 1}")
+        assert result.returncode == 0, result.stderr
+    losses = [[float(row["loss"]) for row in metrics(tmp_path / name)] for name in ("run", "alone")]
+    np.testing.assert_allclose(*losses, atol=1e-5)
+
+
+def test_an_interrupted_run_ends_in_the_same_bits(trained, tmp_path):
     for steps in (7, 12):
         result = train(tmp_path, f"--config.train.num_steps={steps}")
         assert result.returncode == 0, result.stderr
-    samples = []
-    for cwd in (trained, tmp_path):
-        result = run("sample.py", "--steps=4", "--eta=0.5", "--num=3", f"--out={tmp_path / cwd.name}", cwd=cwd)
+    folders = [cwd / "runs" / "digits" for cwd in (trained, tmp_path)]
+    assert digest(folders[0], 12) == digest(folders[1], 12)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(trained, tmp_path):
+    folder = shutil.copytree(trained / "runs" / "digits", tmp_path / "run")
+    data = max((folder / "checkpoints" / "12").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    result = run("sample.py", "--workdir=run", "--num=2", "--steps=2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"warning: checkpoint run/checkpoints/12 is damaged .* using step 10", result.stderr)
+    assert "run, step 10: 2 images" in result.stdout
+    args = ("--workdir=run", "--config.train.log_every=5", "--config.train.save_every=5")
+    again = train(tmp_path, *args, "--config.train.num_steps=12")
+    assert again.returncode == 0, again.stderr
+    assert "resuming run at step 10" in again.stdout
+    assert digest(folder, 12) == digest(trained / "runs" / "digits", 12)
+
+
+def test_each_ema_can_be_sampled(tmp_path):
+    result = train(tmp_path, "--config.train.num_steps=5", "--config.train.ema_decays=0.1,0.9")
+    assert result.returncode == 0, result.stderr
+    drawn = {}
+    for name, args in (("default", ()), ("first", ("--ema=0.1",)), ("second", ("--ema=0.9",))):
+        result = run("sample.py", "--num=2", f"--out={name}", *args, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        samples.append(np.load(tmp_path / cwd.name / "samples.npz")["samples"])
-    np.testing.assert_array_equal(*samples)
+        drawn[name] = np.load(tmp_path / name / "samples.npz")["samples"]
+    np.testing.assert_array_equal(drawn["default"], drawn["first"])
+    assert (drawn["first"] != drawn["second"]).any()
+    assert "valid: 0.1, 0.9" in error_line(run("sample.py", "--ema=0.5", cwd=tmp_path))
 
 
 def test_a_full_disk_ends_in_one_line_and_no_half_checkpoint(tmp_path):
@@ -235,7 +252,14 @@ MISTAKES = [
     ("train.py", ["--config.schedule.name=cosine", "--config.schedule.cosine.max_beta=1.0"], "zero signal"),
     ("train.py", ["--config.seed=-1"], "config.seed is -1"),
     ("train.py", ["--config.train.keep=0"], "keep is 0"),
-    ("train.py", ["--config.train.ema_decay=nan"], "ema_decay is nan"),
+    ("train.py", ["--config.train.ema_decays=1.5"], "ema_decays is 1.5"),
+    ("train.py", ["--config.train.ema_decays=0.9,0.9"], "none twice"),
+    ("train.py", ["--config.train.microbatches=3"], "batch_size is 128; .* multiple of 3"),
+    ("train.py", ["--config.train.fsdp=1000"], "fsdp at most"),
+    ("train.py", ["--config.train.objective=hybird"], "did you mean 'hybrid'"),
+    ("train.py", ["--config.train.weighting=min_snr:gama=5"], "did you mean 'gamma'"),
+    ("train.py", ["--process_id=1"], "go with --coordinator"),
+    ("train.py", ["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"], "process_id is 2"),
     ("train.py", ["--config.optimizer.learning_rate=nan"], "learning_rate is nan; it must be above 0"),
     ("train.py", ["--config.optimizer.b1=1.5"], r"b1 is 1.5; it must be in 0\.\.1"),
     ("train.py", [f"--config={ROOT}/configs/images.py"], "config.data.path"),

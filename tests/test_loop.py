@@ -60,9 +60,7 @@ def go(train_step, tmp_path):
         writer = checkpoints.CheckpointWriter(folder, keep=100)
         with StopRequest() as stop, writer, recorder(tmp_path, begin) as opened:
             examples = lambda step: np.arange(BATCH) + step  # noqa: E731
-            run = Run(
-                train_step, batches, lambda k: k / 100, opened, writer, {"config": {}}, draw_grid, examples, stop
-            )
+            run = Run(train_step, batches, lambda k: k / 100, opened, writer, {"config": {}}, draw_grid, examples, stop)
             return *train(state, plan, dataclasses.replace(run, **changes)), stop
 
     return go
@@ -248,7 +246,7 @@ def test_metrics_after_the_step_resumed_from_are_written_again(tmp_path):
     speed = [(int(r["step"]), float(r["seconds"])) for r in read(tmp_path / "speed.csv")]
     assert speed == [(10, 2.0), (20, 4.0), (30, 9.0)]
     assert [int(r["step"]) for r in read(tmp_path / "metrics.csv")] == [10, 20, 30]
-    assert [json.loads(line)["step"] for line in open(tmp_path / "skipped.jsonl")] == [10, 20]
+    assert [json.loads(line)["step"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()] == [10, 20]
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "speed.csv"])
