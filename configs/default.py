@@ -18,6 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.size = 0  # images: height and width in pixels
     config.data.channels = 0  # images: 1 (grey) or 3; 0 is 3
     config.data.flip = False  # mirror images at random
+    config.data.max_memory = 4.0  # GiB; larger sets of images are read from disk while training; 0: all sets of images
+    config.data.workers = 0  # processes that read and decode them; 0: threads of this one
 
     config.schedule = ml_collections.ConfigDict()
     config.schedule.name = "linear"  # with the options of that name below

@@ -104,8 +104,9 @@ def make_model(config: ConfigDict, image_shape: tuple[int, int, int]) -> Model:
 
 
 def load_data(config: ConfigDict) -> data.Dataset:
-    """config: the section config.data."""
-    return data.load(config.name, path=config.path, split=config.split, size=config.size, channels=config.channels)
+    """config: the section config.data; what an old run's lacks has its default."""
+    others = {name: value for name, value in config.items() if name not in ("name", "flip", "workers")}
+    return data.load(config.name, **others)
 
 
 def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:

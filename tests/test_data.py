@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from diffusion import data
-from diffusion.data import cifar10, images, order
+from diffusion.data import cifar10, decoding, order
 from diffusion.errors import InputError
 
 
@@ -304,7 +304,7 @@ def test_image_of_too_many_pixels_is_named_before_it_is_decoded(tmp_path, monkey
 
 def test_image_of_the_right_size_is_unchanged():
     pixels = noise(16, 16)
-    np.testing.assert_array_equal(images.decode(encoded(pixels), 16, 3), pixels)
+    np.testing.assert_array_equal(decoding.decode(encoded(pixels), 16, 3), pixels)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -312,12 +312,12 @@ def test_the_centre_square_is_kept(transpose):
     left, centre, right = (noise(8, 8, seed) for seed in range(3))
     pixels = np.concatenate([left, centre, right], axis=1)
     pixels, centre = (p.swapaxes(0, 1) if transpose else p for p in (pixels, centre))
-    np.testing.assert_array_equal(images.decode(encoded(np.ascontiguousarray(pixels)), 8, 3), centre)
+    np.testing.assert_array_equal(decoding.decode(encoded(np.ascontiguousarray(pixels)), 8, 3), centre)
 
 
 def test_shrinking_averages_what_is_too_fine_to_show():
     checkerboard = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
-    shrunk = images.decode(encoded(checkerboard), 16, 1).astype(int)
+    shrunk = decoding.decode(encoded(checkerboard), 16, 1).astype(int)
     assert np.abs(shrunk - 127.5).max() < 8
 
 
@@ -325,7 +325,7 @@ def test_shrinking_averages_what_is_too_fine_to_show():
 @pytest.mark.parametrize("side", [32, 256])
 def test_resizing_keeps_a_linear_ramp(file_format, side):
     ramp = np.broadcast_to(np.linspace(0, 255, side)[None, :, None], (side, side, 3)).round().astype(np.uint8)
-    resized = images.decode(encoded(np.ascontiguousarray(ramp), file_format), 16, 3)
+    resized = decoding.decode(encoded(np.ascontiguousarray(ramp), file_format), 16, 3)
     block_means = ramp.reshape(16, side // 16, 16, side // 16, 3).mean((1, 3))
     assert np.abs(resized - block_means)[:, 2:-2].max() < 4  # grey levels
 
@@ -333,31 +333,31 @@ def test_resizing_keeps_a_linear_ramp(file_format, side):
 def test_grey_is_luma_and_grey_files_become_equal_rgb_channels():
     pixels = noise(8, 8)
     luma = pixels @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
-    grey = images.decode(encoded(pixels), 8, 1)
+    grey = decoding.decode(encoded(pixels), 8, 1)
     assert grey.shape == (8, 8, 1)
     assert np.abs(grey[..., 0] - luma).max() <= 1
-    rgb = images.decode(encoded(grey[..., 0]), 8, 3)
+    rgb = decoding.decode(encoded(grey[..., 0]), 8, 3)
     np.testing.assert_array_equal(rgb, np.repeat(grey, 3, axis=-1))
 
 
 def test_sixteen_bit_grey_keeps_its_range():
     wide = (np.arange(256).reshape(16, 16) * 257).astype(np.uint16)
-    np.testing.assert_array_equal(images.decode(encoded(wide), 16, 1).ravel(), np.arange(256))
+    np.testing.assert_array_equal(decoding.decode(encoded(wide), 16, 1).ravel(), np.arange(256))
 
 
 def test_transparency_shows_white():
     rgba = np.zeros((4, 4, 4), np.uint8)
     rgba[..., 3] = np.arange(16).reshape(4, 4) * 17
     expected = 255 - rgba[..., 3].astype(int)
-    assert np.abs(images.decode(encoded(rgba), 4, 1)[..., 0] - expected).max() <= 1
+    assert np.abs(decoding.decode(encoded(rgba), 4, 1)[..., 0] - expected).max() <= 1
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([0, 0, 0, 255, 0, 0])
-    assert (images.decode(encoded(palette, transparency=0), 4, 3) == 255).all()
-    assert (images.decode(encoded(palette), 4, 3) == 0).all()
+    assert (decoding.decode(encoded(palette, transparency=0), 4, 3) == 255).all()
+    assert (decoding.decode(encoded(palette), 4, 3) == 0).all()
 
 
 def test_cmyk_becomes_rgb():
-    red = images.decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), 8, 3)
+    red = decoding.decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), 8, 3)
     assert np.abs(red - np.array([255, 0, 0])).max() <= 2
 
 
@@ -366,7 +366,7 @@ def test_exif_orientation_is_applied(orientation, upright):
     pixels = noise(8, 8)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(images.decode(encoded(pixels, exif=exif), 8, 3), upright(pixels))
+    np.testing.assert_array_equal(decoding.decode(encoded(pixels, exif=exif), 8, 3), upright(pixels))
 
 
 # ------------------------------------------------------------------------------------------------------------- order

@@ -1,0 +1,64 @@
+"""Batches read ahead by threads or by worker processes. Grain starts them and keeps their order."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import grain
+import numpy as np
+
+from diffusion.errors import InputError
+
+MAX_THREADS = 16  # more wait for the interpreter's lock; more workers help then
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+def read_ahead(steps: Sequence, workers: int) -> Iterator:
+    """The items of steps in order; closing or dropping the iterator stops what reads them.
+
+    Args:
+      steps: named tuples of arrays (or None), made by indexing; pickled to the workers, if any.
+      workers: processes that share the items among them; 0 reads them in threads of this one.
+
+    Raises:
+      InputError: a worker died. What indexing raises comes in its turn, after the items before it.
+    """
+    iterator = iter(_pipeline(steps, workers))
+    try:
+        # Workers inherit the blocked signals of the thread that starts them. Ctrl-C and a cluster's SIGTERM reach all
+        # processes of a job, but a run that stops in order still needs batches; it stops its workers itself.
+        with ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, SIGNALS)) as starter:
+            item = starter.submit(next, iterator).result()
+        while True:
+            # Copied out of the shared memory in which it came, which is freed at once, whoever holds on to the item.
+            yield type(item)(*(None if array is None else np.array(array) for array in item))
+            item = next(iterator)
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise InputError(
+            f"a process that reads images has died ({str(error).split('. ')[0]}); -9 is mostly a lack of memory, -7 of "
+            "shared memory (docker run --shm-size): lower config.data.workers, then the same command goes on"
+        ) from error
+    finally:
+        iterator.close()
+
+
+def _pipeline(steps, workers):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = 1 if workers else min(cores, MAX_THREADS)
+    items = grain.MapDataset.source(steps).to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads))
+    return items.mp_prefetch(grain.MultiprocessingOptions(workers), worker_init_fn=_prepare_worker)
+
+
+def _prepare_worker(index: int, count: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A process that was killed cannot stop its workers; they would wait for it for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
