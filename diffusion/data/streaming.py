@@ -6,9 +6,11 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
+from absl import flags
 
 from diffusion.errors import InputError
 
@@ -26,15 +28,20 @@ def read_ahead(steps: Sequence, workers: int) -> Iterator:
     Raises:
       InputError: a worker died. What indexing raises comes in its turn, after the items before it.
     """
+    if not flags.FLAGS.is_parsed():  # in a notebook; grain reads flags of its own
+        flags.FLAGS.mark_as_parsed()
     iterator = iter(_pipeline(steps, workers))
     try:
-        # Workers inherit the blocked signals of the thread that starts them. Ctrl-C and a cluster's SIGTERM reach all
-        # processes of a job, but a run that stops in order still needs batches; it stops its workers itself.
+        # Ctrl-C and a cluster's SIGTERM reach all processes of a job, but a run that stops in order still needs batches,
+        # and stops its workers itself. So they inherit the blocked signals of the thread that starts them. The tracker
+        # would start with the first of them and unblock that thread on its way.
+        resource_tracker.ensure_running()
         with ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, SIGNALS)) as starter:
             item = starter.submit(next, iterator).result()
         while True:
-            # Copied out of the shared memory in which it came, which is freed at once, whoever holds on to the item.
-            yield type(item)(*(None if array is None else np.array(array) for array in item))
+            # Copied out of the shared memory in which it came, so that this is freed at once, whoever holds on to it.
+            item = type(item)(*(None if array is None else np.array(array) for array in item))
+            yield item
             item = next(iterator)
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
