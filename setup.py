@@ -24,6 +24,7 @@ setup(
         "orbax-checkpoint~=0.12.8",  # the v1 interface is new and still moves
         "absl-py>=2.3",
         "ml-collections>=1.1",
+        "grain>=0.2.18,<0.3",  # worker processes that read images ahead, in order; 0.x still moves
         "jaxtyping>=0.3",  # array shapes in annotations
         "numpy>=2.0",
         "pillow>=10.1",  # reading and writing images

@@ -174,7 +174,7 @@ def test_a_signal_while_a_grid_is_drawn_is_heard_at_once(go, tmp_path):
         time.sleep(30)
 
     before = time.monotonic()
-    state, finished, _ = go(draw_grid=slow)
+    _, finished, _ = go(draw_grid=slow)
     assert time.monotonic() - before < 15
     assert not finished
     assert checkpoints.newest_good(tmp_path / "checkpoints") == 6

@@ -4,12 +4,13 @@ NumPy only; streaming.py alone imports grain.
 """
 
 from diffusion.data import cifar10, digits, images
-from diffusion.data.batches import Batch, Batches, batches
+from diffusion.data.batching import Batch, Batches, batches
 from diffusion.data.dataset import Dataset, fingerprint
+from diffusion.data.decoding import ImageFiles
 from diffusion.data.order import batch_indices
 from diffusion.errors import InputError, nearest
 
-__all__ = ["DATASETS", "Batch", "Batches", "Dataset", "batch_indices", "batches", "fingerprint", "load"]
+__all__ = ["DATASETS", "Batch", "Batches", "Dataset", "ImageFiles", "batch_indices", "batches", "fingerprint", "load"]
 
 DATASETS = {"digits": digits.load, "cifar10": cifar10.load, "images": images.load}
 """Each is (path, split, size, channels) -> Dataset; "" and 0 stand for the source's own choice."""

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
@@ -29,15 +30,18 @@ def read_ahead(steps: Sequence, workers: int) -> Iterator:
     """
     if not flags.FLAGS.is_parsed():  # in a notebook; grain reads flags of its own
         flags.FLAGS.mark_as_parsed()
+    grain.config.update("py_traceback_filtering", "off")  # which adds lines to the one line of an InputError
     iterator = iter(_pipeline(steps, workers))
     try:
-        # Workers inherit the blocked signals of the thread that starts them. Ctrl-C and a cluster's SIGTERM reach all
-        # processes of a job, but a run that stops in order still needs batches; it stops its workers itself.
+        # Ctrl-C and a cluster's SIGTERM reach all processes of a job, but a run that stops in order still needs
+        # batches, and stops its workers itself. So they inherit the blocked signals of the thread that starts them.
+        _start_tracker()
         with ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, SIGNALS)) as starter:
             item = starter.submit(next, iterator).result()
         while True:
-            # Copied out of the shared memory in which it came, which is freed at once, whoever holds on to the item.
-            yield type(item)(*(None if array is None else np.array(array) for array in item))
+            # Copied out of the shared memory in which it came, so that this is freed at once, whoever holds on to it.
+            item = type(item)(*(None if array is None else np.array(array) for array in item))
+            yield item
             item = next(iterator)
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
@@ -48,6 +52,21 @@ def read_ahead(steps: Sequence, workers: int) -> Iterator:
         ) from error
     finally:
         iterator.close()
+
+
+def _start_tracker() -> None:
+    """Starts the process that frees what others leave in shared memory, quietly.
+
+    It would start with the first worker, unblock the signals on its way, and later tell the user of each batch that it
+    freed after workers had to be killed.
+    """
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [before, "ignore:resource_tracker:UserWarning"]))
+    resource_tracker.ensure_running()
+    if before is None:
+        del os.environ["PYTHONWARNINGS"]
+    else:
+        os.environ["PYTHONWARNINGS"] = before
 
 
 def _pipeline(steps, workers):

@@ -1,8 +1,10 @@
 """The batches of a training run: number k is a pure function of (seed, k, data), whoever loads it and however."""
 
+import atexit
 import dataclasses
 import itertools
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -65,6 +67,9 @@ class Batches(Iterator[Batch]):
     def __init__(self, iterator: Iterator[Batch]):
         self._iterator = iterator
         self._end: BaseException | None = None
+        # Called by close, when this is dropped, and at exit, where weakref's own hook may come after multiprocessing's.
+        self._release = weakref.finalize(self, getattr(iterator, "close", lambda: None))
+        atexit.register(self._release)
 
     def __next__(self) -> Batch:
         if self._end is not None:
@@ -72,24 +77,20 @@ class Batches(Iterator[Batch]):
         try:
             return next(self._iterator)
         except BaseException as error:  # after any, Ctrl-C too, a batch may be lost, and the next one not be the next
-            self._stop(error)
+            self._end = error
+            self._release()
             raise
 
     def close(self) -> None:
         """Stops threads and worker processes; may be called twice."""
-        self._stop(InputError("the batches are closed; call batches() again"))
+        self._end = self._end or InputError("the batches are closed; call batches() again")
+        self._release()
 
     def __enter__(self) -> "Batches":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def _stop(self, reason: BaseException) -> None:
-        self._end = self._end or reason
-        iterator, self._iterator = self._iterator, iter(())
-        if hasattr(iterator, "close"):
-            iterator.close()
 
 
 @dataclasses.dataclass(frozen=True)
