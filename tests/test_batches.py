@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from test_data import encoded, noise, raises, write_folder, write_tar, write_zip
 
-from diffusion import data
+from configs import default
+from diffusion import data, experiment
 from diffusion.data import batching, order
 
 COUNT, SIDE, BATCH = 30, 6, 12  # three epochs do not end with a batch
@@ -329,6 +330,15 @@ def test_data_is_streamed_where_its_pixels_exceed_max_memory(folder):
     assert isinstance(load(folder, gib * 0.999).images, data.ImageFiles)
     with raises("config.data.max_memory is -1"):
         load(folder, -1)
+
+
+def test_a_config_chooses_and_one_from_before_these_fields_means_their_defaults(folder):
+    config = default.get_config().data
+    config.update({"name": "images", "path": str(folder), "size": SIDE, "max_memory": 0.0})
+    assert isinstance(experiment.load_data(config).images, data.ImageFiles)
+    for name in ("max_memory", "workers"):
+        del config[name]
+    assert isinstance(experiment.load_data(config).images, np.ndarray)
 
 
 def test_tar_gz_is_not_streamed_but_held(tmp_path, folder, held):

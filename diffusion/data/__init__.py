@@ -13,7 +13,7 @@ from diffusion.errors import InputError, nearest
 __all__ = ["DATASETS", "Batch", "Batches", "Dataset", "ImageFiles", "batch_indices", "batches", "fingerprint", "load"]
 
 DATASETS = {"digits": digits.load, "cifar10": cifar10.load, "images": images.load}
-"""Each is (path, split, size, channels) -> Dataset; "" and 0 stand for the source's own choice."""
+"""Each is (path, split, size, channels) -> Dataset, images takes max_memory too; "" and 0: the source's own choice."""
 
 
 def load(

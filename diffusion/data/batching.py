@@ -102,7 +102,7 @@ class Steps:
     seed: int
     start: int
     flip: bool
-    rows: slice | range
+    rows: range
 
     def __len__(self) -> int:
         return sys.maxsize

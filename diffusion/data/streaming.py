@@ -47,8 +47,8 @@ def read_ahead(steps: Sequence, workers: int) -> Iterator:
         if "terminated unexpectedly" not in str(error):
             raise
         raise InputError(
-            f"a process that reads images has died ({str(error).split('. ')[0]}); -9 is mostly a lack of memory, -7 of "
-            "shared memory (docker run --shm-size): lower config.data.workers, then the same command goes on"
+            f"a process that reads images has died ({str(error).split('. ')[0]}); 1 has its error printed above, -9 is "
+            "mostly a lack of memory, -7 of shared memory (docker run --shm-size): lower config.data.workers"
         ) from error
     finally:
         iterator.close()
