@@ -14,7 +14,7 @@ __all__ = ["UNet", "as_apply_fn"]
 def as_apply_fn(model: nn.Module) -> ApplyFn:
     """The model as a pure function (params, x, t, cond); equal models give the same function, so nothing recompiles.
 
-    For training it also takes train=True and a dropout_key.
+    For training it also takes dropout_keys, typed JAX keys [B]: the masks of a sample follow from its own key alone.
     """
     # JSON and configs have lists, which cannot be hashed.
     lists = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ("parent", "name")}
@@ -23,8 +23,7 @@ def as_apply_fn(model: nn.Module) -> ApplyFn:
 
 @functools.lru_cache
 def _as_apply_fn(model):
-    def apply_fn(params, x, t, cond=None, *, train=False, dropout_key=None):
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        return model.apply({"params": params}, x, t, cond, train=train, rngs=rngs)
+    def apply_fn(params, x, t, cond=None, *, dropout_keys=None):
+        return model.apply({"params": params}, x, t, cond, dropout_keys=dropout_keys)
 
     return apply_fn
