@@ -101,12 +101,12 @@ def test_group_norm_gives_groups_of_zero_mean_and_unit_variance():
 @pytest.mark.parametrize("features", [4, 32, 64, 128])
 def test_a_residual_block_of_any_width_lets_the_time_through(features):
     """Time enters as a constant a channel; a norm with one channel a group would subtract it again."""
-    block = ResidualBlock(features, 0.0, jnp.float32)
+    block = ResidualBlock(features, 0.0, 0, jnp.float32)
     x, embeddings = jnp.ones((1, 2, 2, features)), jnp.stack([jnp.full((1, 4), -1.0), jnp.full((1, 4), 2.0)])
-    tree = jax.eval_shape(block.init, key(), x, embeddings[0], True)
+    tree = jax.eval_shape(block.init, key(), x, embeddings[0])
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), tree)
-    early, late = jax.jit(jax.vmap(lambda e: block.apply(params, x, e, True)))(embeddings)
+    early, late = jax.jit(jax.vmap(lambda e: block.apply(params, x, e)))(embeddings)
     assert np.max(np.abs(early - late)) > 1e-2
 
 

@@ -14,7 +14,7 @@ __all__ = ["UNet", "as_apply_fn"]
 def as_apply_fn(model: nn.Module) -> ApplyFn:
     """The model as a pure function (params, x, t, cond); equal models give the same function, so nothing recompiles.
 
-    For training it also takes train=True and a dropout_key.
+    For training it also takes dropout_keys, typed JAX keys [B]: the masks of a sample follow from its own key alone.
     """
     # JSON and configs have lists, which cannot be hashed.
     lists = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ("parent", "name")}
@@ -24,7 +24,6 @@ def as_apply_fn(model: nn.Module) -> ApplyFn:
 @functools.lru_cache
 def _as_apply_fn(model):
     def apply_fn(params, x, t, cond=None, *, dropout_keys=None):
-        rngs = None if dropout_keys is None else {"dropout": dropout_keys[0]}
-        return model.apply({"params": params}, x, t, cond, train=rngs is not None, rngs=rngs)
+        return model.apply({"params": params}, x, t, cond, dropout_keys=dropout_keys)
 
     return apply_fn

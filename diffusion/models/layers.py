@@ -1,4 +1,4 @@
-"""Layers of the UNet: group norm, residual block, self-attention, resampling, time embedding."""
+"""Layers of the UNet: group norm, dropout, residual block, self-attention, resampling, time embedding."""
 
 from collections.abc import Callable
 
@@ -74,19 +74,44 @@ def conv(
     return nn.Conv(features, (kernel, kernel), (stride, stride), dtype=dtype, kernel_init=init, name=name)
 
 
+def dropout(keys, layer: int, rate: float, x):
+    """Zeroes each element of x with probability rate and divides the others by 1 - rate.
+
+    The mask of sample i follows from keys[i] and the layer's number alone, so it is the same in any batch and on any
+    number of devices.
+
+    Args:
+      keys: typed JAX keys [B], or None for no dropout.
+      layer: a number that no other layer has.
+      rate: from 0 to below 1; 0 draws nothing.
+      x: float [B, ...].
+
+    Returns:
+      float [B, ...].
+    """
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
 class ResidualBlock(nn.Module):
-    """DDPM's block: norm, swish, conv, + time, norm, swish, dropout, conv, + x; [B, H, W, C] -> [B, H, W, features]."""
+    """DDPM's block: norm, swish, conv, + time, norm, swish, dropout, conv, + x; [B, H, W, C] -> [B, H, W, features].
+
+    `layer` is the block's number, by which its dropout masks differ from other blocks'.
+    """
 
     features: int
     dropout: float
+    layer: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, embedding, deterministic: bool):
+    def __call__(self, x, embedding, dropout_keys=None):
         h = conv(self.features, dtype=self.dtype, name="conv_1")(nn.swish(GroupNorm(name="norm_1")(x)))
         time = nn.Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="time")(nn.swish(embedding))
         h = nn.swish(GroupNorm(name="norm_2")(h + time[:, None, None, :]))
-        h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
+        h = dropout(dropout_keys, self.layer, self.dropout, h)
         h = conv(self.features, dtype=self.dtype, init=ZERO, name="conv_2")(h)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
