@@ -195,6 +195,17 @@ def test_a_signal_while_the_first_step_compiles_ends_the_run_at_once(go, tmp_pat
     assert checkpoints.steps(tmp_path / "checkpoints") == []
 
 
+def test_an_image_that_cannot_be_read_costs_no_step(go, tmp_path):
+    def images(step):
+        if step == 6:
+            raise InputError("image 7 cannot be read")
+        return IMAGES
+
+    with pytest.raises(InputError, match="image 7"):
+        go(images=images)
+    assert checkpoints.newest_good(tmp_path / "checkpoints") == 6
+
+
 def test_a_trace_is_written_on_request(go, tmp_path):
     go(plan=dataclasses.replace(PLAN, num_steps=20), profile=tmp_path / "profile")
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -119,7 +119,7 @@ class _Loop:
             last = step == plan.num_steps or self._stopping()
             if step % plan.save_every == 0 or last:
                 self._settle(0)
-                self._save(step, metrics)
+                self._save(step)
             if last:  # not self._stopping(), which may have come after the decision to save
                 break
         run.writer.wait()
@@ -128,7 +128,7 @@ class _Loop:
     def _step(self, step):
         """Starts a step, and waits for the one before last: that keeps the device busy, and the answer to signals
         prompt where a step takes seconds."""
-        images, cond = next(self.run.batches)
+        images, cond = self._next_batch(step)
         first = step == self.start + 1
         call = self._interruptible if first else lambda function, *args: function(*args)
         self.state, metrics = call(self.run.train_step, self.state, images, cond, self._vote(images))
@@ -140,6 +140,17 @@ class _Loop:
             self._say(f"first step after {self.clock.elapsed():.1f} s, compilation included")
             self.clock.restart()
         return metrics
+
+    def _next_batch(self, step):
+        try:
+            return next(self.run.batches)
+        except InputError:
+            # An image that cannot be read costs no step. Several processes would not all come to this save.
+            if step - 1 > self.start and jax.process_count() == 1:
+                self._settle(0)
+                self._save(step - 1)
+                self.run.writer.wait()
+            raise
 
     def _interruptible(self, function, *args):
         """In one process a signal ends a long call; of several, all must go on to where they agree to stop."""
@@ -197,13 +208,13 @@ class _Loop:
             + (f"  {skipped} skipped" if skipped else "")
         )
 
-    def _save(self, step, metrics):
+    def _save(self, step):
         if not bool(_all_finite(self.state)):
             raise InputError(
                 f"the weights are not finite at step {step}; earlier checkpoints are whole. Lower "
                 "config.optimizer.learning_rate and start in a new --workdir"
             )
-        totals = metrics.totals
+        totals = self.state.totals
         self.run.writer.save(step, self.state, self.run.metadata, float(totals.loss / totals.steps))
 
     def _say(self, line):
