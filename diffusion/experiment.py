@@ -253,7 +253,9 @@ def _parse_choice(
         key, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"{what} option {part!r} has no value; write {name}:{key}=VALUE")
-        chosen.setdefault(key, _parse(f"{what} option {name}:{key}", value, options.get(key)))
+        if key in options:
+            value = _parse(f"{what} option {name}:{key}", value, options[key])
+        chosen.setdefault(key, value)
     unknown = [key for key in chosen if key not in options]
     if unknown:
         valid = nearest(unknown[0], options) if options else "it has no options"

@@ -98,8 +98,9 @@ def discretized_log_likelihood(x_0: Images, mean: Images, log_variance: Images) 
     low, high = ((x_0 - mean + side) * inverse_std for side in (-HALF_BIN, HALF_BIN))
     upper_tail = low + high > 0
     low, high = jnp.where(upper_tail, -high, low), jnp.where(upper_tail, -low, high)
-    log_high, log_rest = log_ndtr(high), log_ndtr(-low)
-    inside = log_high + _log1m_exp(log_ndtr(low) - log_high)
+    # One call for three, which take long to compile.
+    log_high, log_low, log_rest = log_ndtr(jnp.stack(jnp.broadcast_arrays(high, low, -low)))
+    inside = log_high + _log1m_exp(log_low - log_high)
     first, final = jnp.where(upper_tail, log_rest, log_high), jnp.where(upper_tail, log_high, log_rest)
     return jnp.where(x_0 < -1 + HALF_BIN, first, jnp.where(x_0 > 1 - HALF_BIN, final, inside))
 

@@ -10,7 +10,8 @@ from reference import mixture_denoiser, refused
 
 import diffusion
 from diffusion import gaussian, sampling, schedules, timesteps
-from diffusion.solvers import SOLVERS, ddim, ddpm, dpm_solver_pp, make_table, unipc
+from diffusion.denoiser import log_variance_between
+from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS, ddim, ddpm, dpm_solver_pp, make_table, unipc
 
 T = 50
 LINEAR = schedules.linear(T, 1e-3, 0.12)
@@ -542,8 +543,45 @@ def test_guidance_takes_the_variance_of_the_conditional_half():
     np.testing.assert_allclose(got, wanted, rtol=1e-10)
 
 
-def test_channels_that_do_not_match_the_table_are_refused():
-    with refused("shape"):
-        diffusion.sample(elementwise, {}, ddpm(LINEAR, TAU, "learned"), key(), 3, (4, 2))
-    with refused("shape"):
-        diffusion.sample(two_headed, {}, ddpm(LINEAR, TAU), key(), 3, (4, 2))
+def one_headed(params, x, t, cond=None):
+    return two_headed(params, x, t, cond)[..., : x.shape[-1]]
+
+
+EPS_ESTIMATED = {"analytic_dpm": {"gamma": np.full(5, 0.9)}}
+
+
+@in_double
+@pytest.mark.parametrize("name", [*SOLVERS, *ESTIMATED_SOLVERS])
+def test_a_network_that_also_predicts_its_variance_runs_every_table(name):
+    """The samples are those of its first half, guided too, where the table has its own variance."""
+    table = (SOLVERS | ESTIMATED_SOLVERS)[name](LINEAR, TAU, **EPS_ESTIMATED.get(name, {}))
+    for options in ({}, {"cond": COND, "null_cond": NULL, "guidance_scale": 1.7}):
+        both, alone = (diffusion.sample(f, {}, table, key(), 3, (4, 2), **options) for f in (two_headed, one_headed))
+        np.testing.assert_allclose(both, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_a_table_with_learned_variance_refuses_a_network_without():
+    table = ddpm(LINEAR, TAU, "learned")
+    with refused("takes its variance from the network"):
+        diffusion.sample(one_headed, {}, table, key(), 3, (4, 2))
+    with refused("ddpm.*learned.* takes its variance from the model.*ddpm:variance=small"):
+        sampling.check_variance(table, learned_variance=False)
+    sampling.check_variance(table, learned_variance=True)
+    for learned_variance in (False, True):
+        sampling.check_variance(ddpm(LINEAR, TAU), learned_variance)
+
+
+def test_channels_that_are_neither_those_of_x_nor_twice_as_many_are_refused():
+    def three(params, x, t, cond=None):
+        return jnp.concatenate([x, x, x], axis=-1)
+
+    for variance in ("small", "learned"):
+        with refused("shape"):
+            diffusion.sample(three, {}, ddpm(LINEAR, TAU, variance), key(), 3, (4, 2))
+
+
+@pytest.mark.parametrize(("share", "end"), [(-1, 0), (1, 1)])
+def test_a_share_of_minus_one_is_the_small_log_variance_and_of_one_the_large(share, end):
+    logs = ddpm(LINEAR, TAU, "learned").log_variance.T
+    np.testing.assert_array_equal(log_variance_between(share, *logs), logs[end])
+    np.testing.assert_allclose(log_variance_between(0.0, *logs), logs.mean(axis=0), rtol=1e-15)

@@ -361,7 +361,7 @@ def test_wrong_options_are_refused_with_a_remedy(options, message):
         diffusion.sample(no_noise, {}, uniform_table(2), key(), 3, (2,), **options)
 
 
-@pytest.mark.parametrize("shape", [(3, 1), (1, 2), (), (3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1), (1, 2), (), (3, 6)], ids=str)
 def test_a_network_whose_output_is_not_shaped_as_its_input_is_refused(shape):
     """Broadcast in silence, it would give samples that look right."""
     with refused("shape"):
