@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from diffusion import cli, data, denoiser, devices, experiment, files
 from diffusion.errors import InputError, require_range
 from diffusion.generate import generate
-from diffusion.sampling import check_prediction
+from diffusion.sampling import check_prediction, check_variance
 from diffusion.training import checkpoints, environment, run_folder
 from diffusion.training.loop import Plan, Run, train
 from diffusion.training.recorder import Recorder, Silent
@@ -86,6 +86,7 @@ def start(stop: StopRequest) -> int:
         )
     denoiser.check_options(options.prediction, denoiser.Options(config.sample.clip))
     check_prediction(table, options.prediction)
+    check_variance(table, model.learned_variance)
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
         return run(config, folder, plan, table, optimizer, rate, objective, dataset, model, mesh, stop)
 

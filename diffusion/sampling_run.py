@@ -14,7 +14,7 @@ from diffusion.denoiser import CLIPS, GUIDANCE_RULES, Options, check_options
 from diffusion.errors import InputError
 from diffusion.experiment import Trained, load_data, load_trained, make_table, make_tau
 from diffusion.generate import generate, trajectory
-from diffusion.sampling import check_prediction
+from diffusion.sampling import check_prediction, check_variance
 from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS, SamplerTable
 from diffusion.timesteps import GRIDS
 from diffusion.training import run_folder
@@ -132,6 +132,7 @@ def open_run() -> SamplingRun:
         options |= {"gamma": gamma, "max_cov": 1.0}
     table = make_table(schedule, sampler, steps, tau, **options)
     check_prediction(table, trained.model.prediction)
+    check_variance(table, trained.model.learned_variance)
     guidance = {
         "clip": clip,
         "dynamic_threshold": given.dynamic_threshold,

@@ -140,6 +140,20 @@ def test_a_model_with_classes_is_guided(tmp_path):
     assert "numbered 0..9" in error_line(wrong)
 
 
+def test_a_model_that_learns_its_variance_is_sampled_by_any_table_and_measured(tmp_path):
+    result = train(tmp_path, "--config.train.num_steps=3", "--config.train.objective=hybrid")
+    assert result.returncode == 0, result.stderr
+    for sampler in ("ddim", "ddpm:variance=learned"):
+        drawn = run("sample.py", "--num=2", f"--sampler={sampler}", f"--out={sampler[:4]}", cwd=tmp_path)
+        assert drawn.returncode == 0, drawn.stderr
+    measured = run("evaluate.py", "--bound=2,5", cwd=tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    rows = json.loads((tmp_path / "runs" / "digits" / "bound.json").read_text())["rows"]
+    wanted = [(variance, steps) for variance in ("small", "large", "learned") for steps in (2, 5)]
+    assert [(row["variance"], row["steps"]) for row in rows] == wanted
+    assert all(0 < row["bits"] < 50 for row in rows)
+
+
 def test_ctrl_c_and_sigterm_save_and_the_same_command_resumes_there(tmp_path):
     args = ("--config.train.num_steps=100000", "--config.train.log_every=10", "--workdir=run")
     saved = 0
@@ -293,7 +307,10 @@ MISTAKES = [
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--dynamic_threshold=2"], "dynamic_threshold is 2"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--seeds=5-1"], "seeds are '5-1'"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "extra"], "unexpected argument 'extra'"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=ddpm:variance=learned"], "predicts none"),
     ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--num=3"], "num=3"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--bound=ten"], "bound is 'ten'"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--bound=0"], "steps is 0"),
 ]
 
 
