@@ -22,19 +22,12 @@ from tests.commands import (
     read_until,
     run,
     saved_steps,
-    shared_cache,
     start_training,
     train,
 )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    """Lets the commands share what XLA compiled; most of their time is compilation."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in shared_cache(tmp_path_factory.mktemp("compiled")).items():
-            patch.setenv(name, value)
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="session")

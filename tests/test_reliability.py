@@ -37,20 +37,11 @@ from tests.commands import (
     read_until,
     run,
     saved_steps,
-    shared_cache,
     start_training,
     train,
 )
 
-pytestmark = pytest.mark.reliability
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in shared_cache(tmp_path_factory.mktemp("compiled")).items():
-            patch.setenv(name, value)
-        yield
+pytestmark = [pytest.mark.reliability, pytest.mark.usefixtures("compile_once")]
 
 
 @pytest.fixture

@@ -104,6 +104,7 @@ class _Loop:
         self.votes = 0.0
         self.ballots: dict[bool, jax.Array] = {}
         self.clock = _Clock()
+        self.tracing = False
 
     def go(self):
         plan, run = self.plan, self.run
@@ -122,6 +123,7 @@ class _Loop:
                 self._save(step)
             if last:  # not self._stopping(), which may have come after the decision to save
                 break
+        self._end_trace()
         run.writer.wait()
         return self.state, step >= plan.num_steps
 
@@ -222,15 +224,20 @@ class _Loop:
             self.progress.write(line)
 
     def _trace(self, step):
-        if self.run.profile is None:
-            return
         done = step - self.start - 1
-        if done == PROFILED.start:
+        if self.run.profile is not None and done == PROFILED.start:
+            self._settle(0)
             jax.profiler.start_trace(self.run.profile)
+            self.tracing = True
         elif done == PROFILED.stop:
+            self._end_trace()
+
+    def _end_trace(self):
+        if self.tracing:
             self._settle(0)
             jax.profiler.stop_trace()
-            self._say(f"wrote a trace of {len(PROFILED)} steps to {self.run.profile}")
+            self.tracing = False
+            self._say(f"wrote a trace to {self.run.profile}")
 
 
 @jax.jit
