@@ -2,8 +2,7 @@
 
 import jax
 import pytest
-
-from tests.commands import shared_cache
+from commands import shared_cache
 
 jax.config.update("jax_num_cpu_devices", 8)  # for what must not depend on their number
 jax.config.update("jax_numpy_rank_promotion", "raise")

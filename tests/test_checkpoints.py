@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
+from tiny import assert_same, make_step, start
 
 from diffusion import devices
 from diffusion.errors import InputError
 from diffusion.training import checkpoints, run_folder
-from tests import tiny
-from tests.tiny import assert_same, make_step, start
 
 DECAYS = (0.9, 0.99)
 METADATA = {"config": {"a": 1, "b": (1, 2)}}

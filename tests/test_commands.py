@@ -10,9 +10,7 @@ import signal
 
 import numpy as np
 import pytest
-from PIL import Image
-
-from tests.commands import (
+from commands import (
     ROOT,
     TINY,
     digest,
@@ -25,7 +23,7 @@ from tests.commands import (
     start_training,
     train,
 )
-
+from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

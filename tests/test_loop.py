@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
+from tiny import BATCH, IMAGES, assert_same
 
 from diffusion import devices
 from diffusion.errors import InputError
@@ -22,8 +24,6 @@ from diffusion.training.loop import Plan, Run, train
 from diffusion.training.recorder import COLUMNS, Recorder, Row
 from diffusion.training.step import TENTHS, make_train_step
 from diffusion.training.stop import INTERRUPTED, PREEMPTED, Stopped, StopRequest
-from tests import tiny
-from tests.tiny import BATCH, IMAGES, assert_same
 
 OPTIMIZER = optax.adam(1e-2)
 PLAN = Plan(num_steps=12, batch_size=BATCH, log_every=5, save_every=4, grid_every=6)

@@ -18,15 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-from diffusion import devices as device_layout
-from diffusion import schedules
-from diffusion.losses import simple_loss
-from diffusion.models import UNet, as_apply_fn
-from diffusion.training import checkpoints
-from diffusion.training.step import init_state, make_train_step
-from tests import tiny
-from tests.commands import (
+import tiny
+from commands import (
     ROOT,
     TINY,
     command,
@@ -40,6 +33,13 @@ from tests.commands import (
     start_training,
     train,
 )
+
+from diffusion import devices as device_layout
+from diffusion import schedules
+from diffusion.losses import simple_loss
+from diffusion.models import UNet, as_apply_fn
+from diffusion.training import checkpoints
+from diffusion.training.step import init_state, make_train_step
 
 pytestmark = [pytest.mark.reliability, pytest.mark.usefixtures("compile_once")]
 
@@ -284,13 +284,13 @@ def test_12_a_checkpoint_goes_to_another_python_and_jax_and_back(tmp_path, repor
         return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
     def other(code):
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
         result = subprocess.run([OTHER, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-2000:]
         return result.stdout.strip().splitlines()[-1]
 
     assert train(tmp_path, *RUN, "--config.train.num_steps=50").returncode == 0
-    read = "from pathlib import Path; from tests.commands import digest; print(digest(Path('run'), {}))"
+    read = "from pathlib import Path; from commands import digest; print(digest(Path('run'), {}))"
     assert other(read.format(50)) == digest(tmp_path / "run", 50)
     more = [OTHER, str(ROOT / "train.py"), *TINY, *RUN, "--config.train.num_steps=100"]
     result = subprocess.run(more, cwd=tmp_path, capture_output=True, text=True)

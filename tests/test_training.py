@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from ml_collections import ConfigDict
+from tiny import BATCH, IMAGES, KEY, SCHEDULE, assert_close, assert_same, make_step, start
 
 from diffusion import devices, experiment
 from diffusion.errors import InputError
 from diffusion.losses import simple_loss
 from diffusion.training import run_folder
 from diffusion.training.step import TENTHS, ema_decay_at, ema_name, make_train_step
-from tests import tiny
-from tests.tiny import BATCH, IMAGES, KEY, SCHEDULE, assert_close, assert_same, make_step, start
 
 
 def losses(params, step=0):
