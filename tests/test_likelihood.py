@@ -269,6 +269,12 @@ def test_what_has_no_bound_is_refused(options, message):
         )
 
 
+@pytest.mark.parametrize("x_0", [LEVELS / 2, LEVELS + 2 / 255, (LEVELS + 1) * 127.5], ids=["half", "beyond", "uint8"])
+def test_images_that_are_not_of_8_bits_in_minus_one_to_one_are_refused(x_0):
+    with refused("8-bit pixels"):
+        variational_bound(two_headed, {}, LINEAR, TAU, x_0[:, None].astype(np.float32), key())
+
+
 # Gaussian data, for which the ideal network, and so the likelihood of its sampler, are known
 
 MEAN, VARIANCE = 0.1, 0.04

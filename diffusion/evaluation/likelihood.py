@@ -71,7 +71,7 @@ def variational_bound(
       sample_ids: int [B], 0..B-1 if not given.
 
     Raises:
-      InputError: an unknown option, or a network without the variance that is asked for.
+      InputError: an unknown option, images that are not of 8 bits, or a network without the variance asked for.
     """
     for name, value, known in (("variance", variance, VARIANCES), ("clip", clip, CLIPS)):
         if value not in known:
@@ -79,15 +79,24 @@ def variational_bound(
     options = Options(clip, learned_variance=variance == "learned")
     check_options(prediction, options)
     steps = bound_steps(schedule, tau, prediction)
-    if variance != "learned":
-        log_variance = {"small": steps.log_small, "large": steps.log_large}[variance]
-    else:
-        log_variance = np.zeros_like(steps.log_small)
-    x_0 = jnp.asarray(x_0)
+    x_0 = _check_images(x_0)
     ids = jnp.arange(len(x_0)) if sample_ids is None else jnp.asarray(sample_ids)
-    terms = _terms(apply_fn, params, steps, log_variance, x_0, key, ids, cond, options)
+    terms = _terms(apply_fn, params, steps, _SHARES[variance], x_0, key, ids, cond, options)
     prior = mean_bits(_prior(steps.signal[0], steps.noise[0], x_0))
     return Bound(prior + terms.sum(axis=0), terms, prior)
+
+
+_SHARES = {"small": -1.0, "large": 1.0, "learned": None}
+"""What takes the place of the network's share between the two log-variances."""
+
+
+def _check_images(x_0):
+    x_0 = jnp.asarray(x_0)
+    if not isinstance(x_0, jax.core.Tracer):
+        values = (np.asarray(x_0, np.float64) + 1) * 127.5
+        if not np.all((np.abs(values - np.round(values)) < 0.01) & (np.abs(values - 127.5) < 127.51)):
+            raise InputError("x_0 holds values that are no 8-bit pixels in [-1, 1]; give uint8 / 127.5 - 1 as floats")
+    return x_0
 
 
 def _prior(signal, noise, x_0):
@@ -97,26 +106,24 @@ def _prior(signal, noise, x_0):
 
 
 @partial(jax.jit, static_argnames=("apply_fn", "options"))
-def _terms(apply_fn, params, steps: BoundSteps, log_variance, x_0, key, ids, cond, options):
+def _terms(apply_fn, params, steps: BoundSteps, share, x_0, key, ids, cond, options):
     """[S, B]: the term of every step, one after the other to hold one step's activations at a time."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-    num = log_variance.shape[0]
+    num = steps.signal.shape[0]
     time = steps.reading.time  # keeps its precision
-    steps, log_variance = jax.tree.map(lambda leaf: leaf.astype(x_0.dtype), (steps, log_variance))
+    steps = jax.tree.map(lambda leaf: leaf.astype(x_0.dtype), steps)
     steps = steps._replace(reading=steps.reading._replace(time=time))
 
     def term(_, inputs):
-        index, step, fixed = inputs
+        index, step = inputs
         eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), x_0.shape[1:], x_0.dtype))(keys)
         x_t = step.signal * x_0 + step.noise * eps
         d = denoise(apply_fn, params, x_t, cond, step.reading, step.signal, options)
-        if options.learned_variance:
-            variance = log_variance_between(d.log_variance_share, step.log_small, step.log_large)
-        else:
-            variance = jnp.broadcast_to(fixed, x_0.shape)
-        return None, step_bits(step, x_0, d.x0, variance, last=index == num - 1)
+        where = d.log_variance_share if options.learned_variance else jnp.full_like(x_0, share)
+        log_variance = log_variance_between(where, step.log_small, step.log_large)
+        return None, step_bits(step, x_0, d.x0, log_variance, last=index == num - 1)
 
-    return jax.lax.scan(term, None, (np.arange(num), steps, log_variance))[1]
+    return jax.lax.scan(term, None, (np.arange(num), steps))[1]
 
 
 class BitsRow(NamedTuple):
