@@ -438,7 +438,7 @@ def trained(num_classes=0, learned_variance=False):
         output = two_headed(params, x, t, None if cond is None else cond / 10)
         return output if learned_variance else output[..., : x.shape[-1]]
 
-    return Trained(Model(LINEAR, "v", network, (4, 2, 1), num_classes, None, learned_variance), {}, None, 0)
+    return Trained(Model(LINEAR, "v", network, (4, 2, 1), num_classes, None, learned_variance), {}, None, 0, "0.9")
 
 
 @pytest.mark.parametrize(("num_classes", "learned_variance", "steps"), [(0, False, (3, 5)), (3, True, (5,))])
