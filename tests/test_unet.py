@@ -8,7 +8,7 @@ from flax import linen as nn
 from reference import refused
 
 from diffusion.models import UNet, as_apply_fn
-from diffusion.models.layers import GroupNorm, ResidualBlock, sinusoidal_embedding
+from diffusion.models.layers import GroupNorm, ResidualBlock, SelfAttention, dropout, sinusoidal_embedding
 
 SMALL = {"width": 8, "multipliers": (1, 2), "num_blocks": 1, "attention_resolutions": (4,)}
 
@@ -90,6 +90,23 @@ def test_group_norm_is_flaxs_group_norm_with_the_same_gradient(shape, groups):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_self_attention_is_jaxs_dot_product_attention(num_heads):
+    layer, x = SelfAttention(num_heads, jnp.float32), normal((2, 3, 5, 8))
+    rng = np.random.default_rng(0)
+    tree = jax.eval_shape(layer.init, key(), x)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.5, s.shape), s.dtype), tree)
+    p = params["params"]
+    h = GroupNorm().apply({"params": p["norm"]}, x).reshape(2, 15, 8)
+
+    def project(name, h):
+        return jnp.einsum("...c,cd->...d", h, p[name]["kernel"]) + p[name]["bias"].reshape([1] * (h.ndim - 1) + [-1])
+
+    heads = [project(name, h).reshape(2, 15, num_heads, 8 // num_heads) for name in ("query", "key", "value")]
+    wanted = x + project("out", jax.nn.dot_product_attention(*heads).reshape(2, 3, 5, 8))
+    np.testing.assert_allclose(layer.apply(params, x), wanted, atol=1e-4)
+
+
 def test_group_norm_gives_groups_of_zero_mean_and_unit_variance():
     x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (2, 5, 5, 64)), jnp.float32)
     out = np.asarray(GroupNorm(max_groups=8).apply({"params": {"scale": jnp.ones(64), "bias": jnp.zeros(64)}}, x))
@@ -132,16 +149,89 @@ def test_the_output_is_zero_at_initialisation():
     assert np.all(jax.jit(as_apply_fn(model))(params, x, t) == 0)
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_acts_where_keys_are_given_and_nowhere_else():
     plain, dropped = UNet(**TINY), UNet(**TINY, dropout=0.5)
     params, x, t = random_params(plain), normal((2, 4, 4, 1)), jnp.array([10.0, 500.0])
-    train = jax.jit(lambda k: as_apply_fn(dropped)(params, x, t, train=True, dropout_key=k))
+    train = jax.jit(lambda keys: as_apply_fn(dropped)(params, x, t, dropout_keys=keys))
     without = jax.jit(as_apply_fn(plain))(params, x, t)
     np.testing.assert_array_equal(jax.jit(as_apply_fn(dropped))(params, x, t), without)
-    first, again, other = train(key(1)), train(key(1)), train(key(2))
+    first, again, other = (train(jax.random.split(key(seed), 2)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.max(np.abs(first - other)) > 1e-3
     assert np.max(np.abs(first - without)) > 1e-3
+
+
+def test_dropout_of_a_sample_follows_from_its_own_key_whatever_the_batch():
+    model = UNet(**TINY, dropout=0.5)
+    params, x, t = random_params(model), normal((4, 4, 4, 1)), jnp.array([10.0, 500.0, 10.0, 900.0])
+    train = jax.jit(lambda x, t, keys: as_apply_fn(model)(params, x, t, dropout_keys=keys))
+    keys, order = jax.random.split(key(1), 4), np.array([2, 0, 3, 1])
+    whole = train(x, t, keys)
+    np.testing.assert_allclose(train(x[order], t[order], keys[order]), whole[order], atol=1e-5)
+    halves = [train(x[part], t[part], keys[part]) for part in (slice(0, 2), slice(2, 4))]
+    np.testing.assert_allclose(np.concatenate(halves), whole, atol=1e-5)
+    same = train(jnp.stack([x[0]] * 4), jnp.stack([t[0]] * 4), keys)
+    assert np.max(np.abs(same[0] - same[1])) > 1e-3
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_zeroes_its_rate_of_elements_and_keeps_the_mean(rate):
+    out = np.asarray(dropout(jax.random.split(key(), 8), 3, rate, jnp.ones((8, 16, 16, 8))))
+    np.testing.assert_allclose(np.unique(out), [0, 1 / (1 - rate)], rtol=1e-6)
+    np.testing.assert_allclose(np.mean(out == 0), rate, atol=5 * np.sqrt(rate * (1 - rate) / out.size))
+    assert np.all((out == 0).mean(axis=(1, 2, 3)) < 1)
+
+
+def test_two_layers_draw_different_masks():
+    keys, ones = jax.random.split(key(), 2), jnp.ones((2, 8, 8, 4))
+    assert np.mean(dropout(keys, 0, 0.5, ones) != dropout(keys, 1, 0.5, ones)) > 0.4
+
+
+def test_no_random_bits_are_drawn_without_dropout():
+    params, x, t = shapes(UNet(**TINY)), normal((2, 4, 4, 1)), jnp.ones(2)
+    keys = jax.random.split(key(), 2)
+
+    def program(rate):
+        apply_fn = as_apply_fn(UNet(**TINY, dropout=rate))
+        return str(jax.make_jaxpr(lambda p: apply_fn(p, x, t, dropout_keys=keys))(params))
+
+    assert "random_bits" in program(0.5)
+    assert "random" not in program(0.0)
+
+
+def test_remat_gives_the_same_parameters_and_gradients_from_fewer_kept_activations():
+    fields = {**SMALL, "num_blocks": 2, "dropout": 0.2}
+    plain, frugal = UNet(**fields), UNet(**fields, remat=True)
+    assert jax.tree.map(jnp.shape, shapes(plain)) == jax.tree.map(jnp.shape, shapes(frugal))
+    params, x, t, keys = random_params(plain), normal((8, 8, 8, 1)), jnp.arange(1.0, 9.0), jax.random.split(key(), 8)
+
+    def loss(model):
+        return lambda params: jnp.mean(as_apply_fn(model)(params, x, t, dropout_keys=keys) ** 2)
+
+    gradient, frugal_gradient = (jax.jit(jax.grad(loss(model)))(params) for model in (plain, frugal))
+    largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(gradient))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest), gradient, frugal_gradient)
+
+    def kept(model):
+        pullback = jax.eval_shape(lambda params: jax.vjp(loss(model), params)[1], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert kept(frugal) - size < 0.3 * (kept(plain) - size)
+
+
+def test_a_jacobian_vector_product_and_float64_go_through_the_network():
+    """Likelihoods by Hutchinson's estimator need both."""
+    with jax.enable_x64(True):
+        model = UNet(**TINY)
+        params = jax.tree.map(lambda p: p.astype(jnp.float64), random_params(model))
+        x, direction = jnp.asarray(normal((2, 4, 4, 1))), jnp.asarray(normal((2, 4, 4, 1), seed=1))
+        apply_fn = jax.jit(lambda x: as_apply_fn(model)(params, x, jnp.array([10.0, 500.0])))
+        _, tangent = jax.jvp(apply_fn, (x,), (direction,))
+        _, pullback = jax.vjp(apply_fn, x)
+        np.testing.assert_allclose(jnp.vdot(pullback(tangent)[0], direction), jnp.vdot(tangent, tangent), rtol=1e-4)
+        each = jax.vmap(lambda image: apply_fn(jnp.stack([image] * 2))[0])(x)
+        np.testing.assert_allclose(each[0], apply_fn(x)[0], atol=1e-4)
 
 
 def test_the_timestep_and_every_sample_reach_the_output_separately():

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from diffusion.models import cpu
+
 # DDPM's initialisation; the last layer of every residual branch starts at zero.
 INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 ZERO = nn.initializers.zeros
@@ -67,11 +69,27 @@ class GroupNorm(nn.Module):
         return (x32 * gain.reshape(per_sample) + shift.reshape(per_sample)).astype(x.dtype)
 
 
-def conv(
-    features: int, *, kernel: int = 3, stride: int = 1, dtype=None, init: Callable = INIT, name: str | None = None
-):
-    """A square convolution with bias and "SAME" padding."""
-    return nn.Conv(features, (kernel, kernel), (stride, stride), dtype=dtype, kernel_init=init, name=name)
+class Conv(nn.Module):
+    """A square convolution with bias and "SAME" padding, [B, H, W, C] -> [B, H', W', features]."""
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: Callable = INIT
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param(
+            "kernel", self.kernel_init, (self.kernel, self.kernel, x.shape[-1], self.features), jnp.float32
+        )
+        bias = self.param("bias", ZERO, (self.features,), jnp.float32)
+        x, kernel, bias = x.astype(self.dtype), kernel.astype(self.dtype), bias.astype(self.dtype)
+        if self.stride == 1 and self.kernel % 2:
+            out = cpu.convolve_for_training(x, kernel)
+        else:
+            out = cpu.convolve(x, kernel, self.stride)
+        return out + bias[None, None, None, :]
 
 
 def dropout(keys, layer: int, rate: float, x):
@@ -108,11 +126,11 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, embedding, dropout_keys=None):
-        h = conv(self.features, dtype=self.dtype, name="conv_1")(nn.swish(GroupNorm(name="norm_1")(x)))
+        h = Conv(self.features, dtype=self.dtype, name="conv_1")(nn.swish(GroupNorm(name="norm_1")(x)))
         time = nn.Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="time")(nn.swish(embedding))
         h = nn.swish(GroupNorm(name="norm_2")(h + time[:, None, None, :]))
         h = dropout(dropout_keys, self.layer, self.dropout, h)
-        h = conv(self.features, dtype=self.dtype, init=ZERO, name="conv_2")(h)
+        h = Conv(self.features, dtype=self.dtype, kernel_init=ZERO, name="conv_2")(h)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
         return x + h
@@ -146,4 +164,4 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x):
         doubled = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        return conv(x.shape[-1], dtype=self.dtype, name="conv")(doubled)
+        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(doubled)

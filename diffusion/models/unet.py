@@ -11,11 +11,11 @@ from diffusion.errors import InputError, require_range
 from diffusion.models.layers import (
     INIT,
     ZERO,
+    Conv,
     GroupNorm,
     ResidualBlock,
     SelfAttention,
     Upsample,
-    conv,
     num_groups,
     sinusoidal_embedding,
 )
@@ -85,14 +85,14 @@ class UNet(nn.Module):
             h = residual(h, features, name)
             return attention(h, name) if h.shape[1] in self.attention_resolutions else h
 
-        h = conv(self.width, dtype=dtype, name="conv_in")(x.astype(dtype))
+        h = Conv(self.width, dtype=dtype, name="conv_in")(x.astype(dtype))
         skips = [h]
         for level, features in enumerate(levels):
             for i in range(self.num_blocks):
                 h = block(h, features, f"down_{level}_block_{i}")
                 skips.append(h)
             if level < len(levels) - 1:
-                h = conv(features, stride=2, dtype=dtype, name=f"down_{level}_downsample")(h)
+                h = Conv(features, stride=2, dtype=dtype, name=f"down_{level}_downsample")(h)
                 skips.append(h)
 
         h = residual(h, levels[-1], "middle_block_0")
@@ -106,7 +106,9 @@ class UNet(nn.Module):
                 h = Upsample(dtype, name=f"up_{level}_upsample")(h)
 
         h = nn.swish(GroupNorm(name="norm_out")(h))
-        return conv(self.out_channels or x.shape[-1], dtype=dtype, init=ZERO, name="conv_out")(h).astype(jnp.float32)
+        return Conv(self.out_channels or x.shape[-1], dtype=dtype, kernel_init=ZERO, name="conv_out")(h).astype(
+            jnp.float32
+        )
 
     def _embed(self, t, cond, dtype):
         """Timestep (and class) embedding, [B, 4 * width]."""
