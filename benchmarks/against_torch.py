@@ -28,10 +28,7 @@ _SIDES = flags.DEFINE_list("sides", ["ours", "eager", "compile"], "Which take pa
 _OPERATIONS = flags.DEFINE_list("operations", ["training", "network", "sampling"], "What is timed.")
 _WORKER = flags.DEFINE_enum("worker", None, ["ours", "eager", "compile"], "Set by the command itself.")
 
-HOW_TO_INSTALL = (
-    "torch is not installed: pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu, "
-    "then pip install -e .[reference]"
-)
+HOW_TO_INSTALL = "torch is not installed: pip install torch==2.13.0, then pip install -e .[reference]"
 
 
 def main(_):
@@ -111,15 +108,14 @@ def ours():
 
     import diffusion
     from diffusion import devices, schedules, solvers, timesteps
-    from diffusion.models import UNet, as_apply_fn, cpu
+    from diffusion.models import UNet, as_apply_fn
 
-    cpu.reuse_memory()
-    devices.one_device_per_core()
-    mesh = devices.data_mesh(_BATCH.value)
+    devices.prepare()
+    mesh = devices.training_mesh(_BATCH.value)
     shape = (_SIZE.value, _SIZE.value, 3)
     model = UNet(width=_WIDTH.value)
     apply_fn = as_apply_fn(model)
-    everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), devices.batch_sharding(mesh)
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, *shape)), jnp.ones((1,)))["params"])
     params = jax.device_put(init(jax.random.key(0)), everywhere)
     x = jax.device_put(jax.random.normal(jax.random.key(1), (_BATCH.value, *shape)), split)
@@ -143,45 +139,29 @@ def ours():
 
 
 def our_training_step(apply_fn, params, mesh, x):
-    """A function that makes one step: noise, mse, gradient, clip, Adam, EMA."""
+    """A function that makes one step of train.py: noise, mse, gradient, clip, Adam, EMA."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
     import optax
-    from jax.flatten_util import ravel_pytree
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
+
+    from diffusion import devices, schedules
+    from diffusion.losses import simple_loss
+    from diffusion.training.step import init_state, make_train_step
 
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4))
-
-    def gradient(params, x, key):
-        def loss(params):
-            time_key, noise_key = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index("data")))
-            t = jax.random.randint(time_key, x.shape[:1], 1, 1001)
-            signal = jnp.cos(t / 1000 * jnp.pi / 2)[:, None, None, None]
-            noise = jax.random.normal(noise_key, x.shape)
-            return jnp.mean((apply_fn(params, signal * x + jnp.sqrt(1 - signal**2) * noise, t) - noise) ** 2)
-
-        vector, unravel = ravel_pytree(jax.value_and_grad(loss)(params))
-        return unravel(jax.lax.pmean(vector, "data"))
-
-    gradient = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P(), check_vma=False)
-
-    def step(state, x, key):
-        params, ema, opt_state = state
-        loss, grads = gradient(params, x, key)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        params = optax.apply_updates(params, updates)
-        return (params, jax.tree.map(lambda e, p: 0.999 * e + 0.001 * p, ema, params), opt_state), loss
-
-    everywhere = NamedSharding(mesh, P())
-    step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-    copy = jax.jit(lambda p: (jax.tree.map(jnp.copy, p), jax.tree.map(jnp.copy, p), optimizer.init(p)))
-    state, key = jax.device_put(copy(params), everywhere), jax.random.key(3)
+    schedule, key = schedules.linear(), jax.random.key(3)
+    step = make_train_step(apply_fn, simple_loss, optimizer, schedule, mesh, key, ema_decays=[0.999])
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer, [0.999])
+    state = jax.device_put(state, devices.state_sharding(mesh, state))
+    split = devices.batch_sharding(mesh)
+    images = jax.device_put(np.random.default_rng(0).integers(0, 256, x.shape).astype(np.uint8), split)
+    ballots = jax.device_put(np.zeros(mesh.size, np.float32), split)
 
     def run():
         nonlocal state
-        state, loss = step(state, x, key)
-        jax.block_until_ready((state, loss))
+        state, metrics = step(state, images, None, ballots)
+        jax.block_until_ready((state, metrics))
 
     return run
 

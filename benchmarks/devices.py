@@ -15,6 +15,7 @@ from absl import app, flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from diffusion import devices, schedules
+from diffusion.losses import simple_loss
 from diffusion.models import UNet, as_apply_fn
 from diffusion.training.step import init_state, make_train_step
 
@@ -25,14 +26,14 @@ _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed pairs.")
 
 
 def main(_):
-    devices.one_device_per_core()
+    devices.prepare()
     if len(jax.devices()) == 1 or jax.devices()[0].platform != "cpu":
         print(f"{jax.devices()}: nothing to compare")
         return
     shape = (_SIZE.value, _SIZE.value, 3)
     model = UNet(width=_WIDTH.value)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape)), jnp.ones((1,)))["params"]
-    meshes = {"one device": devices.data_mesh(1), "one per core": devices.data_mesh(_BATCH.value)}
+    meshes = {"one device": devices.training_mesh(1), "one per core": devices.training_mesh(_BATCH.value)}
     print(f"UNet of width {_WIDTH.value}, batch {_BATCH.value}, {shape}, jax {jax.__version__}")
     for name, make in (("network call", network_call), ("training step", training_step)):
         runs = {label: make(model, params, mesh, shape) for label, mesh in meshes.items()}
@@ -45,7 +46,7 @@ def main(_):
 
 
 def network_call(model, params, mesh, shape):
-    everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), devices.batch_sharding(mesh)
     apply_fn = jax.jit(as_apply_fn(model))
     placed = jax.device_put(params, everywhere)
     x = jax.device_put(jnp.zeros((_BATCH.value, *shape)), split)
@@ -54,16 +55,19 @@ def network_call(model, params, mesh, shape):
 
 
 def training_step(model, params, mesh, shape):
-    everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
-    optimizer = optax.adam(1e-4)
-    key = jax.random.key(1)
-    step = make_train_step(as_apply_fn(model), optimizer, schedules.linear(), mesh, key, ema_decay=0.999)
-    state = jax.device_put(init_state(jax.tree.map(jnp.copy, params), optimizer), everywhere)
+    optimizer, decays = optax.adam(1e-4), [0.999]
+    step = make_train_step(
+        as_apply_fn(model), simple_loss, optimizer, schedules.linear(), mesh, jax.random.key(1), ema_decays=decays
+    )
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer, decays)
+    state = jax.device_put(state, devices.state_sharding(mesh, state))
+    split = devices.batch_sharding(mesh)
     images = jax.device_put(jnp.zeros((_BATCH.value, *shape), jnp.uint8), split)
+    ballots = jax.device_put(jnp.zeros(mesh.size), split)
 
     def run():
         nonlocal state
-        state, metrics = step(state, images, None)
+        state, metrics = step(state, images, None, ballots)
         return metrics
 
     return run

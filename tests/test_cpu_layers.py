@@ -110,9 +110,9 @@ def test_conv_is_flaxs_conv_with_the_same_parameters_and_gradient(kernel, stride
 def test_with_reused_memory_a_second_call_of_a_program_takes_no_new_pages():
     program = """
 import resource, sys
-from diffusion.models import cpu
+from diffusion import devices
 if sys.argv[1] == "reuse":
-    cpu.reuse_memory()
+    devices.prepare()
 import jax, jax.numpy as jnp
 run = jax.jit(lambda x: jnp.sort(jnp.sort(jnp.outer(x, x)).T).sum())
 faults = []

@@ -1,31 +1,11 @@
 """What serves a CPU alone, behind the model's own layers. On a GPU or TPU the same calls are the plain operation."""
 
-import ctypes
-
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 # Pixels that one block of the weight gradient takes: its columns and rows then stay in a core's cache.
 BLOCK_PIXELS = 2048
-
-# Parameters of glibc's mallopt (malloc.h): one heap for all threads, no piece straight from the system, no giving back.
-MALLOC_ARENA_MAX, MALLOC_MMAP_MAX, MALLOC_TRIM_THRESHOLD = -8, -4, -1
-
-
-def reuse_memory() -> None:
-    """Lets the process keep the memory that it frees, where the C library is glibc. Call it before JAX starts threads.
-
-    XLA allocates the working memory of a program anew at every call. glibc gets so large a piece from the system and
-    gives it back each time, and the system fills every page with zeros: a quarter of a million page faults in one
-    training step, a tenth to a fifth of its time. The price is that the process stays as large as it was at its peak.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    for parameter, value in ((MALLOC_ARENA_MAX, 1), (MALLOC_MMAP_MAX, 0), (MALLOC_TRIM_THRESHOLD, -1)):
-        mallopt(parameter, value)
 
 
 def convolve(x, kernel, stride: int = 1):
