@@ -1,9 +1,5 @@
 """Laws of what serves a CPU alone: equal to its plain twin in value and in every derivative."""
 
-import platform
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,27 +100,3 @@ def test_conv_is_flaxs_conv_with_the_same_parameters_and_gradient(kernel, stride
         return jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(module.apply(p, x))), argnums=(0, 1))(params, x)
 
     assert_close(both(ours), both(theirs))
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
-def test_with_reused_memory_a_second_call_of_a_program_takes_no_new_pages():
-    program = """
-import resource, sys
-from diffusion import devices
-if sys.argv[1] == "reuse":
-    devices.prepare()
-import jax, jax.numpy as jnp
-run = jax.jit(lambda x: jnp.sort(jnp.sort(jnp.outer(x, x)).T).sum())
-faults = []
-for _ in range(4):
-    run(jnp.ones(2000)).block_until_ready()
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[-1] - faults[-2])
-"""
-
-    def new_pages(how):
-        return int(
-            subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True).stdout
-        )
-
-    assert new_pages("reuse") < 200 < new_pages("plain")
