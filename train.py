@@ -140,7 +140,7 @@ def run(config, folder, plan, table, optimizer, rate, objective, dataset, model,
     if jax.process_index() == 0:
         folder.create(config, environment.describe(mesh, begin))
     recorder = Recorder(folder.path, begin) if jax.process_index() == 0 else Silent()
-    writer = checkpoints.CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_best)
+    writer = checkpoints.CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_best, begin)
     with writer, recorder:
         work = Run(
             train_step,

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def prepare() -> None:
         with contextlib.suppress(OSError):  # a home that cannot be written: compile each time
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
 def _reuse_memory() -> None:

@@ -133,7 +133,7 @@ def test_what_is_no_checkpoint_is_passed_over_and_remains_of_a_save_are_removed(
     (copied / "6").touch()
     assert checkpoints.newest_good(copied) == 3
     assert not capsys.readouterr().err
-    with checkpoints.CheckpointWriter(copied, keep=1):
+    with checkpoints.CheckpointWriter(copied, keep=1, begin=3):
         pass
     assert sorted(path.name for path in copied.iterdir()) == ["2", "3", "6", "junk"]
 
@@ -159,12 +159,23 @@ def test_metadata_without_a_config_is_refused(tmp_path):
         checkpoints.metadata(tmp_path, 1)
 
 
-def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(copied):
-    truncate(copied / "3" / "manifest.json")
-    with checkpoints.CheckpointWriter(copied, keep=2) as writer:
-        writer.save(3, like(), METADATA)
-    assert checkpoints.newest_good(copied) == 3
-    assert_same(checkpoints.load_state(copied, 3, like()), like())
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_checkpoints_never_count_as_the_newest(tmp_path, keep):
+    """A run that goes on from before them keeps what it saves, under the same numbers and others."""
+    state = like()
+    with checkpoints.CheckpointWriter(tmp_path, keep=4) as writer:
+        for step in (1, 2, 3, 9):
+            writer.save(step, state, METADATA)
+    for step in ("2", "3", "9"):
+        truncate(tmp_path / step / "manifest.json")
+    assert checkpoints.newest_good(tmp_path) == 1
+    with checkpoints.CheckpointWriter(tmp_path, keep, begin=1) as writer:
+        for step in (2, 4):
+            writer.save(step, state, METADATA)
+            writer.wait()
+            assert checkpoints.newest_good(tmp_path) == step
+    assert checkpoints.steps(tmp_path) == [2, 4][-keep:]
+    assert sorted(path.name for path in tmp_path.glob("damaged-*")) == ["damaged-2", "damaged-3", "damaged-9"]
 
 
 def test_the_best_step_is_kept_whatever_comes_after_and_losses_that_are_not_finite_are_never_best(tmp_path):
@@ -180,7 +191,7 @@ def test_an_old_checkpoint_goes_only_when_a_newer_one_is_whole(copied, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints.manifest, "write", fails)
-    with checkpoints.CheckpointWriter(copied, keep=1) as writer:
+    with checkpoints.CheckpointWriter(copied, keep=1, begin=3) as writer:
         writer.save(4, like(), METADATA)
         with pytest.raises(InputError, match=r"No space left.* step 3 is the last good one"):
             writer.wait()

@@ -188,7 +188,8 @@ def test_two_processes_train_one_model_and_stop_after_the_same_step(tmp_path):
 
 def test_an_interrupted_run_ends_in_the_same_bits(trained, tmp_path):
     for steps in (7, 12):
-        result = train(tmp_path, f"--config.train.num_steps={steps}")
+        args = (f"--config.train.num_steps={steps}", "--config.train.log_every=5", "--config.train.save_every=100")
+        result = train(tmp_path, *args)
         assert result.returncode == 0, result.stderr
     folders = [cwd / "runs" / "digits" for cwd in (trained, tmp_path)]
     assert digest(folders[0], 12) == digest(folders[1], 12)
@@ -212,7 +213,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(trained, tmp_p
 
 
 def test_each_ema_can_be_sampled(tmp_path):
-    result = train(tmp_path, "--config.train.num_steps=5", "--config.train.ema_decays=0.1,0.9")
+    args = ("--config.train.num_steps=5", "--config.train.ema_decays=0.1,0.9", "--config.optimizer.learning_rate=0.1")
+    result = train(tmp_path, *args)
     assert result.returncode == 0, result.stderr
     drawn = {}
     for name, args in (("default", ()), ("first", ("--ema=0.1",)), ("second", ("--ema=0.9",))):
@@ -228,7 +230,9 @@ def test_a_full_disk_ends_in_one_line_and_no_half_checkpoint(tmp_path):
     def no_large_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
+    # With the cache of compiled programs that users have; it is as full as the disk.
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
     result = train(tmp_path, "--config.train.num_steps=3", "--workdir=run", preexec_fn=no_large_files, env=env)
     assert result.returncode == 2
     assert re.search(r"a checkpoint could not be written to .* no earlier one; free some space", error_line(result))

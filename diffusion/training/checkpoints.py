@@ -23,7 +23,7 @@ from diffusion.training import manifest
 from diffusion.training.step import TrainState
 from diffusion.types import Params
 
-_UNFINISHED = "unfinished-"
+_UNFINISHED, _DAMAGED = "unfinished-", "damaged-"
 _REASONS = (OSError, ValueError, KeyError)
 
 
@@ -34,9 +34,11 @@ class CheckpointWriter:
       folder: of all steps. Remains of saves that were cut short are removed from it.
       keep: how many of the newest steps stay; older ones go when a newer one is complete.
       keep_best: how many of the steps with the lowest loss stay besides.
+      begin: the step that the run goes on from. Later ones, which are damaged (see `newest_good`), are set aside as
+        damaged-<step>, so that they do not count as the newest.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int, keep_best: int = 0):
+    def __init__(self, folder: str | os.PathLike, keep: int, keep_best: int = 0, begin: int = 0):
         self._folder = Path(folder).absolute()
         self._keep, self._keep_best = keep, keep_best
         self._pending: Future | None = None
@@ -45,12 +47,17 @@ class CheckpointWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(path)
+            for step in steps(self._folder):
+                if step > begin:
+                    aside = self._folder / f"{_DAMAGED}{step}"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.rename(self._folder / str(step), aside)
 
     def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], loss: float = math.nan) -> None:
-        """Starts to save; an error of the save before is raised here. A damaged checkpoint of this step is replaced.
+        """Starts to save; an error of the save before is raised here.
 
         Args:
-          step: number of steps made.
+          step: number of steps made, more than in any save before.
           state: may be donated as soon as this returns.
           metadata: what JSON can hold.
           loss: by which keep_best ranks; one that is not finite is never the best.
@@ -92,10 +99,7 @@ class CheckpointWriter:
             return
         manifest.write(temporary, step=step, loss=loss if math.isfinite(loss) else None)
         _sync(temporary)
-        final = self._folder / str(step)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(temporary, final)
+        os.rename(temporary, self._folder / str(step))
         self._remove_old()
 
     def _remove_old(self):
