@@ -1,6 +1,7 @@
 """Draws samples from a trained run: `python sample.py --steps=25 --sampler=ddim --eta=0`.
 
-Takes the newest run in runs/, or the one that --workdir names. Writes grid.png, samples.npz (uint8 images and their
+Takes the newest run in runs/, the run folder or the file of export.py that --workdir names, or, where nothing has been
+trained, the digits model that ships with the project. Writes grid.png, samples.npz (uint8 images and their
 ids) and sampling.json (all that is needed to repeat them) into --out. A large job is written in shards, and the same
 command goes on where it was killed.
 """
@@ -17,7 +18,8 @@ from tqdm import tqdm
 
 from diffusion import __version__, cli, devices, files, jobs, sampling_run, timesteps
 
-sampling_run.define_flags()
+sampling_run.define_source_flags()
+sampling_run.define_sampler_flags()
 _NUM = flags.DEFINE_integer("num", 64, "Number of images, numbered from 0.", lower_bound=1)
 _SEEDS = flags.DEFINE_string("seeds", None, "Draw these numbers instead, as 0-63 or 5,7,100-199.")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: one named after the sampler in the run folder.")
@@ -36,7 +38,7 @@ def main() -> None:
     if _DRY_RUN.value:
         print(run.table)
         return
-    out = Path(_OUT.value or run.folder.path / "samples" / _label(run))
+    out = Path(_OUT.value or run.source.home / "samples" / _label(run))
     out.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be written is found now
     job = jobs.Job(out, ids, run.record())
     mesh = devices.data_mesh()
@@ -69,7 +71,7 @@ def _draw(run, job, mesh):
                 batches.append(images)
                 progress.update(len(images))
             images = np.concatenate(batches)
-            job.write(index, images, run.labels)
+            job.write(index, images, run.source.labels)
             if _PNG.value:
                 (job.out / "png").mkdir(exist_ok=True)
                 for number, image in zip(job.shards[index], images, strict=True):
@@ -79,9 +81,9 @@ def _draw(run, job, mesh):
 
 def _label(run):
     """A folder name for these options."""
-    parts = [run.sampler, f"{len(run.table.tau) - 1}steps", run.tau, f"seed{run.seed}"]
+    parts = [run.sampler, f"{len(run.table.tau) - 1}steps", run.tau, f"seed{run.source.seed}"]
     parts[1:1] = [] if flags.FLAGS.eta is None else [f"eta{flags.FLAGS.eta:g}"]
-    if run.options["guidance_scale"] != 1:
+    if run.source.options["guidance_scale"] != 1:
         parts.append(f"guidance{run.options['guidance_scale']:g}")
     label = re.sub(r"[^\w.=-]+", "-", "-".join(parts))
     # A long list of timesteps makes no file name.
@@ -90,7 +92,7 @@ def _label(run):
 
 def _notes(run):
     """What the user may not expect of the grid."""
-    start, schedule = run.table.tau[0], run.trained.model.schedule
+    start, schedule = run.table.tau[0], run.source.trained.model.schedule
     if run.tau in timesteps.GRIDS and len(run.table.tau) - 1 != run.steps:
         yield f"tau {run.tau} makes {len(run.table.tau) - 1} steps of --steps={run.steps}"
     if start < schedule.num_timesteps:

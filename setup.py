@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["diffusion", "diffusion.*"]),
+    package_data={"diffusion.pretrained": ["*.safetensors"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
@@ -29,6 +30,7 @@ setup(
         "numpy>=2.0",
         "pillow>=10.1",  # reading and writing images
         "pooch[progress]>=1.8",  # downloads with a hash and no half file
+        "safetensors>=0.5",  # one file for the weights of a trained model
         "scikit-learn>=1.6,<1.11",  # the embedded digits, and the classifier that judges samples of them
         "tensorboardX>=2.6.2",  # TensorBoard events without TensorFlow
         "tqdm>=4.66",  # progress with rate and time left

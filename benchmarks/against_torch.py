@@ -3,9 +3,9 @@
     python benchmarks/against_torch.py [--width=128] [--batch=16] [--repeats=5] [--steps=25] [--sampling_repeats=3]
 
 Width 128 is DDPM's CIFAR-10 UNet of 35.7M parameters, width 32 one of 2.2M. Each side lives in a process of its own,
-and they work in turns of one untimed and one timed operation, so that a noisy machine slows all of them alike. Torch runs eagerly and
-under torch.compile, in the memory layout that is faster for it. The table has medians, and medians of the paired
-ratios ours/torch: below 1, ours is faster. About 20 minutes for width 128 on two cores, half of it compilation.
+and they work in turns of one untimed and one timed operation, so that a noisy machine slows all of them alike. Torch
+runs eagerly and under torch.compile, in the memory layout that is faster for it. The table has medians, and medians of
+the paired ratios ours/torch: below 1, ours is faster. About 15 minutes for width 128 on two cores.
 """
 
 import importlib.util

@@ -55,18 +55,19 @@ def estimate_gamma(
 
 
 def cached_gamma(folder: Path, trained: Trained, images, tau) -> Float[np.ndarray, "S"]:
-    """gamma at tau[:-1], read from analytic_gamma.json in the run folder where it was estimated before, else added."""
+    """gamma at tau[:-1], read from analytic_gamma.json in the folder where it was estimated before, else added."""
     path = folder / "analytic_gamma.json"
     try:
         known = json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
         raise InputError(f"{path} is damaged; delete it, and it is estimated again") from None
-    of_step = known.setdefault(str(trained.step), {})
+    of_step = known.setdefault(f"step {trained.step}, EMA {trained.ema}", {})
     missing = [float(t) for t in tau[:-1] if str(float(t)) not in of_step]
     if missing:
         print(f"estimating E|eps|^2 at {len(missing)} timesteps on {min(len(images), NUM_IMAGES):,} images")
         chosen = np.random.default_rng(0).permutation(len(images))[:NUM_IMAGES]
         gamma = estimate_gamma(trained.model, trained.params, images[chosen], missing, jax.random.key(0))
         of_step |= {str(t): float(g) for t, g in zip(missing, gamma, strict=True)}
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(path, known)
     return np.array([of_step[str(float(t))] for t in tau[:-1]])

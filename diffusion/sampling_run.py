@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,49 +10,62 @@ from absl import flags
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from diffusion import analytic
+from diffusion import analytic, pretrained
 from diffusion.denoiser import CLIPS, GUIDANCE_RULES, Options, check_options
 from diffusion.errors import InputError
 from diffusion.experiment import Trained, load_data, load_trained, make_table, make_tau
 from diffusion.generate import generate, trajectory
+from diffusion.interop import weights
 from diffusion.sampling import check_prediction, check_variance
 from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS, SamplerTable
 from diffusion.timesteps import GRIDS
 from diffusion.training import run_folder
 
+SHIPPED = "digits"
+"""The model used where nothing has been trained."""
 
-class SamplingRun(NamedTuple):
-    """A trained run and how to sample it.
+
+class Source(NamedTuple):
+    """A trained model and how it is asked, whatever the sampler.
 
     Attributes:
-      folder, trained: the run.
-      table: the sampler, on the grid named tau with steps steps asked for.
-      options: what goes to `diffusion.sample` besides: clip, guidance and thresholding.
+      name: the run folder or weights file, for people.
+      home: where files about it go by default.
+      trained: the model.
+      options: what goes to `diffusion.sample` besides the table: clip, guidance and thresholding.
       labels: classes that the images take in turn; () for an unconditional model.
       seed: of the random key.
     """
 
-    folder: run_folder.RunFolder
+    name: str
+    home: Path
     trained: Trained
-    table: SamplerTable
-    sampler: str
-    steps: int
-    tau: str
     options: dict[str, Any]
     labels: tuple[int, ...]
     seed: int
 
+
+class SamplingRun(NamedTuple):
+    """A source and the sampler that draws from it: a table, on the grid named tau with steps steps asked for."""
+
+    source: Source
+    table: SamplerTable
+    sampler: str
+    steps: int
+    tau: str
+
     def title(self, num: int) -> str:
         """One line: which model draws how many images with what."""
-        source = f"{self.folder.path}, step {self.trained.step:,}"
+        source = f"{self.source.name}, step {self.source.trained.step:,}"
         return f"{source}: {num:,} images with {self.table.name} on {self.tau}, {self.table.nfe} network calls"
 
     def record(self) -> dict[str, Any]:
         """Everything that determines image number i, for JSON."""
+        source = self.source
         return {
-            "run": str(self.folder.path),
-            "checkpoint_step": self.trained.step,
-            "ema": self.trained.ema,
+            "run": source.name,
+            "checkpoint_step": source.trained.step,
+            "ema": source.trained.ema,
             "sampler": self.sampler,
             "update_sha256": hashlib.sha256(self.table.update.tobytes()).hexdigest(),
             "table": self.table.name,
@@ -59,29 +73,47 @@ class SamplingRun(NamedTuple):
             "steps": len(self.table.tau) - 1,
             "tau": self.table.tau.tolist(),
             "nfe": self.table.nfe,
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()},
-            "labels": list(self.labels),
-            "seed": self.seed,
-            "config": self.trained.config.to_dict(),
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in source.options.items()},
+            "labels": list(source.labels),
+            "seed": source.seed,
+            "config": source.trained.config.to_dict(),
         }
 
     def draw(self, ids: Sequence[int], mesh: Mesh, batch_size: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
         """The images with these numbers, batch by batch."""
-        model, params = self.trained.model, self.trained.params
-        shared = {"seed": self.seed, "labels": self.labels, "mesh": mesh, "batch_size": batch_size}
-        return generate(model, params, self.table, ids, **shared, **self.options)
+        (model, params, *_), source = self.source.trained, self.source
+        shared = {"seed": source.seed, "labels": source.labels, "mesh": mesh, "batch_size": batch_size}
+        return generate(model, params, self.table, ids, **shared, **source.options)
 
     def trajectory(self, ids: Sequence[int]) -> UInt8[np.ndarray, "stages+1 N H W C"]:
         """What these images look like before each network call, and at the end."""
-        model, params = self.trained.model, self.trained.params
-        return trajectory(model, params, self.table, ids, seed=self.seed, labels=self.labels, **self.options)
+        (model, params, *_), source = self.source.trained, self.source
+        return trajectory(model, params, self.table, ids, seed=source.seed, labels=source.labels, **source.options)
 
 
-def define_flags() -> None:
-    """The flags that `open_run` reads."""
-    flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")
+def define_source_flags() -> None:
+    """The flags that `open_source` reads."""
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        f"Run folder, or a file of export.py. Default: the newest run in runs/, or the {SHIPPED} model that ships.",
+    )
     flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i alone.", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_string(
+        "clip", None, f"x_0 outside [-1, 1]: {', '.join(CLIPS)}. Default: config.sample.clip (recompute)."
+    )
+    flags.DEFINE_float("dynamic_threshold", None, "Clip x_0 at this quantile of its own pixels instead, as 0.995.")
+    flags.DEFINE_list("labels", None, "Classes that the images take in turn, as 3 or 0,1,2. Default: all, in turn.")
+    flags.DEFINE_float("guidance_scale", 1.0, "Classifier-free guidance; 1 is none.")
+    flags.DEFINE_list("guidance_interval", None, "LOW,HIGH: guide only at these timesteps.")
+    flags.DEFINE_float("guidance_rescale", 0.0, "0..1, how far to bring guided outputs back to their usual spread.")
+    flags.DEFINE_string("guidance_rule", "cfg", f"{' or '.join(GUIDANCE_RULES)}.")
+    flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
+
+
+def define_sampler_flags() -> None:
+    """The flags that `open_run` reads besides those of `define_source_flags`."""
     flags.DEFINE_integer("steps", None, "Sampling steps, 1..T. Default: the run's config.sample.steps (25).")
     flags.DEFINE_string(
         "sampler",
@@ -96,44 +128,19 @@ def define_flags() -> None:
         f"Timesteps to visit: {', '.join(GRIDS)}, sections:10,15,20, sections:ddim25 or explicit:1000,500,250. "
         "Default: config.sample.tau (uniform).",
     )
-    flags.DEFINE_string(
-        "clip", None, f"x_0 outside [-1, 1]: {', '.join(CLIPS)}. Default: config.sample.clip (recompute)."
-    )
-    flags.DEFINE_float("dynamic_threshold", None, "Clip x_0 at this quantile of its own pixels instead, as 0.995.")
-    flags.DEFINE_list("labels", None, "Classes that the images take in turn, as 3 or 0,1,2. Default: all, in turn.")
-    flags.DEFINE_float("guidance_scale", 1.0, "Classifier-free guidance; 1 is none.")
-    flags.DEFINE_list("guidance_interval", None, "LOW,HIGH: guide only at these timesteps.")
-    flags.DEFINE_float("guidance_rescale", 0.0, "0..1, how far to bring guided outputs back to their usual spread.")
-    flags.DEFINE_string("guidance_rule", "cfg", f"{' or '.join(GUIDANCE_RULES)}.")
-    flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
 
 
-def open_run() -> SamplingRun:
-    """The run and the sampler that the flags ask for.
+def open_source() -> Source:
+    """The model that the flags ask for.
 
     Raises:
       InputError: a wrong flag, no such run, or a damaged checkpoint.
     """
     given = flags.FLAGS
-    folder = run_folder.existing(given.workdir) if given.workdir else run_folder.newest("runs")
-    trained = load_trained(folder, given.ema or "")
-    config, schedule = trained.config.sample, trained.model.schedule
-    if given.steps is not None and ":" in (given.tau or config.tau):
-        raise InputError(f"tau {given.tau or config.tau} has its own number of steps; leave out --steps")
-    sampler, steps, tau, clip = (
-        config[name] if given[name].value is None else given[name].value for name in ("sampler", "steps", "tau", "clip")
-    )
+    name, home, trained = _open(given.workdir, given.ema or "")
+    clip = trained.config.sample.clip if given.clip is None else given.clip
     check_options(trained.model.prediction, Options(clip, given.dynamic_threshold, guidance_rule=given.guidance_rule))
-    options = {} if given.eta is None else {"eta": given.eta}
-    if sampler.partition(":")[0] in ESTIMATED_SOLVERS:
-        grid = make_tau(schedule, tau, steps)
-        images = load_data(trained.config.data).images
-        gamma = analytic.cached_gamma(folder.path, trained, images, grid)
-        options |= {"gamma": gamma, "max_cov": 1.0}
-    table = make_table(schedule, sampler, steps, tau, **options)
-    check_prediction(table, trained.model.prediction)
-    check_variance(table, trained.model.learned_variance)
-    guidance = {
+    options = {
         "clip": clip,
         "dynamic_threshold": given.dynamic_threshold,
         "guidance_scale": given.guidance_scale,
@@ -142,7 +149,57 @@ def open_run() -> SamplingRun:
         "guidance_rule": given.guidance_rule,
     }
     labels = _labels(given.labels, trained.model.num_classes, given.guidance_scale)
-    return SamplingRun(folder, trained, table, sampler, steps, tau, guidance, labels, given.seed)
+    return Source(name, home, trained, options, labels, given.seed)
+
+
+def make_run(source: Source, sampler: str, steps: int, tau: str, eta: float | None = None) -> SamplingRun:
+    """A source with a sampler by name; eta is short for the option of that name.
+
+    Raises:
+      InputError: an unknown name, a value out of its range, or a sampler that the model cannot serve.
+    """
+    trained = source.trained
+    model = trained.model
+    options = {} if eta is None else {"eta": eta}
+    if sampler.partition(":")[0] in ESTIMATED_SOLVERS:
+        grid = make_tau(model.schedule, tau, steps)
+        images = load_data(trained.config.data).images
+        gamma = analytic.cached_gamma(source.home, trained, images, grid)
+        options |= {"gamma": gamma, "max_cov": 1.0}
+    table = make_table(model.schedule, sampler, steps, tau, **options)
+    check_prediction(table, model.prediction)
+    check_variance(table, model.learned_variance)
+    return SamplingRun(source, table, sampler, steps, tau)
+
+
+def open_run() -> SamplingRun:
+    """The model and the sampler that the flags ask for; raises as `open_source` and `make_run`."""
+    given = flags.FLAGS
+    source = open_source()
+    config = source.trained.config.sample
+    if given.steps is not None and ":" in (given.tau or config.tau):
+        raise InputError(f"tau {given.tau or config.tau} has its own number of steps; leave out --steps")
+    chosen = [config[name] if given[name].value is None else given[name].value for name in ("sampler", "steps", "tau")]
+    return make_run(source, *chosen, given.eta)
+
+
+def _open(workdir, ema):
+    """(source, home, trained): a run folder, a weights file, the newest run, or the model that ships."""
+    folder = None
+    if not workdir:
+        folder = run_folder.newest("runs")
+    elif not workdir.endswith(weights.SUFFIX):
+        folder = run_folder.existing(workdir)
+    if folder is not None:
+        return str(folder.path), folder.path, load_trained(folder, ema)
+    trained = weights.load(workdir) if workdir else pretrained.load(SHIPPED)
+    if ema and ema != trained.ema:
+        raise InputError(f"ema is {ema}; this file holds the one of {trained.ema} alone")
+    if not workdir:
+        print(f"there is no run in runs/, so this uses the {SHIPPED} model that ships with the project")
+    # Not runs/<name>, which may be a run.
+    home = Path("runs", Path(workdir or pretrained.FILES[SHIPPED]).name)
+    return workdir or f"the {SHIPPED} model that ships", home, trained
 
 
 def _interval(texts):

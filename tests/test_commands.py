@@ -112,7 +112,7 @@ def test_analytic_dpm_estimates_its_variances_once(trained):
     assert first.returncode == 0, first.stderr
     assert "estimating" in first.stdout
     assert "estimating" not in second.stdout
-    known = json.loads((trained / "runs" / "digits" / "analytic_gamma.json").read_text())["12"]
+    known = json.loads((trained / "runs" / "digits" / "analytic_gamma.json").read_text())["step 12, EMA 0.995"]
     assert all(0 <= gamma <= 2 for gamma in known.values())
 
 

@@ -81,19 +81,11 @@ class RunFolder:
         write_atomically(self.config, (config.to_json(indent=2, sort_keys=True) + "\n").encode())
 
 
-def newest(root: str | os.PathLike) -> RunFolder:
-    """The run below root whose last checkpoint was written last.
-
-    Raises:
-      InputError: there is none.
-    """
+def newest(root: str | os.PathLike) -> RunFolder | None:
+    """The run below root whose last checkpoint was written last; None if there is none."""
     runs = [RunFolder(path) for path in Path(root).glob("*")]
     runs = [run for run in runs if checkpoints.steps(run.checkpoints)]
-    if not runs:
-        raise InputError(
-            f"no trained model below {root}/; train one with `python train.py`, or name one with --workdir"
-        )
-    return max(runs, key=lambda run: checkpoints.newest_commit(run.checkpoints))
+    return max(runs, key=lambda run: checkpoints.newest_commit(run.checkpoints), default=None)
 
 
 def existing(path: str | os.PathLike) -> RunFolder:

@@ -1,0 +1,118 @@
+"""A sweep over samplers, steps and etas: which rows it has, and the files that keep them."""
+
+import csv
+import hashlib
+import inspect
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusion.errors import InputError
+from diffusion.files import write_atomically, write_json
+from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS
+
+
+class Entry(NamedTuple):
+    """One sampler on S = steps steps; eta is None where the sampler has none, or names its own."""
+
+    sampler: str
+    steps: int
+    eta: float | None
+
+    def label(self) -> str:
+        """What a curve over steps is called: the sampler and its eta."""
+        return self.sampler if self.eta is None else f"{self.sampler} eta={self.eta:g}"
+
+
+def parse_samplers(text: str) -> list[str]:
+    """ "ddim,dpm_solver_pp:order=3,variant=official,unipc" as three names with their options."""
+    samplers: list[str] = []
+    for part in filter(None, text.split(",")):
+        if re.match(r"\w+=", part) and samplers and ":" in samplers[-1]:
+            samplers[-1] += f",{part}"  # an option of the sampler before
+        else:
+            samplers.append(part)
+    return samplers
+
+
+def plan(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -> list[Entry]:
+    """Every sampler with every number of steps, and with every eta if it has that option and does not name its own.
+
+    Raises:
+      InputError: an entry comes twice.
+    """
+    entries = []
+    for sampler in samplers:
+        name, _, options = sampler.partition(":")
+        solver = (SOLVERS | ESTIMATED_SOLVERS).get(name)  # an unknown name is refused when its table is built
+        takes_eta = solver is not None and "eta" in inspect.signature(solver).parameters and "eta=" not in options
+        for eta in etas if takes_eta and etas else [None]:
+            entries += [Entry(sampler, count, eta) for count in steps]
+    if len(set(entries)) < len(entries):
+        raise InputError("the sweep names a sampler, a number of steps or an eta twice")
+    return entries
+
+
+class Results:
+    """Rows in evaluation.json, and as a table in evaluation.csv. Each row is on disk as soon as it is added.
+
+    Args:
+      folder: an existing folder; rows found in its evaluation.json are kept.
+
+    Raises:
+      InputError: that file is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        path = folder / "evaluation.json"
+        try:
+            self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is damaged; delete it, or name another folder with --out") from None
+
+    def find(self, record: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any] | None:
+        """The row of the same samples that has all of these metrics, or None."""
+        identity = _identity(record)
+        for row in self.rows:
+            if row["identity"] == identity and set(metrics) <= set(row["metrics"]):
+                return row
+        return None
+
+    def add(self, record: Mapping[str, Any], metrics: Mapping[str, float], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Appends a row, or adds metrics to the row of the same samples; returns it.
+
+        Args:
+          record: what determines the samples.
+          metrics: name -> value.
+          facts: how the run went, as seconds and versions.
+        """
+        identity = _identity(record)
+        row = next((row for row in self.rows if row["identity"] == identity), None)
+        if row is None:
+            row = {"identity": identity, "metrics": {}, "record": dict(record)}
+            self.rows.append(row)
+        row["metrics"].update(metrics)
+        row.update(facts)
+        write_json(self._folder / "evaluation.json", {"rows": self.rows})
+        write_atomically(self._folder / "evaluation.csv", self._csv().encode())
+        return row
+
+    def _csv(self):
+        metrics = list(dict.fromkeys(name for row in self.rows for name in row["metrics"]))
+        columns = ["run", "checkpoint_step", "ema", "sampler", "eta", "grid", "steps", "nfe", "num", "seed"]
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow([*columns, *metrics, "seconds", "identity"])
+        for row in self.rows:
+            facts = [row["record"].get(name, "") for name in columns]
+            values = [row["metrics"].get(name, "") for name in metrics]
+            writer.writerow([*facts, *values, row.get("seconds", ""), row["identity"]])
+        return buffer.getvalue()
+
+
+def _identity(record):
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,93 @@
+"""One trained model as one safetensors file: the weights of an EMA, its config, and what was measured of it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+from diffusion.errors import InputError
+from diffusion.experiment import Trained, make_model
+from diffusion.files import write_atomically
+
+SUFFIX = ".safetensors"
+_FORMAT, _ENTRY = "jax-fast-diffusion 1", "model"
+
+
+def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | None = None) -> None:
+    """Writes weights, config and figures, whole or not at all.
+
+    Args:
+      path: ends in .safetensors; an existing file is replaced.
+      trained: from `experiment.load_trained`.
+      figures: what JSON can hold, for the reader; `describe` returns them.
+    """
+    arrays = {name: np.asarray(leaf) for name, leaf in flax.traverse_util.flatten_dict(trained.params, sep="/").items()}
+    facts = {
+        "format": _FORMAT,
+        "config": trained.config.to_dict(),
+        "image_shape": list(trained.model.image_shape),
+        "step": trained.step,
+        "ema": trained.ema,
+        "figures": figures or {},
+        "sha256": _digest(arrays),
+    }
+    # One entry of text: safetensors writes several in any order, and the same model should give the same file.
+    write_atomically(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(facts, sort_keys=True)}))
+
+
+def load(path: str | os.PathLike) -> Trained:
+    """What `save` wrote.
+
+    Raises:
+      InputError: there is no such file, it is damaged, or not of this project.
+    """
+    facts, arrays = _read(path)
+    if _digest(arrays) != facts["sha256"]:
+        raise InputError(f"{path} is damaged: its weights are not those that were written; get it again")
+    config = ConfigDict(facts["config"])
+    model = make_model(config, tuple(facts["image_shape"]))
+    params = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    wanted = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (params, wanted)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"{path} holds weights of another network than its config describes; export it again")
+    return Trained(model, jax.tree.map(jax.numpy.asarray, params), config, facts["step"], facts["ema"])
+
+
+def describe(path: str | os.PathLike) -> dict[str, Any]:
+    """Everything but the weights: config, image_shape, step, ema, figures, sha256."""
+    return _read(path)[0]
+
+
+def _read(path):
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; name a run folder or a file that export.py wrote")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        facts = json.loads(metadata.get(_ENTRY, "{}"))
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path} cannot be read ({str(error)[:100]}); it is damaged, or no file of export.py"
+        ) from error
+    if facts.get("format") != _FORMAT:
+        raise InputError(f"{path} is no file of export.py; other weights need a converter")
+    return facts, arrays
+
+
+def _digest(arrays):
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,24 @@
+"""Trained models that ship with the project."""
+
+from pathlib import Path
+
+from diffusion.errors import InputError, nearest
+from diffusion.experiment import Trained
+from diffusion.interop import weights
+
+FILES = {path.stem: path for path in sorted(Path(__file__).parent.glob(f"*{weights.SUFFIX}"))}
+"""The models by name."""
+
+
+def load(name: str = "digits") -> Trained:
+    """A trained model: its network, weights, schedule and config.
+
+    Args:
+      name: a key of FILES. "digits": 8x8 grey digits, unconditional, cosine schedule, predicts eps.
+
+    Raises:
+      InputError: there is no such model.
+    """
+    if name not in FILES:
+        raise InputError(f"pretrained model is {name!r}; {nearest(name, FILES)}")
+    return weights.load(FILES[name])
