@@ -1,22 +1,35 @@
-"""Measures a trained run: `python evaluate.py --steps=25`, or `python evaluate.py --bound=10,25`.
+"""Measures a trained model: `python evaluate.py --samplers=ddim,ddpm --steps=5,10,25 --etas=0,1`.
 
-The first is for digits only: it draws as many samples as there are real images (or --num) and prints, beside what real
-digits score, the Frechet distance on the pixels (not an FID) and how sure a classifier of real digits is of them. The
-second prints the variational bound of the run's own data in bits per dimension, for each variance and number of steps.
-They write evaluation.json and bound.json.
+Draws as many samples as there are real images (or --num) with every sampler, number of steps and eta, and compares them
+with the real ones in a space of features: pixels, a classifier trained on the data, or Inception, whose distance alone
+is called FID. Writes evaluation.csv, evaluation.json (everything needed to repeat a row) and evaluation.png; the same
+command goes on where it was stopped.
+
+`python evaluate.py --bound=10,25` prints the variational bound of the run's data in bits per dimension instead, for each
+variance and number of steps, and writes bound.json with the part of every step.
 """
 
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 
-from diffusion import cli, devices, experiment, files, sampling_run
-from diffusion.errors import InputError
-from diffusion.evaluation import digits, likelihood
+from diffusion import __version__, cli, data, devices, experiment, files, plots, sampling_run
+from diffusion.errors import InputError, nearest
+from diffusion.evaluation import features, likelihood, sweep
 
-sampling_run.define_flags()
+sampling_run.define_source_flags()
+_SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, several with commas. Default: the run's.")
+_STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default: the run's config.sample.steps (25).")
+_ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
+_TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as sample.py's --tau. Default: config.sample.tau.")
+_FEATURES = flags.DEFINE_string("features", None, "pixels, classifier or inception. Default: pixels for digits.")
+_METRICS = flags.DEFINE_list(
+    "metrics", None, "Default: frechet,prdc or in inception fid,prdc. Also kernel, score, kid, is."
+)
+_INCEPTION = flags.DEFINE_string("inception", None, "File of the standard Inception weights. Default: downloaded.")
 _NUM = flags.DEFINE_integer("num", None, "Number of samples. Default: as many as real images.", lower_bound=65)
 _BOUND = flags.DEFINE_list("bound", None, "Numbers of steps: print the variational bound with so many, as 10,25.")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
@@ -24,57 +37,101 @@ _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.
 
 def main() -> None:
     devices.prepare()
-    run = sampling_run.open_run()
-    out = Path(_OUT.value or run.folder.path)
+    source = sampling_run.open_source()
+    out = Path(_OUT.value or source.home)
     if _BOUND.value is None:
-        measure_digits(run, out)
+        measure_samples(source, out)
     else:
-        measure_bound(run, out)
+        measure_bound(source, out)
 
 
-def measure_bound(run: sampling_run.SamplingRun, out: Path) -> None:
-    """Bits per dimension of the data the run was trained on, with fixed and learned variances."""
-    if not all(text.isdecimal() for text in _BOUND.value):
-        raise InputError(f"bound is {','.join(_BOUND.value)!r}; write numbers of steps, as 10,25")
-    data = experiment.load_data(run.trained.config.data)
+def measure_samples(source: sampling_run.Source, out: Path) -> None:
+    """The sweep: finds all that can be wrong before the first image is drawn."""
+    config = source.trained.config
+    tau = _TAU.value or config.sample.tau
+    samplers = sweep.parse_samplers(_SAMPLERS.value or config.sample.sampler)
+    steps = [config.sample.steps] if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
+    entries = sweep.plan(samplers, steps, _numbers("etas", _ETAS.value, float))
+    runs = [sampling_run.make_run(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
+    real = experiment.load_data(config.data)
+    num = _NUM.value or len(real.images)
+    space = _space(config, real)
+    metrics = _METRICS.value or [("fid" if space.name == "inception" else "frechet"), "prdc"]
+    features.check_metrics(space, metrics)
     out.mkdir(parents=True, exist_ok=True)
-    source = f"{run.folder.path}, step {run.trained.step:,}"
-    print(f"{source}: variational bound of its {len(data.images):,} images on {run.tau}")
-    key = jax.random.key(run.seed)
-    rows = likelihood.bits_table(run.trained, data, key, steps=[int(text) for text in _BOUND.value], tau=run.tau)
+    results = sweep.Results(out)
+    reference = features.Reference.of(space, real, config.data.split)
+
+    print(f"{source.name}, step {source.trained.step:,}: {num:,} samples against {len(real.images):,} real images")
+    shown, printed = [], False
+    for entry, run in zip(entries, runs, strict=True):
+        record = {**run.record(), "eta": entry.eta, "num": num, "features": space.key, "data": data.fingerprint(real)}
+        row = results.find(record, metrics)
+        if row is None:
+            start = time.perf_counter()
+            samples = np.concatenate(list(run.draw(range(num), devices.data_mesh(), flags.FLAGS.batch_size)))
+            seconds = time.perf_counter() - start
+            values = features.measure(reference, space.extract(samples), metrics)
+            versions = {"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__}
+            row = results.add(record, metrics, values, {"seconds": round(seconds, 3), "versions": versions})
+        if not printed:
+            print(f"{'sampler':32} {'steps':>5} {'calls':>5} " + " ".join(f"{name:>18}" for name in row["metrics"]))
+            printed = True
+        print(_line(entry, run, row), flush=True)
+        shown.append((entry, run, row))
+    _plot(out, source, shown)
+    print(f"wrote evaluation.csv, evaluation.json and evaluation.png in {out}")
+
+
+def measure_bound(source: sampling_run.Source, out: Path) -> None:
+    """Bits per dimension of the data the run was trained on, with fixed and learned variances."""
+    trained, seed = source.trained, source.seed
+    steps = _numbers("bound", _BOUND.value, int)
+    images = experiment.load_data(trained.config.data)
+    tau = _TAU.value or trained.config.sample.tau
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{source.name}, step {trained.step:,}: variational bound of its {len(images.images):,} images on {tau}")
+    rows = likelihood.bits_table(trained, images, jax.random.key(seed), steps=steps, tau=tau)
     print(f"{'variance':10} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for row in rows:
         print(f"{row.variance:10} {row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
-    record = {"run": str(run.folder.path), "checkpoint_step": run.trained.step, "grid": run.tau, "seed": run.seed}
+    record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "grid": tau, "seed": seed}
     files.write_json(out / "bound.json", {**record, "rows": [row._asdict() for row in rows]})
     print(f"wrote {out / 'bound.json'}")
 
 
-def measure_digits(run: sampling_run.SamplingRun, out: Path) -> None:
-    """How close samples come to real digits."""
-    config = run.trained.config
-    if config.data.name != "digits":
-        raise InputError(f"{run.folder.path} was trained on {config.data.name!r}; only digits can be measured yet")
-    real = experiment.load_data(config.data)
-    num = _NUM.value or len(real.images)
-    out.mkdir(parents=True, exist_ok=True)
+def _space(config, real):
+    name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
+    if name not in features.SPACES:
+        raise InputError(f"features is {name!r}; {nearest(name, features.SPACES)}")
+    if _INCEPTION.value and name != "inception":
+        raise InputError(f"--inception goes with --features=inception, not {name}")
+    if name == "inception":
+        return features.inception(_INCEPTION.value)
+    return features.classifier(real) if name == "classifier" else features.pixels()
 
-    print(run.title(num))
-    samples = np.concatenate(list(run.draw(range(num), devices.data_mesh(), flags.FLAGS.batch_size)))
-    scores = {
-        "samples": digits.score(samples, real),
-        "real digits": digits.reference_scores(real),
-    }
-    print(f"{'':12} {'Frechet (pixels)':>17} {'mean top probability':>21}  share of each class, %")
-    for name, s in scores.items():
-        shares = " ".join(f"{100 * share:4.1f}" for share in s.class_shares)
-        print(f"{name:12} {s.frechet:17.4f} {s.mean_top_probability:21.3f}  {shares}")
-    print(
-        "real digits: one random half against the other; probabilities of digits held out of the classifier's training"
-    )
-    record = {**run.record(), "num": num, "scores": {name: s._asdict() for name, s in scores.items()}}
-    files.write_json(out / "evaluation.json", record)
-    print(f"wrote {out / 'evaluation.json'}")
+
+def _numbers(flag, texts, kind):
+    try:
+        return [kind(text) for text in texts]
+    except ValueError:
+        example = "5,10,25" if kind is int else "0,0.5,1"
+        raise InputError(f"{flag} is {','.join(texts)!r}; write numbers as {example}") from None
+
+
+def _line(entry, run, row):
+    values = " ".join(f"{value:18.4f}" for value in row["metrics"].values())
+    return f"{entry.label():32} {entry.steps:5} {run.table.nfe:5} {values}"
+
+
+def _plot(out, source, shown):
+    """The first metric against network calls, a curve for each sampler."""
+    metric = next(iter(shown[0][2]["metrics"]))
+    series: dict[str, list[tuple[float, float]]] = {}
+    for entry, run, row in shown:
+        series.setdefault(entry.label(), []).append((run.table.nfe, row["metrics"][metric]))
+    title = f"{source.name}, step {source.trained.step:,}"
+    plots.curves(out / "evaluation.png", series, xlabel="network calls", ylabel=metric, title=title)
 
 
 if __name__ == "__main__":

@@ -455,6 +455,10 @@ def test_the_table_of_a_run_holds_the_mean_bound_of_all_images_in_any_batches(nu
     for row in rows:
         tau = timesteps.uniform(LINEAR, row.steps)
         args = (run.model.apply_fn, {}, LINEAR, tau, x_0, key())
-        total = np.asarray(variational_bound(*args, variance=row.variance, **options).total)
+        bound = variational_bound(*args, variance=row.variance, **options)
+        total = np.asarray(bound.total)
         np.testing.assert_allclose(row.bits, total.mean(), rtol=1e-4)
         np.testing.assert_allclose(row.standard_error, total.std(ddof=1) / 11**0.5, rtol=1e-3)
+        np.testing.assert_allclose(row.terms, np.asarray(bound.terms).mean(axis=1), rtol=1e-3)
+        np.testing.assert_allclose(row.prior + sum(row.terms), row.bits, rtol=1e-5)
+        assert row.times == tuple(tau[:-1])

@@ -133,12 +133,17 @@ class BitsRow(NamedTuple):
       variance, steps: which sampler.
       bits: mean bound in bits per dimension.
       standard_error: of this mean over the images; noise is part of it.
+      prior: the part of bits that is no step's.
+      times, terms: the part of each step, which goes down from that time; the last is that of the pixels.
     """
 
     variance: str
     steps: int
     bits: float
     standard_error: float
+    prior: float
+    times: tuple[float, ...]
+    terms: tuple[float, ...]
 
 
 def bits_table(
@@ -170,15 +175,18 @@ def bits_table(
     for variance in variances:
         for num_steps in steps:
             grid = make_tau(model.schedule, tau, num_steps)
-            totals = _totals(trained, data, grid, key, variance, clip, batch_size)
-            error = totals.std(ddof=1) / len(totals) ** 0.5 if len(totals) > 1 else float("nan")
-            rows.append(BitsRow(variance, len(grid) - 1, float(totals.mean()), float(error)))
+            bound = _bound(trained, data, grid, key, variance, clip, batch_size)
+            count = len(bound.total)
+            error = bound.total.std(ddof=1) / count**0.5 if count > 1 else float("nan")
+            terms = tuple(bound.terms.mean(axis=1).tolist())
+            facts = (float(bound.total.mean()), float(error), float(bound.prior.mean()), tuple(map(float, grid[:-1])))
+            rows.append(BitsRow(variance, len(grid) - 1, *facts, terms))
     return rows
 
 
-def _totals(trained, data, grid, key, variance, clip, batch_size):
-    """The bound of every image, float64 [N]."""
-    model, totals = trained.model, []
+def _bound(trained, data, grid, key, variance, clip, batch_size):
+    """The bound of every image, a Bound of float64 [N]."""
+    model, parts = trained.model, []
     options = {"prediction": model.prediction, "variance": variance, "clip": clip}
     for start in range(0, len(data.images), batch_size):
         # The last batch is filled up, so that all have the shape that is compiled.
@@ -188,5 +196,5 @@ def _totals(trained, data, grid, key, variance, clip, batch_size):
         bound = variational_bound(
             model.apply_fn, trained.params, model.schedule, grid, x_0, key, cond=cond, sample_ids=ids, **options
         )
-        totals.append(np.asarray(bound.total, np.float64)[: len(data.images) - start])
-    return np.concatenate(totals)
+        parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64)[..., : len(data.images) - start], bound))  # noqa: B023
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *parts)

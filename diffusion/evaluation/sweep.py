@@ -75,27 +75,35 @@ class Results:
             raise InputError(f"{path} is damaged; delete it, or name another folder with --out") from None
 
     def find(self, record: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any] | None:
-        """The row of the same samples that has all of these metrics, or None."""
+        """The row of the same samples where all of these have been measured, or None."""
         identity = _identity(record)
         for row in self.rows:
-            if row["identity"] == identity and set(metrics) <= set(row["metrics"]):
+            if row["identity"] == identity and set(metrics) <= set(row["measured"]):
                 return row
         return None
 
-    def add(self, record: Mapping[str, Any], metrics: Mapping[str, float], facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Appends a row, or adds metrics to the row of the same samples; returns it.
+    def add(
+        self,
+        record: Mapping[str, Any],
+        metrics: Sequence[str],
+        values: Mapping[str, float],
+        facts: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Appends a row, or adds to the row of the same samples; returns it.
 
         Args:
           record: what determines the samples.
-          metrics: name -> value.
+          metrics: names of what was measured.
+          values: what came out; a metric can yield several.
           facts: how the run went, as seconds and versions.
         """
         identity = _identity(record)
         row = next((row for row in self.rows if row["identity"] == identity), None)
         if row is None:
-            row = {"identity": identity, "metrics": {}, "record": dict(record)}
+            row = {"identity": identity, "measured": [], "metrics": {}, "record": dict(record)}
             self.rows.append(row)
-        row["metrics"].update(metrics)
+        row["measured"] = sorted({*row["measured"], *metrics})
+        row["metrics"].update(values)
         row.update(facts)
         write_json(self._folder / "evaluation.json", {"rows": self.rows})
         write_atomically(self._folder / "evaluation.csv", self._csv().encode())
