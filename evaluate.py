@@ -5,7 +5,7 @@ with the real ones in a space of features: pixels, a classifier trained on the d
 is called FID. Writes evaluation.csv, evaluation.json (everything needed to repeat a row) and evaluation.png; the same
 command goes on where it was stopped.
 
-`python evaluate.py --bound=10,25` prints the variational bound of the run's data in bits per dimension instead, for each
+`python evaluate.py --bound=10,25` prints the variational bound of the data in bits per dimension instead, for each
 variance and number of steps, and writes bound.json with the part of every step.
 """
 
