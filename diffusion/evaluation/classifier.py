@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, UInt8
 
 from diffusion.data import Dataset, batch_indices, fingerprint
 from diffusion.errors import InputError, require_range
-from diffusion.evaluation.digests import digest
+from diffusion.evaluation.cache import digest
 from diffusion.files import write_atomically
 
 WIDTH = 32
@@ -133,26 +133,34 @@ def train(dataset: Dataset, *, epochs: int = 20, seed: int = 0) -> Classifier:
 
 
 def _fit(dataset, kept, num_classes, epochs, seed):
-    network, batch_size = Network(num_classes), min(BATCH_SIZE, len(kept))
+    batch_size = min(BATCH_SIZE, len(kept))
     steps = max(1, epochs * len(kept) // batch_size)
-    optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=1e-3)
     start, drop = jax.random.split(jax.random.key(seed))
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, images, labels, k):
-        def loss(p):
-            logits = network.apply({"params": p}, _scale(images), jax.random.fold_in(drop, k)).logits
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = jax.jit(network.init)(start, jnp.zeros((1, *dataset.images.shape[1:])))["params"]
-    state = optimizer.init(params)
+    params, state = _init(start, tuple(dataset.images.shape[1:]), num_classes, steps)
     for k in range(steps):
-        index = np.asarray(kept)[batch_indices(len(kept), batch_size, seed, k)]
-        params, state = step(params, state, dataset.images[index], dataset.labels[index], k)
+        index = kept[batch_indices(len(kept), batch_size, seed, k)]
+        params, state = _step(params, state, dataset.images[index], dataset.labels[index], drop, k, num_classes, steps)
     return jax.device_get(params)
+
+
+def _optimizer(steps):
+    return optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=1e-3)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _init(key, shape, num_classes, steps):
+    params = Network(num_classes).init(key, jnp.zeros((1, *shape)))["params"]
+    return params, _optimizer(steps).init(params)
+
+
+@partial(jax.jit, static_argnums=(6, 7), donate_argnums=(0, 1))
+def _step(params, state, images, labels, drop, k, num_classes, steps):
+    def loss(p):
+        logits = Network(num_classes).apply({"params": p}, _scale(images), jax.random.fold_in(drop, k)).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    updates, state = _optimizer(steps).update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
 
 
 def _accuracy(params, dataset, chosen, num_classes):
