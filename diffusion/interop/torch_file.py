@@ -80,7 +80,8 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: _rebuild_tensor(*arguments[:4]),
             ("torch._utils", "_rebuild_parameter"): lambda *arguments: _require_array(arguments[0]),
             ("torch.nn.parameter", "Parameter"): lambda *arguments: _require_array(arguments[0]),
-            **{("torch", name): dtype for name, dtype in STORAGES.items()},
+            # Names, which a pickle cannot alter, not the dtypes that everything else uses too.
+            **{("torch", name): name for name in STORAGES},
         }
 
     def find_class(self, module, name):
@@ -89,12 +90,12 @@ class _Unpickler(pickle.Unpickler):
         return self._allowed[module, name]
 
     def persistent_load(self, pid):
-        kind, dtype, key, _, count, *view = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(count, int) or count < 0:
+        kind, name, key, _, count, *view = pid
+        if kind != "storage" or name not in STORAGES or not isinstance(count, int) or count < 0:
             raise InputError("the file refers to something that is no storage of numbers; save a state dict")
         if any(part is not None for part in view):
             raise InputError("the file holds storages that are views of others; save it with a newer torch")
-        return self._storage(str(key), dtype, count)
+        return self._storage(str(key), STORAGES[name], count)
 
 
 def _require_array(value):

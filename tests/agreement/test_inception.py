@@ -7,6 +7,7 @@ before it is imported, since the network calls none of them.
 
 import re
 import sys
+import zipfile
 from collections import OrderedDict
 
 import jax
@@ -212,6 +213,13 @@ def test_a_file_that_breaks_off_is_refused(tmp_path, zipped):
         path.write_bytes(content[:length])
         with pytest.raises(InputError):
             torch_file.read(path)
+
+
+def test_a_file_cannot_alter_what_it_names(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02ctorch\nFloatStorage\n}X\x01\x00\x00\x00aK\x01sb.")
+    with pytest.raises(InputError, match="damaged"):
+        torch_file.read(tmp_path / "x.pth")
 
 
 def test_a_tensor_cannot_reach_outside_its_storage():
