@@ -38,7 +38,13 @@ setup(
     extras_require={
         "test": ["pytest>=8.0", "scipy>=1.13"],
         "dev": ["ruff>=0.14", "pre-commit>=4.0"],
-        # The live comparison in tests/agreement; install torch alone and first, a CPU build is enough.
-        "reference": ["torch>=2.13,<2.14", "diffusers>=0.42,<0.43"],
+        # The live comparison in tests/agreement; install torch alone and first, a CPU build is enough, then torchvision
+        # and pytorch-fid with --no-deps (see the Makefile).
+        "reference": [
+            "torch>=2.13,<2.14",
+            "torchvision>=0.28,<0.29",  # pytorch-fid builds its network from it
+            "pytorch-fid>=0.3,<0.4",
+            "diffusers>=0.42,<0.43",
+        ],
     },
 )
