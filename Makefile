@@ -4,7 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test agreement reliability lint format bench clean
+.PHONY: sample demo test agreement reliability lint format bench clean
+
+# Install, and draw 64 digits in 25 steps from the model that ships.
+sample: $(VENV)/.installed
+	$(BIN)/python sample.py --steps=25
 
 # Install, train the digits, and draw 64 of them in 25 steps.
 demo: $(VENV)/.installed

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pooch
 from absl import flags
 
 from diffusion import __version__, cli, data, devices, experiment, files, plots, sampling_run
 from diffusion.errors import InputError, nearest
 from diffusion.evaluation import features, likelihood, sweep
+
+SPACES = ("classifier", "inception", "pixels")
 
 sampling_run.define_source_flags()
 _SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, several with commas. Default: the run's.")
@@ -27,7 +30,9 @@ _ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta,
 _TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as sample.py's --tau. Default: config.sample.tau.")
 _FEATURES = flags.DEFINE_string("features", None, "pixels, classifier or inception. Default: pixels for digits.")
 _METRICS = flags.DEFINE_list(
-    "metrics", None, "Default: frechet,prdc or in inception fid,prdc. Also kernel, score, kid, is."
+    "metrics",
+    ["frechet", "prdc"],
+    "frechet, kernel, score, prdc; in Inception's space the first three are fid, kid, is.",
 )
 _INCEPTION = flags.DEFINE_string("inception", None, "File of the standard Inception weights. Default: downloaded.")
 _NUM = flags.DEFINE_integer("num", None, "Number of samples. Default: as many as real images.", lower_bound=65)
@@ -55,14 +60,16 @@ def measure_samples(source: sampling_run.Source, out: Path) -> None:
     runs = [sampling_run.make_run(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
     real = experiment.load_data(config.data)
     num = _NUM.value or len(real.images)
-    space = _space(config, real)
-    metrics = _METRICS.value or [("fid" if space.name == "inception" else "frechet"), "prdc"]
-    features.check_metrics(space, metrics)
+    name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
+    metrics = features.plain_names(_METRICS.value, name)
+    space = _space(name, real)
     out.mkdir(parents=True, exist_ok=True)
     results = sweep.Results(out)
-    reference = features.Reference.of(space, real, config.data.split)
+    reference = features.make_reference(space, real, _cache(), split=config.data.split)
 
     print(f"{source.name}, step {source.trained.step:,}: {num:,} samples against {len(real.images):,} real images")
+    for fact, value in space.facts.items():
+        print(f"{name} {fact}: {value}")
     shown, printed = [], False
     for entry, run in zip(entries, runs, strict=True):
         record = {**run.record(), "eta": entry.eta, "num": num, "features": space.key, "data": data.fingerprint(real)}
@@ -71,7 +78,10 @@ def measure_samples(source: sampling_run.Source, out: Path) -> None:
             start = time.perf_counter()
             samples = np.concatenate(list(run.draw(range(num), devices.data_mesh(), flags.FLAGS.batch_size)))
             seconds = time.perf_counter() - start
-            values = features.measure(reference, space.extract(samples), metrics)
+            found = space.extract(samples)
+            if note := features.too_few(reference, found):
+                print(f"note: {note}")
+            values = features.measure(reference, found, metrics)
             versions = {"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__}
             row = results.add(record, metrics, values, {"seconds": round(seconds, 3), "versions": versions})
         if not printed:
@@ -100,15 +110,20 @@ def measure_bound(source: sampling_run.Source, out: Path) -> None:
     print(f"wrote {out / 'bound.json'}")
 
 
-def _space(config, real):
-    name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
-    if name not in features.SPACES:
-        raise InputError(f"features is {name!r}; {nearest(name, features.SPACES)}")
+def _space(name, real):
+    """The space of features of that name."""
+    if name not in SPACES:
+        raise InputError(f"features is {name!r}; {nearest(name, SPACES)}")
     if _INCEPTION.value and name != "inception":
         raise InputError(f"--inception goes with --features=inception, not {name}")
     if name == "inception":
         return features.inception(_INCEPTION.value)
-    return features.classifier(real) if name == "classifier" else features.pixels()
+    return features.classifier(real, _cache()) if name == "classifier" else features.pixels()
+
+
+def _cache():
+    """Where statistics of real sets and classifiers are kept, for all runs of this user."""
+    return Path(pooch.os_cache("diffusion"), "evaluation")
 
 
 def _numbers(flag, texts, kind):

@@ -4,10 +4,10 @@ import re
 from contextlib import contextmanager
 from decimal import Decimal, localcontext
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion import testbeds
 from diffusion.errors import InputError
 
 
@@ -60,14 +60,9 @@ def mixture_denoiser(x, signal, noise, xp=np):
 
 def ideal_network(schedule, denoiser, prediction="x0"):
     """The apply_fn of a denoiser (x, signal, noise) -> x_0 that is known in closed form, at real times."""
-    log_alpha_bar = np.log(schedule.alpha_bar)
+    testbed = testbeds.from_denoiser(schedule, denoiser, prediction)
 
     def apply_fn(params, x, t, cond=None):
-        log_power = jnp.interp(t, jnp.arange(log_alpha_bar.size, dtype=t.dtype), jnp.asarray(log_alpha_bar))
-        log_power = log_power.reshape((-1,) + (1,) * (x.ndim - 1))
-        signal, noise = jnp.exp(log_power / 2), jnp.sqrt(-jnp.expm1(log_power))
-        x0 = denoiser(x, signal, noise)
-        eps = (x - signal * x0) / noise
-        return {"x0": x0, "eps": eps, "v": signal * eps - noise * x0}[prediction]
+        return testbed.apply_fn(testbed.params, x, t)
 
     return apply_fn

@@ -1,6 +1,7 @@
 """The entry points as a user runs them: in a shell, on a tiny model."""
 
 import concurrent.futures
+import csv
 import json
 import os
 import re
@@ -195,6 +196,40 @@ def test_an_interrupted_run_ends_in_the_same_bits(trained, tmp_path):
     assert digest(folders[0], 12) == digest(folders[1], 12)
 
 
+def test_without_a_run_the_shipped_model_is_used_and_a_sweep_measures_each_sampler_once(tmp_path):
+    args = ("--samplers=ddim,unipc:order=2", "--etas=0,1", "--steps=2,3", "--num=70", "--out=out")
+    first, again = (run("evaluate.py", *args, cwd=tmp_path) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert "digits model that ships" in first.stdout
+    with open(tmp_path / "out" / "evaluation.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    named = [(row["sampler"], row["eta"], row["steps"]) for row in rows]
+    assert named == [(s, eta, n) for s, eta in (("ddim", "0.0"), ("ddim", "1.0"), ("unipc:order=2", "")) for n in "23"]
+    assert all(0 < float(row["frechet_pixels"]) for row in rows)
+    assert Image.open(tmp_path / "out" / "evaluation.png").size[0] > 500
+    figures = [line for line in first.stdout.splitlines() if line.startswith(("ddim", "unipc"))]
+    assert figures == [line for line in again.stdout.splitlines() if line.startswith(("ddim", "unipc"))]
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
+    assert len(record) == 6
+    more = run("evaluate.py", *args[1:], "--samplers=ddim", "--metrics=kernel", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    after = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
+    assert [set(row["metrics"]) >= {"frechet_pixels", "kernel_pixels"} for row in after] == [True] * 4 + [False] * 2
+
+
+def test_a_run_becomes_one_file_that_draws_the_same_images(trained):
+    assert run("export.py", "--out=model.safetensors", cwd=trained).returncode == 0
+    drawn = {}
+    for name, args in (("run", ()), ("file", ("--workdir=model.safetensors",))):
+        result = run("sample.py", "--steps=2", "--num=4", f"--out={name}", *args, cwd=trained)
+        assert result.returncode == 0, result.stderr
+        drawn[name] = np.load(trained / name / "samples.npz")["samples"]
+    np.testing.assert_array_equal(drawn["run"], drawn["file"])
+    assert "holds the one of 0.995 alone" in error_line(
+        run("sample.py", "--workdir=model.safetensors", "--ema=0.5", cwd=trained)
+    )
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(trained, tmp_path):
     folder = shutil.copytree(trained / "runs" / "digits", tmp_path / "run")
     data = max((folder / "checkpoints" / "12").rglob("d/*"), key=lambda path: path.stat().st_size)
@@ -319,6 +354,15 @@ MISTAKES = [
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=ddpm:variance=learned"], "predicts none"),
     ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--num=3"], "num=3"),
     ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--bound=ten"], "bound is 'ten'"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--steps=5,x"], "steps is '5,x'"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--samplers=ddim,dimm"], "did you mean 'ddim'"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--metrics=fid"], "in the space 'pixels' ask for 'frechet'"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--metrics=frechte"], "did you mean 'frechet'"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--metrics=score"], "has no classes"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--features=pixles"], "did you mean 'pixels'"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--steps=5,5"], "twice"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--inception=x.pth"], "goes with --features=inception"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--features=inception", "--inception=x.pth"], "x.pth"),
     ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--bound=0"], "steps is 0"),
 ]
 

@@ -33,6 +33,7 @@ __all__ = [
     "make_reference",
     "measure",
     "pixels",
+    "plain_names",
     "too_few",
 ]
 
@@ -146,9 +147,14 @@ def measure(reference: Reference, features: Features, metrics: Sequence[str] = M
             f"features have shape {features.vectors.shape}, the reference {reference.moments.mean.shape[0]} dimensions "
             f"of the space {space!r}; extract both in one space"
         )
-    for metric in dict.fromkeys(_plain_name(name, space) for name in metrics):
+    for metric in plain_names(metrics, space):
         result |= _figures(metric, reference, features, space)
     return result
+
+
+def plain_names(metrics: Sequence[str], space: str) -> list[str]:
+    """The metrics without repetitions, each by its name in METRICS; raises as `measure`."""
+    return list(dict.fromkeys(_plain_name(name, space) for name in metrics))
 
 
 def _plain_name(name, space):
