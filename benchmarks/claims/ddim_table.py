@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from benchmarks.claims.report import Findings, new_figure
 from diffusion.errors import InputError
@@ -99,6 +100,8 @@ def _figure(ours, metric):
                 axes.loglog(*zip(*points, strict=True), color=f"C{number}", marker="os^Dv"[number], label=label)
         axes.set_xticks(_STEPS, [str(s) for s in _STEPS])
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="steps S", ylabel=name, title=title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -43,7 +43,7 @@ def measure(
     fine = FINE * (points - 1) + 1
     columns = ["way", "latent's RMS in the middle", "contrast, middle / ends", "to nearest real image, ends"]
     columns += ["same, middle", f"largest gap, {points} points", f"largest gap, {fine} points"]
-    figure = new_figure(7, 0.6 + 0.75 * len(WAYS) * shown)
+    figure = new_figure(8.5, 0.6 + 0.65 * len(WAYS) * shown)
     pictures = np.stack([paths[way][i] for i in range(shown) for way in WAYS])
     labels = [f"pair {i}: {way}" for i in range(shown) for way in WAYS]
     ticks = [f"{w:g}" for w in weights[::FINE]]

@@ -39,15 +39,17 @@ METHODS = {
     "DPM-Solver-2": Method(solvers.dpm_solver, {"order": 2}, (2, "2206.00927, theorem 3.2")),
     "DPM-Solver-3": Method(solvers.dpm_solver, {"order": 3}, (3, "2206.00927, theorem 3.2")),
     "Heun": Method(solvers.heun, {}, (2, "2206.00364, section 3")),
-    "2M": Method(solvers.dpm_solver_pp, {"order": 2, "variant": "official", **_FULL}, (2, "2211.01095, section 4"), 1),
+    "2M": Method(
+        solvers.dpm_solver_pp, {"order": 2, "variant": "official", **_FULL}, (2, "2211.01095, algorithm 2"), 1
+    ),
     "3M, published": Method(
         solvers.dpm_solver_pp, {"order": 3, "variant": "official", **_FULL}, (3, "2211.01095's code, by its name"), 2
     ),
     "3M, exact": Method(solvers.dpm_solver_pp, {"order": 3, **_FULL}, (3, "exponential Adams-Bashforth"), 2),
     "DEIS-3": Method(solvers.deis, {"order": 3, **_FULL}, (3, "2204.13902, Adams-Bashforth"), 2),
-    "UniPC-1": Method(solvers.unipc, {"order": 1, **_FULL}, (2, "2302.04867, theorem 3.1")),
-    "UniPC-2": Method(solvers.unipc, {"order": 2, **_FULL}, (3, "2302.04867, theorem 3.1"), 1),
-    "UniPC-3": Method(solvers.unipc, {"order": 3, **_FULL}, (4, "2302.04867, theorem 3.1"), 2),
+    "UniPC-1": Method(solvers.unipc, {"order": 1, **_FULL}, (2, "2302.04867, section 3")),
+    "UniPC-2": Method(solvers.unipc, {"order": 2, **_FULL}, (3, "2302.04867, section 3"), 1),
+    "UniPC-3": Method(solvers.unipc, {"order": 3, **_FULL}, (4, "2302.04867, section 3"), 2),
 }
 
 

@@ -51,7 +51,7 @@ def write(out: Path, claim: str, findings: Findings) -> list[Path]:
     (out / "images").mkdir(parents=True, exist_ok=True)
     image, table = out / "images" / f"{claim}.png", out / f"{claim}.csv"
     buffer = io.BytesIO()
-    findings.figure.savefig(buffer, format="png")
+    findings.figure.savefig(buffer, format="png", bbox_inches="tight")
     write_atomically(image, buffer.getvalue())
     rows = io.StringIO()
     csv.writer(rows, lineterminator="\n").writerows([findings.columns, *findings.rows])

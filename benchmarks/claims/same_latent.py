@@ -31,7 +31,8 @@ def measure(
     rows.append((f"other latents, S = {last}", rms[0], None, rms[1], None))
 
     columns = ["pictures", *(f"{s} {what}" for s in SAMPLERS for what in (f"RMS to S = {last}", "own is nearest"))]
-    figure = new_figure(8.5, 0.8 + 0.75 * shown)
+    figure = new_figure(9, 0.8 + 0.75 * shown)
+    figure.get_layout_engine().set(wspace=0.06)
     for axes, (sampler, drawn) in zip(figure.subplots(1, 2), pictures.items(), strict=True):
         labels = [f"latent {i}" for i in range(shown)] if sampler == "DDIM" else [""] * shown
         show_pictures(axes, drawn[:shown], [f"S = {count}" for count in steps], labels, sampler)

@@ -62,10 +62,11 @@ def _contenders(trained, batch, steps) -> dict[str, Callable]:
     table = _table(trained.model, steps)
     x = jax.random.normal(jax.random.key(1), (batch, *trained.model.image_shape))
     network = jax.jit(trained.model.apply_fn)
+    times = [jnp.full(batch, t) for t in table.t]
 
     def bare():
-        for t in table.t:
-            out = network(trained.params, x, jnp.full(batch, t))
+        for t in times:
+            out = network(trained.params, x, t)
         return out
 
     return {
