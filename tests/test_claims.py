@@ -85,8 +85,8 @@ def test_the_published_table_agrees_with_itself(tmp_path):
     found = ddim_table.measure(path)
     assert len(found.rows) == 25
     for row in found.rows:
-        np.testing.assert_allclose(row[4], row[5])
-        np.testing.assert_allclose(row[6], row[7])
+        np.testing.assert_allclose(row[5], row[6])
+        np.testing.assert_allclose(row[7], row[8])
     assert "300 of 300 pairs" in found.facts
     write_csv(path, [*rows, {**rows[0], "run": "another"}])
     with refused("2 models"):

@@ -39,7 +39,8 @@ def measure(path: str | os.PathLike, *, metric: str = "frechet_pixels", grid: st
     Raises:
       InputError: there is no such file, it has no such rows, or those of several models.
     """
-    ours, facts = _read(path, metric, grid)
+    seeds, facts = _read(path, metric, grid)
+    ours = {label: {s: float(np.mean(values)) for s, values in cells.items()} for label, cells in seeds.items()}
     rows = []
     for label, published in PUBLISHED.items():
         for count in _STEPS:
@@ -48,16 +49,17 @@ def measure(path: str | os.PathLike, *, metric: str = "frechet_pixels", grid: st
                 over_steps = [value / base if base else None for value, base in pair]
                 zero = [values["eta 0 (DDIM)"].get(count) for values in (ours, PUBLISHED)]
                 over_eta = [value / base if base else None for (value, _), base in zip(pair, zero, strict=True)]
-                rows.append((label, count, ours[label][count], published[count], *over_steps, *over_eta))
+                spread = _spread(seeds[label][count])
+                rows.append((label, count, ours[label][count], spread, published[count], *over_steps, *over_eta))
     agreeing, all_pairs = _agreement(ours)
-    columns = ["noise", "S", f"ours: {metric}", "published: FID", f"ours / S = {_BASE}", f"published / S = {_BASE}"]
-    columns += ["ours / eta 0", "published / eta 0"]
+    columns = ["noise", "S", f"ours: {metric}", "its seeds", "published: FID", f"ours / S = {_BASE}"]
+    columns += [f"published / S = {_BASE}", "ours / eta 0", "published / eta 0"]
     facts = f"{facts} {agreeing} of {all_pairs} pairs of cells stand in the published order;"
     return Findings(columns, rows, _figure(ours, metric), facts)
 
 
 def _read(path, metric, grid):
-    """({label: {S: value}}, facts); values of several seeds are averaged."""
+    """({label: {S: values of the seeds}}, facts)."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}; evaluate.py writes it")
@@ -70,8 +72,14 @@ def _read(path, metric, grid):
     if len(models) != 1:
         raise InputError(f"{path} holds {metric} on {grid} of {len(models)} models or sample sizes; one is needed")
     run, step, ema, num = models.pop()
-    facts = f"{run[0].upper()}{run[1:]}, step {int(step):,}, EMA {ema}; {int(num):,} samples, grid {grid};"
-    return {label: {s: float(np.mean(v)) for s, v in cells[label].items()} for label in PUBLISHED}, facts
+    facts = f"{run[0].upper()}{run[1:]}, step {int(step):,}, EMA {ema}; means of seeds, {int(num):,} samples each, "
+    facts += f"grid {grid};"
+    return {label: cells[label] for label in PUBLISHED}, facts
+
+
+def _spread(values):
+    """The smallest and the largest of several, as text."""
+    return f"{min(values):.3g} to {max(values):.3g}" if len(values) > 1 else "one seed"
 
 
 def _label(row):
