@@ -1,0 +1,118 @@
+"""The claims can be measured, here on a network small enough to compile at once, and pages keep their words."""
+
+import csv
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+from reference import refused
+
+from diffusion import sample
+from diffusion.experiment import Model, Trained
+
+
+@pytest.fixture(autouse=True)
+def _clone_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+
+
+def trained():
+    model = Model(tiny.SCHEDULE, "eps", tiny.apply_fn, tiny.SHAPE, 0, None)
+    config = ConfigDict({"sample": {"clip": "recompute"}, "data": {"name": "digits"}})
+    return Trained(model, tiny.make_params(), config, 0, "0.9")
+
+
+def test_distances_to_the_most_steps_shrink_and_those_to_other_latents_are_larger():
+    from benchmarks.claims import same_latent
+
+    found = same_latent.measure("tiny", trained(), steps=(2, 4, 100), num=6, shown=2)
+    assert [row[0] for row in found.rows] == ["S = 2", "S = 4", "other latents, S = 100"]
+    ddim = [row[1] for row in found.rows]
+    assert ddim[1] < ddim[0] < ddim[2]
+
+
+def test_slerp_keeps_the_norm_and_a_straight_line_does_not():
+    from benchmarks.claims import interpolation
+
+    found = interpolation.measure("tiny", trained(), steps=2, pairs=4, points=3, shown=1)
+    norms = [row[1] for row in found.rows]
+    assert norms[0] == pytest.approx(1, abs=0.1)
+    assert norms[1] == pytest.approx(np.sqrt(0.5), abs=0.1)
+    assert norms[2] is None
+
+
+def test_iterations_invert_more_exactly():
+    from benchmarks.claims import inversion
+
+    found = inversion.measure("tiny", trained(), steps=(4, 10), num=3, iterations=(1, 4))
+    assert all(row[3] < row[2] for row in found.rows)
+
+
+def test_the_timed_python_loop_draws_the_samples_of_the_scan():
+    from benchmarks.claims import step_cost
+
+    model = trained()
+    table = step_cost._table(model.model, 4)
+    expected = sample(tiny.apply_fn, model.params, table, jax.random.key(0), 3, tiny.SHAPE, clip="recompute")
+    np.testing.assert_allclose(step_cost.python_loop(model, table, 3), expected, rtol=0, atol=1e-5)
+    found = step_cost.measure("tiny", model, batches=(2,), steps=2, lengths=(2, 4), repeats=2)
+    assert [row[0] for row in found.rows] == [2]
+
+
+def test_first_order_is_measured_for_ddim():
+    from benchmarks.claims import orders
+
+    found = orders.measure(steps=(10, 20, 40), methods=("DDIM", "2M"))
+    np.testing.assert_allclose([row[3] for row in found.rows], [1, 2], atol=0.2)
+
+
+def test_the_published_table_agrees_with_itself(tmp_path):
+    from benchmarks.claims import ddim_table
+
+    names = {"sigma-hat": ("sigma_hat", ""), "eta 1 (DDPM)": ("ddpm", "")}
+    names |= {label: ("ddim", label.split()[1]) for label in ddim_table.PUBLISHED if label not in names}
+    shared = {"run": "r", "checkpoint_step": 1, "ema": "0.9", "grid": "uniform", "num": 100}
+    rows = [
+        {**shared, "sampler": names[label][0], "eta": names[label][1], "steps": s, "frechet_pixels": 2 * value}
+        for label, values in ddim_table.PUBLISHED.items()
+        for s, value in values.items()
+    ]
+    path = tmp_path / "evaluation.csv"
+    write_csv(path, rows)
+    found = ddim_table.measure(path)
+    assert len(found.rows) == 25
+    for row in found.rows:
+        np.testing.assert_allclose(row[5], row[6])
+        np.testing.assert_allclose(row[7], row[8])
+    assert "300 of 300 pairs" in found.facts
+    write_csv(path, [*rows, {**rows[0], "run": "another"}])
+    with refused("2 models"):
+        ddim_table.measure(path)
+
+
+def test_a_page_keeps_what_stands_around_its_table(tmp_path):
+    from benchmarks.claims import report
+
+    found = report.Findings(("a", "b"), [(1, 0.12345), ("x", None)], report.new_figure(), "Facts;")
+    page = tmp_path / "claim.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        report.write(tmp_path, "claim", found)
+        text = page.read_text()
+        assert text.startswith(f"before\n{report.BEGIN}\n\n| a | b |")
+        assert text.endswith(f"{report.END}\nafter\n")
+        assert "| 1 | 0.123 |" in text
+        assert "old" not in text
+    page.write_text("no place")
+    with refused("no place for its table"):
+        report.write(tmp_path, "claim", found)
+
+
+def write_csv(path, rows):
+    with path.open("w") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
