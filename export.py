@@ -17,6 +17,7 @@ from diffusion.training import run_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")
 _EMA = flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint. Default: the newest.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "File to write, .safetensors. Default: one named after the run folder.")
 _FIGURES = flags.DEFINE_string("figures", None, "JSON file of figures to keep beside the weights, as evaluate.py's.")
 
@@ -29,7 +30,7 @@ def main() -> None:
     if out.suffix != weights.SUFFIX:
         raise InputError(f"out is {str(out)!r}; its name must end in {weights.SUFFIX}")
     figures = _read_figures(_FIGURES.value) if _FIGURES.value else {}
-    trained = load_trained(folder, _EMA.value or "")
+    trained = load_trained(folder, _EMA.value or "", _STEP.value)
     weights.save(out, trained, figures)
     size = out.stat().st_size / 2**20
     print(f"{folder.path}, step {trained.step:,}, EMA {trained.ema}: wrote {out}, {size:.2f} MiB")

@@ -58,17 +58,18 @@ class Trained(NamedTuple):
     ema: str
 
 
-def load_trained(folder: RunFolder, ema: str = "") -> Trained:
-    """The newest good checkpoint of a run.
+def load_trained(folder: RunFolder, ema: str = "", step: int | None = None) -> Trained:
+    """A checkpoint of a run.
 
     Args:
       folder: the run.
       ema: which of its EMAs, by decay; "" is the first.
+      step: which checkpoint; None is the newest good one.
 
     Raises:
-      InputError: all are damaged, or do not fit their own config; there is no such EMA.
+      InputError: it is damaged, or does not fit its own config; there is no such step or EMA.
     """
-    step = folder.latest_step()
+    step = folder.latest_step() if step is None else checkpoints.verified(folder.checkpoints, step)
     saved = checkpoints.metadata(folder.checkpoints, step)
     config = ConfigDict(saved["config"])
     model = make_model(config, tuple(saved["image_shape"]))

@@ -127,6 +127,15 @@ def test_a_damaged_checkpoint_is_named_and_the_step_before_is_used(copied, damag
     checkpoints.load_state(copied, 2, like())
 
 
+def test_one_step_is_verified_by_its_number(copied):
+    assert checkpoints.verified(copied, 2) == 2
+    truncate(copied / "2" / "manifest.json")
+    with pytest.raises(InputError, match=r"2 is damaged"):
+        checkpoints.verified(copied, 2)
+    with pytest.raises(InputError, match=r"no checkpoint of step 4; there are: 2, 3"):
+        checkpoints.verified(copied, 4)
+
+
 def test_what_is_no_checkpoint_is_passed_over_and_remains_of_a_save_are_removed(copied, capsys):
     for name in ("unfinished-4", "unfinished-5.orbax-checkpoint-tmp-7", "junk"):
         (copied / name).mkdir()

@@ -160,6 +160,22 @@ def newest_good(folder: str | os.PathLike) -> int | None:
     raise InputError(f"every checkpoint in {folder} is damaged ({reasons}); restore one or name another --workdir")
 
 
+def verified(folder: str | os.PathLike, step: int) -> int:
+    """The step, if its files are all as they were written.
+
+    Raises:
+      InputError: they are not, or there is no such checkpoint.
+    """
+    if step not in steps(folder):
+        known = ", ".join(map(str, steps(folder))) or "none"
+        raise InputError(f"{folder} has no checkpoint of step {step}; there are: {known}")
+    try:
+        manifest.verify(Path(folder) / str(step))
+    except _REASONS as error:
+        raise InputError(f"checkpoint {Path(folder) / str(step)} is damaged ({_first_line(error)})") from error
+    return step
+
+
 def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:
     """What was given to `save` as metadata.
 
