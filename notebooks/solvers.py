@@ -76,7 +76,8 @@ for axis, (name, options) in zip(axes, choices.items(), strict=True):
     for column, label in enumerate(labels):
         axis.plot(table.update[:, 0, column], ".-", label=label)
     axis.set(xlabel="stage", title=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
-    axis.legend(fontsize="small", loc="upper left")
+    axis.set(xticks=range(0, len(fine) - 1, 2), ylim=(-1, 1.7))
+    axis.legend(fontsize="small", loc="upper center", ncols=4, columnspacing=1)
 axes[0].set_ylabel("weight in the next x")
 plt.show()
 
@@ -145,6 +146,8 @@ for (label, (solver, options, order)), marker in zip(chosen.items(), "os^Dv", st
     axis.loglog(calls, error, marker=marker, markersize=5, label=f"{label}: observed {slope:.2f}")
     print(f"{label:24} stated order {order}, observed {slope:.2f}")
     assert abs(slope - order) < 0.2
+axis.set_xticks([16, 32, 64, 128, 256, 512], ["16", "32", "64", "128", "256", "512"])
+axis.minorticks_off()
 axis.set(xlabel="network calls", ylabel="relative error of the variance", title="Gaussian data, linear schedule")
 axis.legend(fontsize="small")
 plt.show()
@@ -259,8 +262,8 @@ for name, tau in grids.items():
 assert rms["learned"] < min(error for name, error in rms.items() if name != "learned")
 
 fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), width_ratios=(1, 1.2, 1.2))
-left.semilogy(np.sqrt(history))
-left.set(xlabel="gradient step", ylabel="rms distance to the teacher")
+left.plot(np.sqrt(history))
+left.set(xlabel="gradient step", ylabel="rms distance to the teacher", ylim=(0, None))
 for row, tau in enumerate(grids.values()):
     middle.plot(tau, np.full(len(tau), row), "o-", markersize=4, linewidth=0.8)
 middle.set(yticks=range(len(grids)), yticklabels=grids, xlabel="timestep t")
