@@ -19,6 +19,8 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"{project} {version}"
 html_theme_options = {"top_of_page_buttons": []}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
 html_math_renderer = "mathml"  # the default loads a script from elsewhere
@@ -60,10 +62,18 @@ def read_as_plain_text(app, what, name, obj, options, lines):
                 in_code = True
                 result += ["::", ""]
             text_before = line
-        result.append(line if in_code else re.sub(r"[*|]", r"\\\g<0>", line))
+        if not in_code:
+            line = re.sub(r"[*|]", r"\\\g<0>", line)
+            line = re.sub(r"\b([A-Z])\.(?= |$)", r"\1\\.", line)  # not an item of a list
+        result.append(line)
     if what in ("attribute", "data", "property"):
         result = [line.replace(":", COLON) for line in result]
     lines[:] = result
+
+
+def shorten(app, what, name, obj, options, signature, returns):
+    """Annotations as they read in the source."""
+    return tuple(text and re.sub(r"jaxlib\._jax\.|jaxtyping\.", "", text) for text in (signature, returns))
 
 
 def restore_colons(app, what, name, obj, options, lines):
@@ -102,5 +112,6 @@ def setup(app):
     app.add_html_math_renderer("mathml", (_inline_math, None), (_display_math, None))
     app.connect("autodoc-process-docstring", read_as_plain_text, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", restore_colons, priority=600)  # after it
+    app.connect("autodoc-process-signature", shorten)
     app.connect("autodoc-skip-member", skip_tuple_fields)
     app.connect("env-check-consistency", require_all_modules)
