@@ -15,9 +15,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
-# Every table beside diffusers' scheduler. The CPU build of torch comes first, or pip brings gigabytes of CUDA.
+# Every table beside diffusers' scheduler, and Inception beside pytorch-fid's. The CPU build of torch comes first, and
+# what needs torch comes without its dependencies, or pip brings gigabytes of CUDA.
 agreement: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 pytorch-fid==0.3.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,reference]"
 	$(BIN)/python -m pytest tests/agreement
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
@@ -69,9 +70,9 @@ def start(stop: StopRequest) -> int:
     require_range("config.train.keep_best", options.keep_best, 0)
     require_range("config.train.microbatches", options.microbatches, 1)
     require_range("config.train.fsdp", options.fsdp, 1)
+    require_range("config.data.workers", config.data.workers, 0)
     require_range("config.train.label_dropout", options.label_dropout, 0, 1, open_ends="high")
-    for decay in experiment.ema_decays(options):
-        require_range("config.train.ema_decays", decay, 0, 1, open_ends="high")
+    experiment.ema_decays(options)
     mesh = devices.training_mesh(plan.batch_size, options.fsdp, options.microbatches)
     rate = experiment.learning_rate(config.optimizer, plan.num_steps)
     optimizer = experiment.make_optimizer(config.optimizer, rate)
@@ -109,6 +110,8 @@ def run(config, folder, plan, table, optimizer, rate, objective, dataset, model,
     shapes = jax.eval_shape(make_state, key)
     shardings = devices.state_sharding(mesh, shapes)
     begin = folder.latest_step()
+    if jax.process_count() > 1 and len(set(multihost_utils.process_allgather(np.int64(begin or 0)).tolist())) > 1:
+        raise InputError(f"the processes find different checkpoints in {folder.path}; all need the same file system")
     if begin is None:
         state = jax.jit(make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
     else:
@@ -117,7 +120,8 @@ def run(config, folder, plan, table, optimizer, rate, objective, dataset, model,
         state = checkpoints.load_state(folder.checkpoints, begin, like)
     begin = begin or 0
     talk = print if jax.process_index() == 0 else lambda *_: None
-    if begin >= plan.num_steps:
+    # A run stopped while it drew its last grid still has that to do.
+    if begin >= plan.num_steps and (begin > plan.num_steps or folder.grid(begin).exists()):
         talk(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
         return 0
     count = sum(p.size for p in jax.tree.leaves(state.params))
@@ -186,7 +190,7 @@ def grid_drawer(config, folder, model, table, mesh, recorder):
 
     def draw(state):
         step = int(state.step)
-        path = folder.grids / f"step_{step:08d}.png"
+        path = folder.grid(step)
         params = jax.tree.map(lambda x: x.addressable_data(0), gather(state.ema_params[ema]))
         if jax.process_index() > 0 or path.exists():
             return

@@ -94,7 +94,9 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
         else:
             others.append(arg)
     # Of a field given twice the last counts; ml_collections would join tuples.
-    others = list({arg.partition("=")[0] if arg.startswith("--config.") else arg: arg for arg in others}.values())
+    fields = [arg.partition("=")[0] if re.match(r"--?config\.[^=]+=", arg) else None for arg in others]
+    last = {field: i for i, field in enumerate(fields)}
+    others = [arg for i, arg in enumerate(others) if fields[i] is None or last[fields[i]] == i]
     path = Path(chosen[-1].partition(":")[0])  # what follows a colon goes to get_config
     if not path.is_file():
         own = sorted(str(p) for p in Path(default_config).parent.glob("*.py") if p.stem not in ("__init__", "default"))
@@ -116,7 +118,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
         fail(f"{str(error).strip().splitlines()[-1]}; --help lists all flags")
     except (KeyError, AttributeError) as error:
         # A misspelt config field; the same exceptions out of a config file are a bug there and keep their traceback.
-        name = re.search(r"\w+", str(error))[0]
+        if "no attribute 'get_config'" in str(error):
+            fail(f"{argv[1].partition('=')[2]!r} has no function get_config, so it is no config file")
+        below = re.search(r"lookup: ([\w.]+)", str(error))  # of a field that is no section
+        name = below[1].rpartition(".")[2] if below else re.search(r"\w+", str(error))[0]
         if name not in overridden:
             raise
         guess = re.search(r'Did you mean "(\w+)"', str(error))

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
     Raises:
       InputError: the others were not found, or a number is missing or out of range.
     """
+    if coordinator is not None and not re.fullmatch(r"\S+:\d+", coordinator):
+        raise InputError(f"--coordinator is {coordinator!r}; write HOST:PORT of process 0, as 10.0.0.1:1234")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise InputError(f"--process_id is {process_id}; with --num_processes={num_processes} it lies below that")
     try:

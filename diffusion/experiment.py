@@ -87,9 +87,11 @@ def ema_decays(config: ConfigDict) -> tuple[float, ...]:
     """config.train.ema_decays; config: the section config.train.
 
     Raises:
-      InputError: there is none, or one comes twice.
+      InputError: there is none, one is no number, or one comes twice.
     """
     decays = tuple(config.ema_decays)
+    for decay in decays:
+        require_range("config.train.ema_decays", decay, 0, 1, open_ends="high")
     if not decays or len(set(map(ema_name, decays))) < len(decays):
         raise InputError(f"config.train.ema_decays are {decays}; give at least one, and none twice")
     return decays

@@ -41,18 +41,22 @@ workspace = Path(tempfile.mkdtemp())
 # ## A folder
 #
 # Any tree of JPEG or PNG files, or a .zip or .tar of one. Sizes may differ. Where every image lies in a sub-folder, the
-# sub-folders are classes. Here: 400 discs and squares of any colour.
+# sub-folders are classes. Here: 400 discs and crosses.
 
 # %%
 rng = np.random.default_rng(0)
 for number in range(400):
-    shape = ("disc", "square")[number % 2]
+    shape = ("cross", "disc")[number % 2]
     size = int(rng.integers(40, 80))
-    picture = Image.new("RGB", (size, size), "black")
-    centre, radius = size * rng.uniform(0.4, 0.6, 2), size * rng.uniform(0.2, 0.35)
-    box = [*(centre - radius), *(centre + radius)]
-    draw = ImageDraw.Draw(picture)
-    (draw.ellipse if shape == "disc" else draw.rectangle)(box, fill=tuple(map(int, rng.integers(80, 256, 3))))
+    picture = Image.new("L", (size, size), "black")
+    (left, top), radius = size * rng.uniform(0.1, 0.3, 2), size * rng.uniform(0.25, 0.33)
+    right, bottom = left + 2 * radius, top + 2 * radius
+    draw, grey, width = ImageDraw.Draw(picture), int(rng.integers(140, 256)), size // 7
+    if shape == "disc":
+        draw.ellipse([left, top, right, bottom], fill=grey)
+    else:
+        draw.line([left, top, right, bottom], fill=grey, width=width)
+        draw.line([left, bottom, right, top], fill=grey, width=width)
     path = workspace / "pictures" / shape / f"{number:04}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
@@ -64,7 +68,7 @@ for number in range(400):
 # it first costs nothing.
 
 # %%
-dataset = data.load("images", path=str(workspace / "pictures"), size=16)
+dataset = data.load("images", path=str(workspace / "pictures"), size=8, channels=1)
 print(dataset.images.shape, dataset.images.dtype, dataset.class_names)
 
 
@@ -77,7 +81,7 @@ def show(images, title, columns=12):
     plt.show()
 
 
-show(dataset.images[np.r_[:12, 200:212]], "from the folder, 16 x 16")
+show(dataset.images[np.r_[:12, 200:212]], "from the folder, 8 x 8")
 
 # %% [markdown]
 # ## A config, as flags
@@ -90,7 +94,8 @@ show(dataset.images[np.r_[:12, 200:212]], "from the folder, 16 x 16")
 run = workspace / "run"
 fields = {
     "data.path": workspace / "pictures",
-    "data.size": 16,
+    "data.size": 8,
+    "data.channels": 1,  # grey
     "schedule.name": "cosine",  # few pixels want little noise
     "model.width": 16,
     "model.multipliers": "(1,2)",
@@ -102,7 +107,7 @@ fields = {
     "optimizer.warmup_steps": 20,
     "optimizer.decay": "cosine",
     "train.num_steps": 300,
-    "train.batch_size": 16,
+    "train.batch_size": 64,
     "train.ema_decays": "(0.98,)",
     "train.log_every": 10,
     "train.save_every": 300,
@@ -144,7 +149,7 @@ plt.show()
 model, params, config, step, ema = experiment.load_trained(run_folder.existing(run))
 tau = timesteps.uniform(model.schedule, 20)
 table = solvers.ddim(model.schedule, tau)
-labels = jnp.arange(24) // 12  # a row of discs, a row of squares
+labels = jnp.arange(24) // 12  # a row of crosses, a row of discs
 images = sample(
     model.apply_fn,
     params,
@@ -157,7 +162,7 @@ images = sample(
     null_cond=jnp.full(24, model.num_classes),
     guidance_scale=2.0,
 )
-show(files.to_uint8(images), f"step {step:,}: {table.nfe} steps of DDIM, guidance 2; discs above, squares below")
+show(files.to_uint8(images), f"step {step:,}: {table.nfe} steps of DDIM, guidance 2; crosses above, discs below")
 
 # %% [markdown]
 # Which sampler, how many steps? Change the table; nothing else.

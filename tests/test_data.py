@@ -417,3 +417,14 @@ def test_changing_a_batch_changes_no_later_one():
 def test_order_refuses_what_is_out_of_range(name, wrong):
     with raises(f"{name}={wrong}.*at least"):
         data.batch_indices(**{"num_examples": 4, "batch_size": 2, "seed": 0, "step": 0, name: wrong})
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "cats").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "cats" / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    (folder / "dogs").mkdir()
+    (folder / "dogs" / "b.png").symlink_to(tmp_path / "b.png")
+    (folder / "cats" / "circle").symlink_to(folder)
+    assert len(data.load("images", path=str(folder), size=8).images) == 2

@@ -5,8 +5,11 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +60,7 @@ def go(train_step, tmp_path):
             state = checkpoints.load_state(folder, begin, state)
         sharding = devices.batch_sharding(MESH)
         batches = ((jax.device_put(images(step), sharding), None) for step in range(begin, 10**6))
-        writer = checkpoints.CheckpointWriter(folder, keep=100)
+        writer = checkpoints.CheckpointWriter(folder, keep=100, begin=begin)
         with StopRequest() as stop, writer, recorder(tmp_path, begin) as opened:
             examples = lambda step: np.arange(BATCH) + step  # noqa: E731
             run = Run(train_step, batches, lambda k: k / 100, opened, writer, {"config": {}}, draw_grid, examples, stop)
@@ -168,19 +171,24 @@ def test_a_signal_at_any_moment_of_a_step_loses_no_step(go, tmp_path):
     assert int(state.step) == checkpoints.newest_good(tmp_path / "checkpoints") == 5
 
 
-def test_a_signal_while_a_grid_is_drawn_is_heard_at_once(go, tmp_path):
+@pytest.mark.parametrize("when", [6, 12])
+def test_a_signal_while_a_grid_is_drawn_is_heard_at_once(go, tmp_path, when):
+    """Of the last grid too, which the next start draws."""
+
     def slow(state):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(30)
+        if int(state.step) == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
 
     before = time.monotonic()
     _, finished, _ = go(draw_grid=slow)
     assert time.monotonic() - before < 15
     assert not finished
-    assert checkpoints.newest_good(tmp_path / "checkpoints") == 6
+    assert checkpoints.newest_good(tmp_path / "checkpoints") == when
     drawn = []
-    go(draw_grid=lambda state: drawn.append(int(state.step)))
-    assert drawn == [6, 12]
+    _, finished, _ = go(draw_grid=lambda state: drawn.append(int(state.step)))
+    assert finished
+    assert drawn == [step for step in (6, 12) if step >= when]
 
 
 def test_a_signal_while_the_first_step_compiles_ends_the_run_at_once(go, tmp_path):
@@ -195,15 +203,16 @@ def test_a_signal_while_the_first_step_compiles_ends_the_run_at_once(go, tmp_pat
     assert checkpoints.steps(tmp_path / "checkpoints") == []
 
 
-def test_an_image_that_cannot_be_read_costs_no_step(go, tmp_path):
+@pytest.mark.parametrize("last", [6, PLAN.save_every])
+def test_an_image_that_cannot_be_read_costs_no_step(go, tmp_path, last):
     def images(step):
-        if step == 6:
+        if step == last:
             raise InputError("image 7 cannot be read")
         return IMAGES
 
     with pytest.raises(InputError, match="image 7"):
         go(images=images)
-    assert checkpoints.newest_good(tmp_path / "checkpoints") == 6
+    assert checkpoints.newest_good(tmp_path / "checkpoints") == last
 
 
 def test_a_trace_is_written_on_request(go, tmp_path):
@@ -279,6 +288,23 @@ def test_a_damaged_record_of_metrics_is_refused_and_kept(tmp_path, line):
     with pytest.raises(InputError, match="is not a record of this program"):
         Recorder(tmp_path, 10)
     assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_told_by_every_file_of_the_record(tmp_path):
+    """TensorBoard's too; the error that a thread would swallow ends the run instead of holding it up."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import numpy as np
+from pathlib import Path
+from diffusion.training.recorder import Recorder
+recorder = Recorder(Path({str(tmp_path)!r}), 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+for step in range(100):
+    recorder.image("samples", np.random.default_rng(0).integers(0, 256, (64, 64, 1)).astype(np.uint8), step)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "OSError: [Errno 27] File too large" in result.stderr
 
 
 def test_every_start_of_a_run_is_described(tmp_path):

@@ -116,4 +116,6 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # a damaged file makes the decoders raise nearly anything
         reason = " ".join(re.sub(r"<.*?>", "", str(error)).split())  # without the repr of a buffer
-        raise InputError(f"image {name} cannot be read ({reason}); replace or remove it") from error
+        raise InputError(
+            f"image {name} cannot be read ({reason}); put a good copy in its place, or remove it before a run starts"
+        ) from error

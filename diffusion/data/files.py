@@ -99,8 +99,13 @@ def _open_folder(folder: Path) -> Folder:
     def fail(error: OSError) -> None:
         raise error  # os.walk would leave out in silence what it may not list
 
-    names = []
-    for top, _, found in os.walk(folder, followlinks=True, onerror=fail):
+    names, seen = [], set()
+    for top, below, found in os.walk(folder, followlinks=True, onerror=fail):
+        status = os.stat(top)
+        if (status.st_dev, status.st_ino) in seen:  # links in a circle, or twice to one folder
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         inner = "" if top == str(folder) else os.path.relpath(top, folder).replace(os.sep, "/") + "/"
         names += [inner + name for name in found]
     return Folder(folder, names)

@@ -1,4 +1,6 @@
-"""The Frechet distance between two sets of feature vectors."""
+"""The Frechet distance between two sets of feature vectors, or between their means and covariances."""
+
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -6,11 +8,36 @@ from jaxtyping import Float
 from diffusion.errors import InputError
 
 
+class Moments(NamedTuple):
+    """What the Frechet distance knows of a set of feature vectors.
+
+    Attributes:
+      mean: [D], float64.
+      cov: [D, D], float64, unbiased (divided by N - 1).
+    """
+
+    mean: Float[np.ndarray, "D"]
+    cov: Float[np.ndarray, "D D"]
+
+
+def moments(features: Float[np.ndarray, "N D"]) -> Moments:
+    """Mean and covariance of at least two vectors, in float64.
+
+    Raises:
+      InputError: another shape, fewer vectors, or a value that is not finite.
+    """
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
+        raise InputError(f"features have shape {features.shape}; give at least 2 vectors as [N, D]")
+    if not np.isfinite(features).all():
+        raise InputError("features hold values that are not finite; look at the images they come from")
+    return Moments(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)))
+
+
 def frechet_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> float:
     """Squared 2-Wasserstein distance of the two Gaussians with the sets' means and covariances.
 
-    |mu_a - mu_b|^2 + tr(A + B - 2 (A^{1/2} B A^{1/2})^{1/2}) (Heusel et al., arXiv:1706.08500, Eq. 6), in float64 by
-    eigendecompositions of symmetric matrices, which exist where a general matrix square root fails.
+    With fewer vectors than dimensions a covariance is singular and the distance biased up; it is defined nevertheless.
 
     Args:
       a, b: one feature vector a row, at least two rows each; the result has the features' unit squared.
@@ -18,16 +45,25 @@ def frechet_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -
     Raises:
       InputError: shapes that do not fit, or a value that is not finite.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+    return frechet_between(moments(a), moments(b))
+
+
+def frechet_between(a: Moments, b: Moments) -> float:
+    """The same from means and covariances.
+
+    |mu_a - mu_b|^2 + tr(A + B - 2 (A^{1/2} B A^{1/2})^{1/2}) (Heusel et al., arXiv:1706.08500, Eq. 6), in float64 by
+    eigendecompositions of symmetric matrices, which exist where a general matrix square root fails.
+
+    Raises:
+      InputError: moments of another number of dimensions.
+    """
+    if a.mean.shape != b.mean.shape or not a.cov.shape == b.cov.shape == a.mean.shape * 2:
         raise InputError(
-            f"features have shapes {a.shape} and {b.shape}; give two sets of at least 2 vectors of one size"
+            f"features have {a.mean.shape} and {b.mean.shape} dimensions, covariances {a.cov.shape} and {b.cov.shape}; "
+            "give two sets of the same feature space"
         )
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise InputError("features hold values that are not finite")
-    mean = a.mean(axis=0) - b.mean(axis=0)
-    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
-    values, vectors = np.linalg.eigh(cov_a)
+    mean = a.mean - b.mean
+    values, vectors = np.linalg.eigh(a.cov)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-    return float(mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b.cov @ root), 0)).sum()
+    return float(mean @ mean + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)

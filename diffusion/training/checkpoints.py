@@ -35,10 +35,10 @@ class CheckpointWriter:
       keep: how many of the newest steps stay; older ones go when a newer one is complete.
       keep_best: how many of the steps with the lowest loss stay besides.
       begin: the step that the run goes on from. Later ones, which are damaged (see `newest_good`), are set aside as
-        damaged-<step>, so that they do not count as the newest.
+        damaged-<step>, so that they do not count as the newest. None sets none aside.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int, keep_best: int = 0, begin: int = 0):
+    def __init__(self, folder: str | os.PathLike, keep: int, keep_best: int = 0, begin: int | None = None):
         self._folder = Path(folder).absolute()
         self._keep, self._keep_best = keep, keep_best
         self._pending: Future | None = None
@@ -48,7 +48,7 @@ class CheckpointWriter:
             for path in self._folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(path)
             for step in steps(self._folder):
-                if step > begin:
+                if begin is not None and step > begin:
                     aside = self._folder / f"{_DAMAGED}{step}"
                     shutil.rmtree(aside, ignore_errors=True)
                     os.rename(self._folder / str(step), aside)
@@ -133,20 +133,44 @@ def newest_commit(folder: str | os.PathLike) -> float:
     return (Path(folder) / str(saved[-1])).stat().st_mtime if saved else -math.inf
 
 
+class DamagedError(InputError):
+    """A checkpoint is not what was written."""
+
+
+def verified(folder: str | os.PathLike, step: int) -> int:
+    """The step, if its files are all as they were written.
+
+    Raises:
+      DamagedError: they are not.
+      InputError: there is no such checkpoint, or it cannot be read now.
+    """
+    path = Path(folder) / str(step)
+    if not path.is_dir():
+        known = ", ".join(map(str, steps(folder))) or "none"
+        raise InputError(f"{folder} has no checkpoint of step {step}; there are: {known}")
+    try:
+        manifest.verify(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise DamagedError(f"checkpoint {path} is damaged ({_first_line(error)})") from error
+    except OSError as error:  # a network file system that is away for a moment
+        raise InputError(f"checkpoint {path} cannot be read now ({error.strerror}); start again when it can") from error
+    return step
+
+
 def newest_good(folder: str | os.PathLike) -> int | None:
     """The newest step whose files are all as they were written, or None where there is no checkpoint.
 
     Each damaged one is named on stderr.
 
     Raises:
-      InputError: there are checkpoints, and all are damaged.
+      InputError: there are checkpoints, and all are damaged; or one cannot be read now, which is no damage.
     """
     damage = {}
     for step in reversed(steps(folder)):
         try:
-            manifest.verify(Path(folder) / str(step))
-        except _REASONS as error:
-            damage[step] = _first_line(error)
+            verified(folder, step)
+        except DamagedError as error:
+            damage[step] = str(error.__cause__)
             continue
         for bad, reason in damage.items():
             print(
@@ -158,22 +182,6 @@ def newest_good(folder: str | os.PathLike) -> int | None:
         return None
     reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
     raise InputError(f"every checkpoint in {folder} is damaged ({reasons}); restore one or name another --workdir")
-
-
-def verified(folder: str | os.PathLike, step: int) -> int:
-    """The step, if its files are all as they were written.
-
-    Raises:
-      InputError: they are not, or there is no such checkpoint.
-    """
-    if step not in steps(folder):
-        known = ", ".join(map(str, steps(folder))) or "none"
-        raise InputError(f"{folder} has no checkpoint of step {step}; there are: {known}")
-    try:
-        manifest.verify(Path(folder) / str(step))
-    except _REASONS as error:
-        raise InputError(f"checkpoint {Path(folder) / str(step)} is damaged ({_first_line(error)})") from error
-    return step
 
 
 def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:
@@ -202,7 +210,7 @@ def load_ema(folder: str | os.PathLike, step: int, name: str, like: Params) -> P
       like: tree of arrays or ShapeDtypeStructs with shardings.
 
     Raises:
-      InputError: the checkpoint is of another model (the first differing fields are named) or damaged.
+      InputError: the checkpoint is of another model (the first differing fields are named), or cannot be loaded.
     """
     return _load(folder, step, {_ema_item(name): like})[_ema_item(name)]
 
@@ -233,10 +241,10 @@ def _load(folder, step, items):
         return ocp.load_checkpointables(path, abstract)
     except InputError:
         raise
-    except Exception as error:  # orbax raises errors of many kinds for a damaged file, tensorstore's own among them
+    except Exception as error:  # orbax raises errors of many kinds, tensorstore's own among them
         raise InputError(
-            f"checkpoint {path} cannot be loaded ({_first_line(error.__cause__ or error)}); "
-            "it is damaged; delete it to use the one before"
+            f"checkpoint {path} cannot be loaded ({_first_line(error.__cause__ or error)}); its files are as they were "
+            "written, so it is memory, or a version of a package, see environment.json"
         ) from error
 
 

@@ -72,6 +72,8 @@ class Run:
 def train(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, bool]:
     """Trains from state.step to plan.num_steps, or until Ctrl-C or SIGTERM; the last state is always saved.
 
+    A signal in the last grid counts as a stop; the grid is drawn by the next start.
+
     Args:
       state: where to start; donated.
       plan: lengths and intervals.
@@ -85,8 +87,9 @@ def train(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, bool]:
       Stopped: the signal came before the first step was done, so there was nothing to save.
     """
     start = int(state.step)
-    if start and start % plan.grid_every == 0:
-        run.draw_grid(state)  # a kill may have come between the save and the grid
+    if start and (start % plan.grid_every == 0 or start == plan.num_steps):
+        draw = run.stop.call if jax.process_count() == 1 else lambda function, *args: function(*args)
+        draw(run.draw_grid, state)  # the grid that a signal ended; one that is there already is left alone
     progress = tqdm(
         total=plan.num_steps, initial=start, unit="step", dynamic_ncols=True, disable=jax.process_index() > 0 or None
     )
@@ -108,6 +111,7 @@ class _Loop:
 
     def go(self):
         plan, run = self.plan, self.run
+        step, finished = self.start, True
         for step in range(self.start + 1, plan.num_steps + 1):
             self._trace(step)
             metrics = self._step(step)
@@ -115,8 +119,8 @@ class _Loop:
                 self._settle(0)
                 self._log(step, metrics)
             if step % plan.grid_every == 0 or step == plan.num_steps:
-                with self.clock.paused(), contextlib.suppress(Stopped):  # then what follows stops and saves
-                    self._interruptible(run.draw_grid, self.state)
+                with self.clock.paused():
+                    finished = self._draws_grid()
             last = step == plan.num_steps or self._stopping()
             if step % plan.save_every == 0 or last:
                 self._settle(0)
@@ -125,7 +129,15 @@ class _Loop:
                 break
         self._end_trace()
         run.writer.wait()
-        return self.state, step >= plan.num_steps
+        return self.state, finished and step >= plan.num_steps
+
+    def _draws_grid(self):
+        """False where a signal ended it; what follows then saves and stops."""
+        try:
+            self._interruptible(self.run.draw_grid, self.state)
+        except Stopped:
+            return False
+        return True
 
     def _step(self, step):
         """Starts a step, and waits for the one before last: that keeps the device busy, and the answer to signals
@@ -148,7 +160,8 @@ class _Loop:
             return next(self.run.batches)
         except InputError:
             # An image that cannot be read costs no step. Several processes would not all come to this save.
-            if step - 1 > self.start and jax.process_count() == 1:
+            saved = self.start if (step - 1) % self.plan.save_every else step - 1
+            if step - 1 > saved and jax.process_count() == 1:
                 self._settle(0)
                 self._save(step - 1)
                 self.run.writer.wait()

@@ -21,10 +21,11 @@ def read(folder: Path) -> dict[str, Any]:
 
     Raises:
       ValueError: there is no manifest, or it is damaged.
+      OSError: it cannot be read now.
     """
     try:
         *lines, digest = (folder / NAME).read_text().splitlines(keepends=True)
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError, and so is an empty file
+    except (FileNotFoundError, ValueError) as error:  # UnicodeDecodeError is a ValueError, and so is an empty file
         raise ValueError(f"{NAME} is missing or unreadable") from error
     text = "".join(lines)
     if digest != _digest(text.encode()) + "\n":
@@ -37,6 +38,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
     Raises:
       ValueError: a file is missing, was added or changed; it is named.
+      OSError: one cannot be read now.
     """
     content = read(folder)
     expected, found = content["files"], set(_names(folder))

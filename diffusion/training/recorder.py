@@ -7,11 +7,14 @@ same bytes. speed.csv holds what the machine does.
 import csv
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from diffusion.errors import InputError
 from diffusion.files import write_atomically
@@ -76,7 +79,7 @@ class Recorder:
         self._skipped = None
         if self._skipped_path.exists():
             self._open_skipped()
-        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._events = _Events(folder, step)
 
     def scalars(self, row: Row, images_per_second: float, seconds: float, memory_gib: float) -> None:
         """Writes one row to each file. seconds are those since the last row."""
@@ -86,7 +89,7 @@ class Recorder:
         self._speed.write(_line(speed))
         for name, value in [*zip(COLUMNS, row.flat(), strict=True), *zip(Speed._fields, speed, strict=True)]:
             if name != "step" and math.isfinite(value):  # TensorBoard has no place for others
-                self._events.add_scalar(name, value, row.step)
+                self._events.add(summary.scalar(name, value), row.step)
         self._events.flush()
 
     def skipped(self, step: int, **facts: Any) -> None:
@@ -97,7 +100,7 @@ class Recorder:
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """image: uint8 [H, W, C]."""
-        self._events.add_image(name, image, step, dataformats="HWC")
+        self._events.add(summary.image(name, image, dataformats="HWC"), step)
 
     def __enter__(self):
         return self
@@ -109,6 +112,28 @@ class Recorder:
 
     def _open_skipped(self):
         self._skipped = _reopen(self._skipped_path, _read_skipped(self._skipped_path, self._step), _json)
+
+
+class _Events:
+    """TensorBoard's file, written at once: SummaryWriter's thread ends in silence on a full disk, and then its queue
+    holds up training for ever."""
+
+    def __init__(self, folder, step):
+        self._writer = EventsWriter(str(folder / "events"))
+        if step:  # TensorBoard forgets what an earlier start wrote from here on
+            self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, what, step):
+        self._write(step, summary=what)
+
+    def flush(self):
+        self._writer.flush()
+
+    def close(self):
+        self._writer.close()
+
+    def _write(self, step, **content):
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 class Silent:

@@ -59,6 +59,10 @@ class RunFolder:
         """
         return checkpoints.newest_good(self.checkpoints)
 
+    def grid(self, step: int) -> Path:
+        """The grid drawn after a step."""
+        return self.grids / f"step_{step:08d}.png"
+
     @contextlib.contextmanager
     def locked(self):
         """Makes the folder and keeps other processes from training in it.

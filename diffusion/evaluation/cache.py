@@ -1,0 +1,63 @@
+"""Results kept in files: made once, checked when they are read, and made again where that fails."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import flax.traverse_util
+import numpy as np
+
+from diffusion.errors import InputError
+
+Result = TypeVar("Result")
+
+
+def digest(params: dict[str, Any]) -> str:
+    """SHA-256 of the names, dtypes, shapes and values of a nested dict of arrays, as 64 hex digits."""
+    arrays = flax.traverse_util.flatten_dict(params, sep="/")
+    result = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        result.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return result.hexdigest()
+
+
+def cached(
+    path: str | os.PathLike,
+    load: Callable[[Path], Result],
+    make: Callable[[], Result],
+    save: Callable[[Path, Result], None],
+) -> Result:
+    """What the file holds; or else what make returns, which is saved there.
+
+    A file that load refuses is replaced with a warning. One that cannot be written is no error: the result is of use
+    without it.
+
+    Args:
+      path: the file; its folder is made if it is not there.
+      load: raises InputError for a file that is damaged or not the one wanted.
+      make: takes long.
+      save: writes the file whole or not at all.
+
+    Raises:
+      InputError: the folder cannot be made; and what make raises.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {path.parent} cannot be made ({error.strerror}); choose another") from error
+    if path.exists():
+        try:
+            return load(path)
+        except InputError as error:
+            warnings.warn(f"{path} is made again: {error}", stacklevel=3)
+    result = make()
+    try:
+        save(path, result)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written ({error.strerror}) and will have to be made again", stacklevel=3)
+    return result

@@ -1,0 +1,209 @@
+"""A small classifier trained on the labelled data at hand: a space of features that needs no download.
+
+What it measures depends on its training, so figures are comparable among samples judged by the same file alone.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors
+import safetensors.numpy
+from flax import linen as nn
+from jaxtyping import Array, Float, UInt8
+
+from diffusion.data import Dataset, batch_indices, fingerprint
+from diffusion.errors import InputError, require_range
+from diffusion.evaluation.cache import digest
+from diffusion.files import write_atomically
+
+WIDTH = 32
+"""Channels of the first stage; each of the others has twice those before it, at most four times these."""
+
+NUM_FEATURES = 128
+HELD_OUT = 0.2
+"""Share of the data that is kept from training, for the accuracy."""
+
+BATCH_SIZE = 64
+LEARNING_RATE = 2e-3
+DROPOUT = 0.3
+_FORMAT, _ENTRY = "jax-fast-diffusion classifier 1", "classifier"
+
+
+class Outputs(NamedTuple):
+    """What the classifier says of images.
+
+    Attributes:
+      features: [N, 128] of the last hidden layer, not below 0.
+      logits: [N, K].
+    """
+
+    features: Float[Array, "N 128"]
+    logits: Float[Array, "N K"]
+
+
+class Classifier(NamedTuple):
+    """A trained classifier.
+
+    Attributes:
+      params: its weights.
+      image_shape: (H, W, C) of what it judges.
+      num_classes: K.
+      accuracy: share of right answers on the images it was not trained on, 0..1.
+      data: `diffusion.data.fingerprint` of the data it was trained on.
+      seed, epochs: of its training.
+    """
+
+    params: dict[str, Any]
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    accuracy: float
+    data: str
+    seed: int
+    epochs: int
+
+    def sha256(self) -> str:
+        """Identity of the weights, as 64 hex digits."""
+        return digest(self.params)
+
+
+class Network(nn.Module):
+    """Stages of two convolutions, halved in size until 4 pixels or fewer are left; [N, H, W, C] in [-1, 1]."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, dropout_key=None):
+        stages = max(1, math.ceil(math.log2(min(x.shape[1:3]) / 4)) + 1)
+        for stage in range(stages):
+            width = WIDTH * min(2**stage, 4)
+            x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME") if stage else x
+            for _ in range(2):
+                x = nn.relu(nn.GroupNorm(num_groups=8)(nn.Conv(width, (3, 3), use_bias=False)(x)))
+        features = nn.relu(nn.Dense(NUM_FEATURES, name="features")(x.reshape(len(x), -1)))
+        kept = features
+        if dropout_key is not None:
+            kept = jnp.where(jax.random.bernoulli(dropout_key, 1 - DROPOUT, kept.shape), kept / (1 - DROPOUT), 0)
+        return Outputs(features, nn.Dense(self.num_classes, name="logits")(kept))
+
+
+@partial(jax.jit, static_argnames="num_classes")
+def apply(params: dict[str, Any], images: UInt8[Array, "N H W C"], num_classes: int) -> Outputs:
+    """Features and logits of images 0..255."""
+    return Network(num_classes).apply({"params": params}, _scale(images))
+
+
+def train(dataset: Dataset, *, epochs: int = 20, seed: int = 0) -> Classifier:
+    """Trains a classifier on four fifths of the data, by (data, epochs, seed) alone, and measures it on the rest.
+
+    The digits take seconds on a CPU and give about 99 %; CIFAR-10 wants a GPU.
+
+    Args:
+      dataset: labelled images, held in memory, at least ten and of at least two classes.
+      epochs: passes over the training part, at least 1.
+      seed: of the division, the first weights, the order and dropout; at least 0.
+
+    Raises:
+      InputError: an argument out of its range, or data without labels.
+    """
+    require_range("epochs", epochs, 1)
+    require_range("seed", seed, 0)
+    num_classes = len(dataset.class_names)
+    if dataset.labels is None or num_classes < 2 or len(dataset.images) < 10:
+        raise InputError(
+            f"{len(dataset.images)} images of {num_classes} classes cannot train a classifier; it needs at least ten "
+            "with labels of two classes: put images in a folder for each class, or use other features"
+        )
+    order = np.random.default_rng(seed).permutation(len(dataset.images))
+    held_out, kept = np.split(order, [math.ceil(HELD_OUT * len(order))])
+    params = _fit(dataset, np.sort(kept), num_classes, epochs, seed)
+    accuracy = _accuracy(params, dataset, np.sort(held_out), num_classes)
+    shape = tuple(map(int, dataset.images.shape[1:]))
+    return Classifier(params, shape, num_classes, accuracy, fingerprint(dataset), seed, epochs)
+
+
+def _fit(dataset, kept, num_classes, epochs, seed):
+    batch_size = min(BATCH_SIZE, len(kept))
+    steps = max(1, epochs * len(kept) // batch_size)
+    start, drop = jax.random.split(jax.random.key(seed))
+    params, state = _init(start, tuple(dataset.images.shape[1:]), num_classes, steps)
+    for k in range(steps):
+        index = kept[batch_indices(len(kept), batch_size, seed, k)]
+        params, state = _step(params, state, dataset.images[index], dataset.labels[index], drop, k, num_classes, steps)
+    return jax.device_get(params)
+
+
+def _optimizer(steps):
+    return optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=1e-3)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _init(key, shape, num_classes, steps):
+    params = Network(num_classes).init(key, jnp.zeros((1, *shape)))["params"]
+    return params, _optimizer(steps).init(params)
+
+
+@partial(jax.jit, static_argnums=(6, 7), donate_argnums=(0, 1))
+def _step(params, state, images, labels, drop, k, num_classes, steps):
+    def loss(p):
+        logits = Network(num_classes).apply({"params": p}, _scale(images), jax.random.fold_in(drop, k)).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    updates, state = _optimizer(steps).update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def _accuracy(params, dataset, chosen, num_classes):
+    right = 0
+    for part in np.array_split(chosen, math.ceil(len(chosen) / 500)):
+        logits = apply(params, dataset.images[part], num_classes).logits
+        right += int((np.asarray(logits).argmax(axis=1) == dataset.labels[part]).sum())
+    return right / len(chosen)
+
+
+def _scale(images):
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def save(path: str | os.PathLike, classifier: Classifier) -> None:
+    """Writes the weights and all that is known of them as one .safetensors file, whole or not at all."""
+    arrays = flax.traverse_util.flatten_dict(classifier.params, sep="/")
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
+    facts = {"format": _FORMAT, "sha256": classifier.sha256(), **classifier._asdict()}
+    facts["versions"] = versions | {"python": platform.python_version()}
+    del facts["params"]
+    write_atomically(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(facts, sort_keys=True)}))
+
+
+def load(path: str | os.PathLike) -> Classifier:
+    """What `save` wrote.
+
+    Raises:
+      InputError: there is no such file, it is damaged, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; train a classifier first")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            facts = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({str(error)[:100]}); remove it, and train again") from error
+    if facts.get("format") != _FORMAT:
+        raise InputError(f"{path} is no classifier of this version; remove it, and train again")
+    params = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    if digest(params) != facts["sha256"]:
+        raise InputError(f"{path} is damaged: its weights are not those that were written; remove it, and train again")
+    known = {name: facts[name] for name in Classifier._fields if name != "params"}
+    return Classifier(params=params, **known | {"image_shape": tuple(known["image_shape"])})

@@ -1,0 +1,278 @@
+"""The Inception network of FID, KID and the Inception Score: TensorFlow's of 2015-12-05, not torchvision's.
+
+Its structure as pytorch-fid has it: averages that leave out the padding, and a maximum in the last block, where the
+paper has an average. Batch normalisation is folded into the convolutions.
+"""
+
+import hashlib
+import os
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import linen as nn
+from jaxtyping import Array, Float, UInt8
+
+from diffusion.errors import InputError
+from diffusion.interop import torch_file
+
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+REMEDY = f"download {URL} by hand and give its path"
+
+SIZE = 299
+NUM_FEATURES = 2048
+NUM_CLASSES = 1008
+BATCH_NORM_EPSILON = 1e-3
+
+
+class Outputs(NamedTuple):
+    """What the network says of images.
+
+    Attributes:
+      pool: the 2,048 averages of the last block, the features of FID and KID.
+      logits: of 1,008 classes without the bias of the last layer, as the first code of the Inception Score has them
+        (openai/improved-gan) and all published scores with it.
+    """
+
+    pool: Float[Array, "N 2048"]
+    logits: Float[Array, "N 1008"]
+
+
+class BasicConv(nn.Module):
+    """Convolution and rectifier, [N, H, W, C] -> [N, H', W', features]; in full float32 on every device."""
+
+    features: int
+    kernel: tuple[int, int]
+    stride: int = 1
+    padding: str = "SAME"
+
+    @nn.compact
+    def __call__(self, x):
+        strides = (self.stride, self.stride)
+        # A GPU's default rounds to 10 bits of mantissa, which shows in the distance.
+        full = jax.lax.Precision.HIGHEST
+        return nn.relu(nn.Conv(self.features, self.kernel, strides, self.padding, precision=full, name="conv")(x))
+
+
+def _conv(x, name, features, kernel=1, stride=1):
+    """Padded where the stride is 1."""
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    return BasicConv(features, kernel, stride, "SAME" if stride == 1 else "VALID", name=name)(x)
+
+
+def _chain(x, *layers):
+    for layer in layers:
+        x = _conv(x, *layer)
+    return x
+
+
+def _pool(x):
+    return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
+
+
+def _shrink(x):
+    return nn.max_pool(x, (3, 3), (2, 2))
+
+
+class BlockA(nn.Module):
+    """35 x 35 pixels, to 224 + pool_features channels."""
+
+    pool_features: int
+
+    @nn.compact
+    def __call__(self, x):
+        one = _conv(x, "branch1x1", 64)
+        five = _chain(x, ("branch5x5_1", 48), ("branch5x5_2", 64, 5))
+        three = _chain(x, ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3))
+        return jnp.concatenate([one, five, three, _conv(_pool(x), "branch_pool", self.pool_features)], axis=-1)
+
+
+class BlockB(nn.Module):
+    """35 x 35 to 17 x 17 pixels, 480 channels more."""
+
+    @nn.compact
+    def __call__(self, x):
+        three = _conv(x, "branch3x3", 384, 3, 2)
+        double = _chain(x, ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2))
+        return jnp.concatenate([three, double, _shrink(x)], axis=-1)
+
+
+class BlockC(nn.Module):
+    """17 x 17 pixels, to 768 channels."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        w, row, column = self.width, (1, 7), (7, 1)
+        one = _conv(x, "branch1x1", 192)
+        seven = _chain(x, ("branch7x7_1", w), ("branch7x7_2", w, row), ("branch7x7_3", 192, column))
+        double = _chain(x, ("branch7x7dbl_1", w), ("branch7x7dbl_2", w, column), ("branch7x7dbl_3", w, row))
+        double = _chain(double, ("branch7x7dbl_4", w, column), ("branch7x7dbl_5", 192, row))
+        return jnp.concatenate([one, seven, double, _conv(_pool(x), "branch_pool", 192)], axis=-1)
+
+
+class BlockD(nn.Module):
+    """17 x 17 to 8 x 8 pixels, 512 channels more."""
+
+    @nn.compact
+    def __call__(self, x):
+        three = _chain(x, ("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2))
+        seven = _chain(x, ("branch7x7x3_1", 192), ("branch7x7x3_2", 192, (1, 7)))
+        seven = _chain(seven, ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2))
+        return jnp.concatenate([three, seven, _shrink(x)], axis=-1)
+
+
+class BlockE(nn.Module):
+    """8 x 8 pixels, to 2,048 channels; the last one pools by the maximum."""
+
+    last: bool
+
+    @nn.compact
+    def __call__(self, x):
+        one = _conv(x, "branch1x1", 320)
+        three = _conv(x, "branch3x3_1", 384)
+        double = _chain(x, ("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3))
+        parts = [_conv(three, "branch3x3_2a", 384, (1, 3)), _conv(three, "branch3x3_2b", 384, (3, 1))]
+        parts += [_conv(double, "branch3x3dbl_3a", 384, (1, 3)), _conv(double, "branch3x3dbl_3b", 384, (3, 1))]
+        pooled = nn.max_pool(x, (3, 3), padding="SAME") if self.last else _pool(x)
+        return jnp.concatenate([one, *parts, _conv(pooled, "branch_pool", 192)], axis=-1)
+
+
+class Inception(nn.Module):
+    """[N, 299, 299, 3] in [-1, 1] -> Outputs."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = BasicConv(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
+        x = BasicConv(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3")(x)
+        x = _shrink(BasicConv(64, (3, 3), name="Conv2d_2b_3x3")(x))
+        x = BasicConv(80, (1, 1), name="Conv2d_3b_1x1")(x)
+        x = _shrink(BasicConv(192, (3, 3), 1, "VALID", name="Conv2d_4a_3x3")(x))
+        for name, pool_features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+            x = BlockA(pool_features, name=name)(x)
+        x = BlockB(name="Mixed_6a")(x)
+        for name, width in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+            x = BlockC(width, name=name)(x)
+        x = BlockD(name="Mixed_7a")(x)
+        x = BlockE(last=True, name="Mixed_7c")(BlockE(last=False, name="Mixed_7b")(x))
+        pool = x.mean(axis=(1, 2))
+        full = jax.lax.Precision.HIGHEST
+        return Outputs(pool, nn.Dense(NUM_CLASSES, use_bias=False, precision=full, name="fc")(pool))
+
+
+@jax.jit
+def apply(params: dict[str, Any], images: UInt8[Array, "N H W 3"]) -> Outputs:
+    """Features and logits of images 0..255 of any size, which are resized to 299 x 299.
+
+    Bilinear between pixel centres without smoothing, as torch's interpolate with align_corners=False: it is part of
+    the definition of FID as pytorch-fid has it.
+
+    Args:
+      params: from `load` or `convert`.
+      images: RGB.
+    """
+    return Inception().apply({"params": params}, prepare(images))
+
+
+def prepare(images: UInt8[Array, "N H W 3"]) -> Float[Array, "N 299 299 3"]:
+    """What the network is given: resized, in [-1, 1]."""
+    shape = (images.shape[0], SIZE, SIZE, images.shape[3])
+    return jax.image.resize(images.astype(jnp.float32) / 127.5 - 1, shape, "bilinear", antialias=False)
+
+
+def load(path: str | os.PathLike | None = None) -> dict[str, Any]:
+    """The weights.
+
+    Args:
+      path: pytorch-fid's .pth, or a .safetensors with the same names; None downloads the former (91 MiB) once into the
+        user's cache and checks its SHA-256. A .pth with another SHA-256 is taken with a warning.
+
+    Raises:
+      InputError: a failed download, a missing or damaged file, or weights of another network.
+    """
+    path = Path(path).expanduser() if path else _download()
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; {REMEDY}")
+    if path.suffix == ".safetensors":
+        try:
+            return convert(safetensors.numpy.load_file(path))
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be used ({str(error)[:200]}); {REMEDY}") from error
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        warnings.warn(f"{path} is not {FILE}: distances by it are not comparable with published FIDs", stacklevel=2)
+    return convert(torch_file.read_state_dict(path))
+
+
+def _download() -> Path:
+    import pooch
+
+    options = {"fname": FILE, "path": pooch.os_cache("diffusion"), "progressbar": sys.stderr.isatty()}
+    try:
+        return Path(pooch.retrieve(URL, known_hash=f"sha256:{SHA256}", **options))
+    except (OSError, ValueError) as error:  # no network or no space; a wrong hash
+        reason = " ".join(str(error).split())
+        raise InputError(f"the Inception network could not be downloaded ({reason}); {REMEDY}") from error
+
+
+def convert(state: dict[str, np.ndarray]) -> dict[str, Any]:
+    """pytorch-fid's state dict as params; batch normalisation, whose statistics are fixed, becomes scale and bias.
+
+    Raises:
+      InputError: entries missing, of another shape, or that the network has no use for.
+    """
+    rest = {name: value for name, value in state.items() if not name.endswith(".num_batches_tracked")}
+    flat = {}
+    for name, shape in _shapes().items():
+        if name.endswith("/bias"):
+            continue  # comes with its kernel
+        prefix = name.replace("/", ".").removesuffix(".kernel")
+        if name == "fc/kernel":
+            arrays = {name: _take(rest, "fc.weight").T}
+            rest.pop("fc.bias", None)  # no part of the Inception Score
+        else:
+            arrays = _fold(rest, prefix, name.removesuffix("kernel"))
+        for key, array in arrays.items():
+            if array.shape != (shape if key == name else shape[-1:]) or not np.isfinite(array).all():
+                raise InputError(f"{prefix} has shape {array.shape} or is not finite; it needs {shape}; {REMEDY}")
+            flat[key] = np.ascontiguousarray(array, np.float32)
+    if rest:
+        raise InputError(f"the weights have {len(rest)} entries too many, as {min(rest)}; {REMEDY}")
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _fold(state, prefix, target):
+    block = prefix.removesuffix(".conv")
+    kernel, *norm = (_take(state, f"{block}.{name}") for name in ("conv.weight", *(f"bn.{n}" for n in _NORM)))
+    scale, shift, mean, variance = norm
+    gain = scale / np.sqrt(variance + BATCH_NORM_EPSILON)
+    if kernel.ndim != 4 or any(array.shape != kernel.shape[:1] for array in norm):
+        raise InputError(f"{block} has shapes that do not fit; {REMEDY}")
+    kernel = (kernel * gain[:, None, None, None]).transpose(2, 3, 1, 0)
+    return {f"{target}kernel": kernel, f"{target}bias": shift - mean * gain}
+
+
+_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def _take(state, name):
+    if name not in state:
+        raise InputError(f"the weights have no {name}: they are of another network; {REMEDY}")
+    return np.asarray(state.pop(name), np.float64)
+
+
+def _shapes() -> dict[str, tuple[int, ...]]:
+    shapes = jax.eval_shape(partial(Inception().init, jax.random.key(0)), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    return {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}

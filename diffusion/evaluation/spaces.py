@@ -1,0 +1,140 @@
+"""Spaces of features: ways to turn images into vectors, from the pixels themselves to FID's Inception."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from diffusion.data import Dataset, fingerprint
+from diffusion.errors import InputError
+from diffusion.evaluation import classifier as classifiers
+from diffusion.evaluation import inception as inceptions
+from diffusion.evaluation.cache import cached, digest
+
+MAX_PIXELS = 16
+"""Largest height and width in the space of pixels."""
+
+
+class Features(NamedTuple):
+    """What a space says of images.
+
+    Attributes:
+      vectors: one row an image.
+      probabilities: of the classes of the space's classifier, or None where it has none.
+    """
+
+    vectors: Float[np.ndarray, "N D"]
+    probabilities: Float[np.ndarray, "N K"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpace:
+    """A way to turn images into vectors.
+
+    Attributes:
+      name: "pixels", "classifier" or "inception"; part of the names of figures.
+      key: identity of the weights; vectors of other keys are not comparable.
+      extract: uint8 images [N, H, W, C], N >= 1, -> Features in float32. Raises InputError for images that the space
+        does not take.
+      facts: what a report should say of the space, as the classifier's accuracy on images held out.
+    """
+
+    name: str
+    key: str
+    extract: Callable[[UInt8[np.ndarray, "N H W C"]], Features]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def pixels() -> FeatureSpace:
+    """The pixels in [0, 1]; for images of at most 16 x 16.
+
+    The covariance of larger images' pixels, 3,072 dimensions for 32 x 32 in colour, says little of how they look and
+    takes many thousand images to estimate.
+    """
+
+    def extract(images):
+        _check_images(images)
+        if max(images.shape[1:3]) > MAX_PIXELS:
+            raise InputError(
+                f"pixels of {images.shape[1]} x {images.shape[2]} images are poor features; they are for at most "
+                f"{MAX_PIXELS} x {MAX_PIXELS}: use the classifier or Inception"
+            )
+        return Features(images.reshape(len(images), -1).astype(np.float32) / 255, None)
+
+    return FeatureSpace("pixels", "pixels 1", extract)
+
+
+def classifier(
+    dataset: Dataset, cache_folder: str | os.PathLike, *, epochs: int = 20, seed: int = 0, batch_size: int = 256
+) -> FeatureSpace:
+    """The last hidden layer and the classes of a small classifier, trained on the data unless the folder has it.
+
+    Real images that it was trained on look a little surer to it than others.
+
+    Args:
+      dataset: labelled images, as for `classifier.train`.
+      cache_folder: for the file of weights; made if it is not there. A damaged file is replaced, with a warning.
+      epochs, seed: of the training.
+      batch_size: images at a time; changes nothing but memory and speed.
+
+    Raises:
+      InputError: the data cannot train a classifier, or the folder cannot be made.
+    """
+    wanted = fingerprint(dataset), epochs, seed
+
+    def load(path):
+        found = classifiers.load(path)
+        if (found.data, found.epochs, found.seed) != wanted:
+            raise InputError("it is of other data")
+        return found
+
+    path = Path(cache_folder, f"classifier-{wanted[0][:16]}-{epochs}-{seed}.safetensors")
+    trained = cached(path, load, lambda: classifiers.train(dataset, epochs=epochs, seed=seed), classifiers.save)
+
+    def extract(images):
+        _check_images(images)
+        if images.shape[1:] != trained.image_shape:
+            raise InputError(f"images have shape {images.shape[1:]}; the classifier knows {trained.image_shape}")
+        return _in_batches(lambda x: classifiers.apply(trained.params, x, trained.num_classes), images, batch_size)
+
+    facts = {"accuracy": trained.accuracy, "data": trained.data, "epochs": epochs, "seed": seed}
+    return FeatureSpace("classifier", trained.sha256(), extract, facts)
+
+
+def inception(path: str | os.PathLike | None = None, *, batch_size: int = 32) -> FeatureSpace:
+    """The 2,048 features and 1,008 classes of FID's Inception; grey images become RGB.
+
+    Args:
+      path: its weights, see `inception.load`; None downloads them once.
+      batch_size: images at a time, about 20 MiB each; changes nothing but memory and speed.
+    """
+    params = jax.device_put(inceptions.load(path))
+
+    def extract(images):
+        _check_images(images)
+        colour = images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
+        return _in_batches(lambda x: inceptions.apply(params, x), colour, batch_size)
+
+    return FeatureSpace("inception", digest(jax.device_get(params)), extract)
+
+
+def _check_images(images):
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[3] not in (1, 3):
+        raise InputError(f"images are {images.dtype} {images.shape}; give uint8 [N, H, W, 1 or 3], at least one")
+
+
+def _in_batches(apply, images, batch_size):
+    """The network's two outputs, vectors and logits; every batch has the one shape that is compiled."""
+    vectors, probabilities = [], []
+    for start in range(0, len(images), batch_size):
+        # The last batch is filled up with its last image.
+        found = apply(images[np.minimum(np.arange(start, start + batch_size), len(images) - 1)])
+        count = min(batch_size, len(images) - start)
+        vectors.append(np.asarray(found[0])[:count])
+        probabilities.append(np.asarray(jax.nn.softmax(found[1]))[:count])
+    return Features(np.concatenate(vectors), np.concatenate(probabilities))
