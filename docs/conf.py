@@ -46,6 +46,7 @@ logging.getLogger("sphinx.sphinx.directives.other").addFilter(
 default_role = "py:obj"  # `name` in a docstring links where it can
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!diffusion\.).*")]  # what is ours must be found
+nitpick_ignore = [("py:class", "diffusion.evaluation.cache.Result")]  # a type variable
 
 
 COLON = "\N{FULLWIDTH COLON}"  # stands for a colon where napoleon would take what is before it for a type
@@ -64,6 +65,7 @@ def read_as_plain_text(app, what, name, obj, options, lines):
             text_before = line
         if not in_code:
             line = re.sub(r"[*|]", r"\\\g<0>", line)
+            line = re.sub(r"(?<=\w)_(?!\w)", r"\\_", line)  # not a link
             line = re.sub(r"\b([A-Z])\.(?= |$)", r"\1\\.", line)  # not an item of a list
         result.append(line)
     if what in ("attribute", "data", "property"):
