@@ -97,8 +97,8 @@ fields = {
     "data.size": 8,
     "data.channels": 1,  # grey
     "schedule.name": "cosine",  # few pixels want little noise
-    "model.width": 16,
-    "model.multipliers": "(1,2)",
+    "model.width": 32,
+    "model.multipliers": "(1,)",
     "model.num_blocks": 1,
     "model.attention_resolutions": "()",
     "model.num_classes": 2,  # 0 to ignore the sub-folders
@@ -107,7 +107,7 @@ fields = {
     "optimizer.warmup_steps": 20,
     "optimizer.decay": "cosine",
     "train.num_steps": 300,
-    "train.batch_size": 64,
+    "train.batch_size": 32,
     "train.ema_decays": "(0.98,)",
     "train.log_every": 10,
     "train.save_every": 300,
