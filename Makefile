@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: sample demo test agreement reliability lint format bench clean
+.PHONY: sample demo test agreement reliability notebooks docs lint format bench clean
+.DELETE_ON_ERROR:
 
 # Install, and draw 64 digits in 25 steps from the model that ships.
 sample: $(VENV)/.installed
@@ -31,6 +32,21 @@ reliability: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -rA --no-header -m "" tests/test_reliability.py tests/test_batches.py \
 		tests/test_checkpoints.py tests/test_loop.py
 
+# Runs the notebooks that have changed, or all where the library has; the results are pages of the site.
+NOTEBOOKS := $(patsubst notebooks/%.py,docs/notebooks/%.ipynb,$(wildcard notebooks/*.py))
+
+notebooks: $(NOTEBOOKS)
+
+docs/notebooks/%.ipynb: notebooks/%.py $(wildcard *.py configs/*.py diffusion/*.py diffusion/*/*.py) \
+		| $(VENV)/.installed-notebooks
+	$(BIN)/jupytext --quiet --to ipynb --output $@ $<
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 --overwrite $@
+
+# The site, in site/. Broken links, anchors and references are errors.
+docs: $(NOTEBOOKS) $(VENV)/.installed-docs
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going docs site
+	@echo "wrote site/index.html"
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,7 +60,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/devices.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site docs/notebooks/*.ipynb *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

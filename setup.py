@@ -24,6 +24,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint~=0.12.8",  # the v1 interface is new and still moves
         "absl-py>=2.3",
+        "matplotlib>=3.9",  # figures of results
         "ml-collections>=1.1",
         "grain>=0.2.18,<0.3",  # worker processes that read images ahead, in order; 0.x still moves
         "jaxtyping>=0.3",  # array shapes in annotations
@@ -38,6 +39,19 @@ setup(
     extras_require={
         "test": ["pytest>=8.0", "scipy>=1.13"],
         "dev": ["ruff>=0.14", "pre-commit>=4.0"],
+        "docs": [
+            "sphinx>=8.2,<10",  # the site and the reference from docstrings
+            "furo>=2025.12.19",  # its theme
+            "myst-nb>=1.4,<2",  # pages in Markdown, notebooks as pages
+            "latex2mathml>=3.78,<4",  # formulas as MathML while building, so that no script is loaded from elsewhere
+        ],
+        "notebooks": [
+            "jupytext>=1.17",  # notebooks as Python files
+            "nbmake>=1.5.5",  # runs them under pytest
+            "ipykernel>=6.29",  # what runs a notebook
+            "ipywidgets>=8.1",  # tqdm in a notebook
+            "pytest>=8.0",
+        ],
         # The live comparison in tests/agreement; install torch alone and first, a CPU build is enough, then torchvision
         # and pytorch-fid with --no-deps (see the Makefile).
         "reference": [

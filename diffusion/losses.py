@@ -116,7 +116,9 @@ def hybrid_loss(
     L_vlb reaches the variance alone: the prediction is detached there. Its sum over timesteps is estimated by T times
     the term drawn, in bits per dimension; with the paper's 0.001 that is the T / 1000 of the authors' code.
 
-    Arguments as the module says, and:
+    The other arguments are as the module says.
+
+    Args:
       network: returns 2 C channels, the prediction and then where its log-variance lies between those of beta_tilde
         (-1) and beta (1), see `denoiser.log_variance_between`.
       x_0: 8-bit images.
