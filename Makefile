@@ -16,8 +16,9 @@ demo: $(VENV)/.installed
 	$(BIN)/python train.py
 	$(BIN)/python sample.py --steps=25
 
+# A process for each core, up to four.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # Every table beside diffusers' scheduler, and Inception beside pytorch-fid's. The CPU build of torch comes first, and
 # what needs torch comes without its dependencies, or pip brings gigabytes of CUDA.

@@ -6,7 +6,8 @@ is called FID. Writes evaluation.csv, evaluation.json (everything needed to repe
 command goes on where it was stopped.
 
 `python evaluate.py --bound=10,25` prints the variational bound of the data in bits per dimension instead, for each
-variance and number of steps, and writes bound.json with the part of every step.
+variance and number of steps, and writes bound.json with the part of every step. `--likelihood=25,50` prints its
+likelihood under the probability flow, solved in so many steps, and writes likelihood.json.
 """
 
 import time
@@ -19,7 +20,7 @@ from absl import flags
 
 from diffusion import __version__, cli, data, devices, experiment, files, plots, sampling_run
 from diffusion.errors import InputError, nearest
-from diffusion.evaluation import features, likelihood, sweep
+from diffusion.evaluation import features, flow_likelihood, likelihood, sweep
 
 SPACES = ("classifier", "inception", "pixels")
 
@@ -36,7 +37,11 @@ _METRICS = flags.DEFINE_list(
 )
 _INCEPTION = flags.DEFINE_string("inception", None, "File of the standard Inception weights. Default: downloaded.")
 _NUM = flags.DEFINE_integer("num", None, "Number of samples. Default: as many as real images.", lower_bound=65)
+_FIRST = flags.DEFINE_integer("first", None, "Only so many images for --bound and --likelihood.", lower_bound=1)
 _BOUND = flags.DEFINE_list("bound", None, "Numbers of steps: print the variational bound with so many, as 10,25.")
+_LIKELIHOOD = flags.DEFINE_list(
+    "likelihood", None, "Numbers of steps: print the likelihood under the probability flow with so many, as 25,50."
+)
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
 
@@ -44,10 +49,12 @@ def main() -> None:
     devices.prepare()
     source = sampling_run.open_source()
     out = Path(_OUT.value or source.home)
-    if _BOUND.value is None:
+    if _BOUND.value is None and _LIKELIHOOD.value is None:
         measure_samples(source, out)
-    else:
+    if _BOUND.value is not None:
         measure_bound(source, out)
+    if _LIKELIHOOD.value is not None:
+        measure_likelihood(source, out)
 
 
 def measure_samples(source: sampling_run.Source, out: Path) -> None:
@@ -67,7 +74,7 @@ def measure_samples(source: sampling_run.Source, out: Path) -> None:
     results = sweep.Results(out)
     reference = features.make_reference(space, real, _cache(), split=config.data.split)
 
-    print(f"{source.name}, step {source.trained.step:,}: {num:,} samples against {len(real.images):,} real images")
+    print(f"{_of(source)}: {num:,} samples against {len(real.images):,} real images")
     for fact, value in space.facts.items():
         print(f"{name} {fact}: {value}")
     shown, printed = [], False
@@ -95,19 +102,51 @@ def measure_samples(source: sampling_run.Source, out: Path) -> None:
 
 def measure_bound(source: sampling_run.Source, out: Path) -> None:
     """Bits per dimension of the data the run was trained on, with fixed and learned variances."""
-    trained, seed = source.trained, source.seed
     steps = _numbers("bound", _BOUND.value, int)
-    images = experiment.load_data(trained.config.data)
-    tau = _TAU.value or trained.config.sample.tau
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"{source.name}, step {trained.step:,}: variational bound of its {len(images.images):,} images on {tau}")
-    rows = likelihood.bits_table(trained, images, jax.random.key(seed), steps=steps, tau=tau)
+    images, key = _first_images(source), jax.random.key(source.seed)
+    tau = _TAU.value or source.trained.config.sample.tau
+    print(f"{_of(source)}: variational bound of {len(images.images):,} images of its data on {tau}")
+    rows = likelihood.bits_table(source.trained, images, key, steps=steps, tau=tau)
     print(f"{'variance':10} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for row in rows:
         print(f"{row.variance:10} {row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
-    record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "grid": tau, "seed": seed}
-    files.write_json(out / "bound.json", {**record, "rows": [row._asdict() for row in rows]})
-    print(f"wrote {out / 'bound.json'}")
+    _write_bits(source, out / "bound.json", images, rows, grid=tau)
+
+
+def measure_likelihood(source: sampling_run.Source, out: Path) -> None:
+    """Bits per dimension of the data the run was trained on, under the flow that DDIM discretizes."""
+    steps = _numbers("likelihood", _LIKELIHOOD.value, int)
+    images, key = _first_images(source), jax.random.key(source.seed)
+    print(f"{_of(source)}: likelihood of {len(images.images):,} images of its data under the probability flow")
+    rows = flow_likelihood.bits_table(source.trained, images, key, steps=steps)
+    print(f"{'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
+    for row in rows:
+        print(f"{row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
+    _write_bits(source, out / "likelihood.json", images, rows)
+
+
+def _of(source):
+    return f"{source.name}, step {source.trained.step:,}"
+
+
+def _first_images(source):
+    """The data the run was trained on, or the first images of it."""
+    real, first = experiment.load_data(source.trained.config.data), _FIRST.value
+    if first is None:
+        return real
+    if first > len(real.images):
+        raise InputError(f"--first={first} is more than the {len(real.images)} images of the data")
+    labels = None if real.labels is None else real.labels[:first]
+    return real._replace(images=real.images[np.arange(first)], labels=labels)
+
+
+def _write_bits(source, path, images, rows, **facts):
+    trained = source.trained
+    record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "seed": source.seed}
+    record |= {"num": len(images.images), **facts, "rows": [row._asdict() for row in rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, record)
+    print(f"wrote {path}")
 
 
 def _space(name, real):
@@ -145,8 +184,7 @@ def _plot(out, source, shown):
     series: dict[str, list[tuple[float, float]]] = {}
     for entry, run, row in shown:
         series.setdefault(entry.label(), []).append((run.table.nfe, row["metrics"][metric]))
-    title = f"{source.name}, step {source.trained.step:,}"
-    plots.curves(out / "evaluation.png", series, xlabel="network calls", ylabel=metric, title=title)
+    plots.curves(out / "evaluation.png", series, xlabel="network calls", ylabel=metric, title=_of(source))
 
 
 if __name__ == "__main__":

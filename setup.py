@@ -37,7 +37,7 @@ setup(
         "tqdm>=4.66",  # progress with rate and time left
     ],
     extras_require={
-        "test": ["pytest>=8.0", "scipy>=1.13"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "scipy>=1.13"],
         "dev": ["ruff>=0.14", "pre-commit>=4.0"],
         "docs": [
             "sphinx>=8.2,<10",  # the site and the reference from docstrings

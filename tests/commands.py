@@ -27,8 +27,9 @@ TINY = (
 
 
 def shared_cache(folder):
-    """Environment variables that let commands share what XLA compiled; most of their time is compilation."""
+    """Environment variables for commands: most of their time is compilation, so it is shared, and hardly optimizes."""
     return {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -84,7 +85,7 @@ def saved_steps(folder):
 
 def digest(folder, step):
     """SHA-256 of every array of a checkpoint, read as it is."""
-    path = folder / "checkpoints" / str(step)
+    path = (folder / "checkpoints" / str(step)).absolute()  # orbax finds nothing in a relative one
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     items = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) if hasattr(x, "shape") else x,

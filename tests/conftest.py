@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from commands import shared_cache
+from commands import shared_cache, train
 
 jax.config.update("jax_num_cpu_devices", 8)  # for what must not depend on their number
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +23,12 @@ def compile_once(tmp_path_factory):
         for name, value in shared_cache(tmp_path_factory.mktemp("compiled")).items():
             patch.setenv(name, value)
         yield
+
+
+@pytest.fixture(scope="session")
+def trained(compile_once, tmp_path_factory):
+    """A folder in which `python train.py` has trained a tiny digits model for 12 steps."""
+    cwd = tmp_path_factory.mktemp("trained")
+    result = train(cwd, "--config.train.num_steps=12", "--config.train.log_every=5", "--config.train.save_every=5")
+    assert result.returncode == 0, result.stderr
+    return cwd

@@ -31,7 +31,7 @@ def float64():
         (solvers.unipc, {"order": 3}),
         (solvers.heun, {}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_gradients_flow_through_the_whole_scan_to_tau(float64, solver, options):
     network = ideal_network(SCHEDULE, lambda x, a, n: gaussian_denoiser(jnp.tanh(x), a, n, 0.2, 0.3))

@@ -8,8 +8,10 @@ from reference import MEANS, VARIANCES, WEIGHTS, refused
 from scipy.stats import norm
 
 from diffusion import schedules, testbeds, timesteps
-from diffusion.evaluation.flow_likelihood import log_likelihood
+from diffusion.data import Dataset
+from diffusion.evaluation.flow_likelihood import bits_table, log_likelihood
 from diffusion.evaluation.likelihood import variational_bound
+from diffusion.experiment import Model, Trained
 
 T = 1000
 LINEAR, COSINE = schedules.linear(), schedules.cosine()
@@ -223,3 +225,19 @@ def test_wrong_arguments_are_refused():
         log_likelihood(*testbed, LINEAR, images)
     with refused("signal is zero"):
         log_likelihood(*testbed, schedules.zero_terminal_snr(LINEAR), x)
+
+
+def test_the_table_of_a_run_holds_the_mean_likelihood_of_all_images_in_any_batches():
+    def network(params, x, t, cond):
+        return jnp.tanh(x) + cond[:, None, None, None] / 10
+
+    images = np.random.default_rng(0).choice(256, (11, 2, 2, 1)).astype(np.uint8)
+    labels = (np.arange(11) % 3).astype(np.int32)
+    run = Trained(Model(LINEAR, "v", network, (2, 2, 1), 3, None, False), {}, None, 0, "0.9")
+    rows = bits_table(run, Dataset(images, labels, ("a", "b", "c")), KEY, steps=(3, 6), batch_size=4)
+    assert [row.steps for row in rows] == [3, 6]
+    for row in rows:
+        options = {"prediction": "v", "trace": "rademacher", "steps": row.steps, "dequantize": True}
+        bits = np.asarray(log_likelihood(network, {}, LINEAR, images, KEY, cond=jnp.asarray(labels), **options).bits)
+        np.testing.assert_allclose(row.bits, bits.mean(), rtol=1e-5)
+        np.testing.assert_allclose(row.standard_error, bits.std(ddof=1) / 11**0.5, rtol=1e-3)

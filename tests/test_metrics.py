@@ -22,8 +22,8 @@ def test_the_frechet_distance_of_moments_is_that_of_the_sets():
 
 def test_the_frechet_distance_of_a_shift_is_its_square_and_of_a_set_to_itself_zero():
     a = np.random.default_rng(0).normal(size=(50, 3)) * [1, 1, 0]  # one never varies
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-10)
-    assert frechet_distance(a, a + np.array([3.0, 0, 4.0])) == pytest.approx(25)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-10)
+    assert metrics.frechet_distance(a, a + np.array([3.0, 0, 4.0])) == pytest.approx(25)
 
 
 def test_the_frechet_distance_of_gaussians_is_its_closed_form():

@@ -186,15 +186,25 @@ def bits_table(
 
 def _bound(trained, data, grid, key, variance, clip, batch_size):
     """The bound of every image, a Bound of float64 [N]."""
-    model, parts = trained.model, []
+    model = trained.model
     options = {"prediction": model.prediction, "variance": variance, "clip": clip}
+
+    def bound(images, cond, ids):
+        x_0 = images.astype(np.float32) / 127.5 - 1
+        return variational_bound(
+            model.apply_fn, trained.params, model.schedule, grid, x_0, key, cond=cond, sample_ids=ids, **options
+        )
+
+    return in_batches(bound, trained, data, batch_size)
+
+
+def in_batches(measure, trained: Trained, data: Dataset, batch_size: int):
+    """measure(images uint8, cond, ids) of a data set, a tree of arrays [..., B]; joined as float64 [..., N]."""
+    parts = []
     for start in range(0, len(data.images), batch_size):
         # The last batch is filled up, so that all have the shape that is compiled.
         ids = np.minimum(np.arange(start, start + batch_size), len(data.images) - 1)
-        x_0 = data.images[ids].astype(np.float32) / 127.5 - 1
-        cond = jnp.asarray(data.labels[ids]) if model.num_classes else None
-        bound = variational_bound(
-            model.apply_fn, trained.params, model.schedule, grid, x_0, key, cond=cond, sample_ids=ids, **options
-        )
-        parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64)[..., : len(data.images) - start], bound))  # noqa: B023
+        cond = jnp.asarray(data.labels[ids]) if trained.model.num_classes else None
+        part = measure(data.images[ids], cond, ids)
+        parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64)[..., : len(data.images) - start], part))  # noqa: B023
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *parts)
