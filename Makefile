@@ -16,9 +16,9 @@ demo: $(VENV)/.installed
 	$(BIN)/python train.py
 	$(BIN)/python sample.py --steps=25
 
-# A process for each core, up to four.
+# A process for each core, up to four; files in the order of their names, which begins with the long ones.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # Every table beside diffusers' scheduler, and Inception beside pytorch-fid's. The CPU build of torch comes first, and
 # what needs torch comes without its dependencies, or pip brings gigabytes of CUDA.
@@ -41,7 +41,7 @@ notebooks: $(NOTEBOOKS)
 docs/notebooks/%.ipynb: notebooks/%.py $(wildcard *.py configs/*.py diffusion/*.py diffusion/*/*.py) \
 		| $(VENV)/.installed-notebooks
 	$(BIN)/jupytext --quiet --to ipynb --output $@ $<
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 --overwrite $@
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 --overwrite $@
 
 # The site, in site/. Broken links, anchors and references are errors.
 docs: $(NOTEBOOKS) $(VENV)/.installed-docs
@@ -61,7 +61,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/devices.py
 
 clean:
-	rm -rf $(VENV) build dist site docs/notebooks/*.ipynb *.egg-info
+	rm -rf $(VENV) build dist site jupyter_execute docs/notebooks/*.ipynb *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -3,7 +3,7 @@
 Draws as many samples as there are real images (or --num) with every sampler, number of steps and eta, and compares them
 with the real ones in a space of features: pixels, a classifier trained on the data, or Inception, whose distance alone
 is called FID. Writes evaluation.csv, evaluation.json (everything needed to repeat a row) and evaluation.png; the same
-command goes on where it was stopped.
+command goes on with the row where it was stopped.
 
 `python evaluate.py --bound=10,25` prints the variational bound of the data in bits per dimension instead, for each
 variance and number of steps, and writes bound.json with the part of every step. `--likelihood=25,50` prints its
@@ -17,12 +17,19 @@ import jax
 import numpy as np
 import pooch
 from absl import flags
+from tqdm import tqdm
 
 from diffusion import __version__, cli, data, devices, experiment, files, plots, sampling_run
 from diffusion.errors import InputError, nearest
 from diffusion.evaluation import features, flow_likelihood, likelihood, sweep
 
 SPACES = ("classifier", "inception", "pixels")
+LONG_NAMES = {
+    "frechet": "Fréchet distance, {}",
+    "kernel": "kernel distance, {}",
+    "score": "class score, {}",
+    "prdc": "precision, {}",
+}
 
 sampling_run.define_source_flags()
 _SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, several with commas. Default: the run's.")
@@ -36,6 +43,7 @@ _METRICS = flags.DEFINE_list(
     "frechet, kernel, score, prdc; in Inception's space the first three are fid, kid, is.",
 )
 _INCEPTION = flags.DEFINE_string("inception", None, "File of the standard Inception weights. Default: downloaded.")
+_SPLIT = flags.DEFINE_string("split", None, "Part of the data to compare with or measure, as test. Default: the run's.")
 _NUM = flags.DEFINE_integer("num", None, "Number of samples. Default: as many as real images.", lower_bound=65)
 _FIRST = flags.DEFINE_integer("first", None, "Only so many images for --bound and --likelihood.", lower_bound=1)
 _BOUND = flags.DEFINE_list("bound", None, "Numbers of steps: print the variational bound with so many, as 10,25.")
@@ -44,11 +52,20 @@ _LIKELIHOOD = flags.DEFINE_list(
 )
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
+OF_SAMPLES = ("samplers", "steps", "etas", "features", "metrics", "inception", "num", "labels", "dynamic_threshold")
+OF_SAMPLES += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule")
+
 
 def main() -> None:
     devices.prepare()
+    if _BOUND.value is None and _LIKELIHOOD.value is None:
+        _refuse(["first"], "goes with --bound and --likelihood")
+    else:
+        _refuse(OF_SAMPLES, "is of samples, which --bound and --likelihood do not draw")
+    if _BOUND.value is None and _LIKELIHOOD.value is not None:
+        _refuse(["tau", "clip"], "goes with --bound or samples, not with --likelihood alone")
     source = sampling_run.open_source()
-    out = Path(_OUT.value or source.home)
+    out = Path(_OUT.value or source.home).expanduser()
     if _BOUND.value is None and _LIKELIHOOD.value is None:
         measure_samples(source, out)
     if _BOUND.value is not None:
@@ -61,89 +78,119 @@ def measure_samples(source: sampling_run.Source, out: Path) -> None:
     """The sweep: finds all that can be wrong before the first image is drawn."""
     config = source.trained.config
     tau = _TAU.value or config.sample.tau
-    samplers = sweep.parse_samplers(_SAMPLERS.value or config.sample.sampler)
-    steps = [config.sample.steps] if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
-    entries = sweep.plan(samplers, steps, _numbers("etas", _ETAS.value, float))
-    runs = [sampling_run.make_run(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
-    real = experiment.load_data(config.data)
-    num = _NUM.value or len(real.images)
+    samplers = sweep.parse_samplers(config.sample.sampler if _SAMPLERS.value is None else _SAMPLERS.value)
+    steps = None if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
+    steps = sampling_run.chosen_steps(tau, steps, [config.sample.steps])
+    entries = sweep.plan(samplers, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [])
     name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
     metrics = features.plain_names(_METRICS.value, name)
+    runs = [sampling_run.make_run(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
+    real, split = _real_images(config)
+    num = _NUM.value or len(real.images)
     space = _space(name, real)
-    out.mkdir(parents=True, exist_ok=True)
-    results = sweep.Results(out)
-    reference = features.make_reference(space, real, _cache(), split=config.data.split)
-
-    print(f"{_of(source)}: {num:,} samples against {len(real.images):,} real images")
-    for fact, value in space.facts.items():
-        print(f"{name} {fact}: {value}")
-    shown, printed = [], False
-    for entry, run in zip(entries, runs, strict=True):
-        record = {**run.record(), "eta": entry.eta, "num": num, "features": space.key, "data": data.fingerprint(real)}
-        row = results.find(record, metrics)
-        if row is None:
-            start = time.perf_counter()
-            samples = np.concatenate(list(run.draw(range(num), devices.data_mesh(), flags.FLAGS.batch_size)))
-            seconds = time.perf_counter() - start
-            found = space.extract(samples)
-            if note := features.too_few(reference, found):
-                print(f"note: {note}")
-            values = features.measure(reference, found, metrics)
-            versions = {"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__}
-            row = results.add(record, metrics, values, {"seconds": round(seconds, 3), "versions": versions})
-        if not printed:
-            print(f"{'sampler':32} {'steps':>5} {'calls':>5} " + " ".join(f"{name:>18}" for name in row["metrics"]))
-            printed = True
-        print(_line(entry, run, row), flush=True)
-        shown.append((entry, run, row))
-    _plot(out, source, shown)
+    with files.locked(out, "measuring into", ".evaluation.lock"):
+        results = sweep.Results(out)
+        reference = features.make_reference(space, real, _cache(), split=split)
+        print(f"{_of(source)}: {num:,} samples against {len(real.images):,} real images")
+        if "accuracy" in space.facts:
+            print(f"the classifier is right about {space.facts['accuracy']:.1%} of the images that it was not shown")
+        shown = [figure for metric in metrics for figure in features.figure_names(metric, space.name)]
+        print(f"{'sampler':32} {'steps':>5} {'calls':>5} " + " ".join(f"{figure:>18}" for figure in shown))
+        rows = []
+        for entry, run in zip(entries, runs, strict=True):
+            facts = {"num": num, "features": space.key, "split": split, "data": data.fingerprint(real)}
+            record = {**run.record(), "eta": entry.eta, **facts}
+            row = results.find(record, metrics)
+            if row is None:
+                row = _measure(run, num, space, reference, metrics, results, record)
+            values = [row["metrics"][figure] for figure in shown]
+            print(_line(entry, run, values), flush=True)
+            rows.append((entry.label(), run.table.nfe, values[0]))
+    _plot(out, source, rows, metrics[0], space.name)
     print(f"wrote evaluation.csv, evaluation.json and evaluation.png in {out}")
 
 
+def _measure(run, num, space, reference, metrics, results, record):
+    """Draws the samples of a row, measures them and writes it down."""
+    for note in run.notes():
+        print(f"note: {note}")
+    start, batches = time.perf_counter(), []
+    with tqdm(total=num, unit="image", desc=run.table.name, leave=False, disable=None) as progress:
+        for images in run.draw(range(num), devices.data_mesh(), flags.FLAGS.batch_size):
+            batches.append(images)
+            progress.update(len(images))
+    seconds = time.perf_counter() - start
+    found = space.extract(np.concatenate(batches))
+    if note := features.too_few(reference, found):
+        print(f"note: {note}")
+    values = features.measure(reference, found, metrics)
+    versions = {"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__}
+    facts = {"seconds": round(seconds, 3), "versions": versions, "space": {"name": space.name, **space.facts}}
+    return results.add(record, metrics, values, facts)
+
+
 def measure_bound(source: sampling_run.Source, out: Path) -> None:
-    """Bits per dimension of the data the run was trained on, with fixed and learned variances."""
+    """Bits per dimension of the data, with fixed and learned variances."""
     steps = _numbers("bound", _BOUND.value, int)
-    images, key = _first_images(source), jax.random.key(source.seed)
-    tau = _TAU.value or source.trained.config.sample.tau
-    print(f"{_of(source)}: variational bound of {len(images.images):,} images of its data on {tau}")
-    rows = likelihood.bits_table(source.trained, images, key, steps=steps, tau=tau)
+    images, split = _first_images(source)
+    tau, clip = _TAU.value or source.trained.config.sample.tau, source.options["clip"]
+    if ":" in tau:
+        raise InputError(f"--bound gives the number of steps, and tau {tau} has its own; name a grid, as uniform")
+    print(f"{_of(source)}: variational bound of {len(images.images):,} images of its data on {tau}, clip {clip}")
+    key = jax.random.key(source.seed)
+    rows = likelihood.bits_table(source.trained, images, key, steps=steps, tau=tau, clip=clip)
     print(f"{'variance':10} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for row in rows:
         print(f"{row.variance:10} {row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
-    _write_bits(source, out / "bound.json", images, rows, grid=tau)
+    _write_bits(source, out / "bound.json", images, rows, split=split, grid=tau, clip=clip)
 
 
 def measure_likelihood(source: sampling_run.Source, out: Path) -> None:
-    """Bits per dimension of the data the run was trained on, under the flow that DDIM discretizes."""
+    """Bits per dimension of the data under the flow that DDIM discretizes."""
     steps = _numbers("likelihood", _LIKELIHOOD.value, int)
-    images, key = _first_images(source), jax.random.key(source.seed)
+    images, split = _first_images(source)
     print(f"{_of(source)}: likelihood of {len(images.images):,} images of its data under the probability flow")
-    rows = flow_likelihood.bits_table(source.trained, images, key, steps=steps)
+    rows = flow_likelihood.bits_table(source.trained, images, jax.random.key(source.seed), steps=steps)
     print(f"{'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for row in rows:
         print(f"{row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
-    _write_bits(source, out / "likelihood.json", images, rows)
+    _write_bits(source, out / "likelihood.json", images, rows, split=split)
 
 
 def _of(source):
     return f"{source.name}, step {source.trained.step:,}"
 
 
+def _refuse(names, why):
+    """Flags that would have no effect."""
+    for name in names:
+        if not flags.FLAGS[name].using_default_value:
+            raise InputError(f"--{name} {why}; leave it out")
+
+
+def _real_images(config):
+    """(data, split): what the run was trained on, or another part of the same source."""
+    section = config.data.copy_and_resolve_references()
+    if _SPLIT.value is not None:
+        section.split = _SPLIT.value
+    return experiment.load_data(section), section.split
+
+
 def _first_images(source):
-    """The data the run was trained on, or the first images of it."""
-    real, first = experiment.load_data(source.trained.config.data), _FIRST.value
+    """_real_images, or the first of them."""
+    (real, split), first = _real_images(source.trained.config), _FIRST.value
     if first is None:
-        return real
+        return real, split
     if first > len(real.images):
         raise InputError(f"--first={first} is more than the {len(real.images)} images of the data")
     labels = None if real.labels is None else real.labels[:first]
-    return real._replace(images=real.images[np.arange(first)], labels=labels)
+    return real._replace(images=real.images[np.arange(first)], labels=labels), split
 
 
 def _write_bits(source, path, images, rows, **facts):
     trained = source.trained
-    record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "seed": source.seed}
-    record |= {"num": len(images.images), **facts, "rows": [row._asdict() for row in rows]}
+    record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "weights_sha256": source.weights}
+    record |= {"seed": source.seed, "num": len(images.images), **facts, "rows": [row._asdict() for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, record)
     print(f"wrote {path}")
@@ -167,24 +214,28 @@ def _cache():
 
 def _numbers(flag, texts, kind):
     try:
-        return [kind(text) for text in texts]
+        if texts:
+            return [kind(text) for text in texts]
     except ValueError:
-        example = "5,10,25" if kind is int else "0,0.5,1"
-        raise InputError(f"{flag} is {','.join(texts)!r}; write numbers as {example}") from None
+        pass
+    example = "5,10,25" if kind is int else "0,0.5,1"
+    raise InputError(f"{flag} is {','.join(texts)!r}; write numbers as {example}") from None
 
 
-def _line(entry, run, row):
-    values = " ".join(f"{value:18.4f}" for value in row["metrics"].values())
-    return f"{entry.label():32} {entry.steps:5} {run.table.nfe:5} {values}"
+def _line(entry, run, values):
+    steps = len(run.table.tau) - 1
+    return f"{entry.label():32} {steps:5} {run.table.nfe:5} " + " ".join(f"{value:18.4f}" for value in values)
 
 
-def _plot(out, source, shown):
-    """The first metric against network calls, a curve for each sampler."""
-    metric = next(iter(shown[0][2]["metrics"]))
+def _plot(out, source, rows, metric, space):
+    """The first figure against network calls, a curve for each sampler."""
     series: dict[str, list[tuple[float, float]]] = {}
-    for entry, run, row in shown:
-        series.setdefault(entry.label(), []).append((run.table.nfe, row["metrics"][metric]))
-    plots.curves(out / "evaluation.png", series, xlabel="network calls", ylabel=metric, title=_of(source))
+    for label, calls, value in rows:
+        series.setdefault(label, []).append((calls, value))
+    name = LONG_NAMES[metric].format(space)
+    if space == "inception":
+        name = {"frechet": "FID", "kernel": "KID", "score": "Inception Score"}.get(metric, "precision")
+    plots.curves(out / "evaluation.png", series, xlabel="network calls", ylabel=name, title=_of(source))
 
 
 if __name__ == "__main__":

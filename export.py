@@ -26,7 +26,7 @@ def main() -> None:
     folder = run_folder.existing(_WORKDIR.value) if _WORKDIR.value else run_folder.newest("runs")
     if folder is None:
         raise InputError("there is no run in runs/; train one with `python train.py`, or name one with --workdir")
-    out = Path(_OUT.value or f"{folder.path.name}{weights.SUFFIX}")
+    out = Path(_OUT.value or f"{folder.path.name}{weights.SUFFIX}").expanduser()
     if out.suffix != weights.SUFFIX:
         raise InputError(f"out is {str(out)!r}; its name must end in {weights.SUFFIX}")
     figures = _read_figures(_FIGURES.value) if _FIGURES.value else {}

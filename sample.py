@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from diffusion import __version__, cli, devices, files, jobs, sampling_run, timesteps
+from diffusion import __version__, cli, devices, files, jobs, sampling_run
 
 sampling_run.define_source_flags()
 sampling_run.define_sampler_flags()
@@ -33,19 +33,20 @@ def main() -> None:
     run = sampling_run.open_run()
     ids = range(_NUM.value) if _SEEDS.value is None else jobs.parse_ids(_SEEDS.value)
     print(run.title(len(ids)))
-    for note in _notes(run):
+    for note in run.notes():
         print(f"note: {note}")
     if _DRY_RUN.value:
         print(run.table)
         return
-    out = Path(_OUT.value or run.source.home / "samples" / _label(run))
+    out = Path(_OUT.value or run.source.home / "samples" / _label(run)).expanduser()
     out.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be written is found now
     job = jobs.Job(out, ids, run.record())
     mesh = devices.data_mesh()
     seconds = _draw(run, job, mesh)
 
-    first = job.first_images(64)
-    files.write_png(out / "grid.png", files.grid(first))
+    files.write_png(out / "grid.png", files.grid(job.images(0)[:64]))
+    if _PNG.value:
+        _write_pngs(job)
     if _GIF.value:
         files.write_gif(out / "trajectory.gif", [files.grid(frame) for frame in run.trajectory(ids[:64])])
     job.finish(
@@ -70,36 +71,28 @@ def _draw(run, job, mesh):
             for images in run.draw(job.shards[index], mesh, flags.FLAGS.batch_size):
                 batches.append(images)
                 progress.update(len(images))
-            images = np.concatenate(batches)
-            job.write(index, images, run.source.labels)
-            if _PNG.value:
-                (job.out / "png").mkdir(exist_ok=True)
-                for number, image in zip(job.shards[index], images, strict=True):
-                    files.write_png(job.out / "png" / f"{number:06}.png", image)
+            job.write(index, np.concatenate(batches), run.source.labels)
     return time.perf_counter() - start
 
 
+def _write_pngs(job):
+    """Every image of the job as png/NUMBER.png."""
+    folder = job.out / "png"
+    folder.mkdir(exist_ok=True)
+    for index, ids in enumerate(job.shards):
+        for number, image in zip(ids, job.images(index), strict=True):
+            files.write_png(folder / f"{number:06}.png", image)
+
+
 def _label(run):
-    """A folder name for these options."""
+    """A folder name for these options: those that shape every job, then what else was given."""
     parts = [run.sampler, f"{len(run.table.tau) - 1}steps", run.tau, f"seed{run.source.seed}"]
     parts[1:1] = [] if flags.FLAGS.eta is None else [f"eta{flags.FLAGS.eta:g}"]
-    if run.source.options["guidance_scale"] != 1:
-        parts.append(f"guidance{run.options['guidance_scale']:g}")
+    others = ("clip", "dynamic_threshold", "labels", "ema", *(n for n in flags.FLAGS if n.startswith("guidance_")))
+    parts += [f"{name}={flags.FLAGS[name].value}" for name in others if not flags.FLAGS[name].using_default_value]
     label = re.sub(r"[^\w.=-]+", "-", "-".join(parts))
     # A long list of timesteps makes no file name.
     return label if len(label) <= 120 else f"{label[:100]}-{hashlib.sha256(label.encode()).hexdigest()[:12]}"
-
-
-def _notes(run):
-    """What the user may not expect of the grid."""
-    start, schedule = run.table.tau[0], run.source.trained.model.schedule
-    if run.tau in timesteps.GRIDS and len(run.table.tau) - 1 != run.steps:
-        yield f"tau {run.tau} makes {len(run.table.tau) - 1} steps of --steps={run.steps}"
-    if start < schedule.num_timesteps:
-        yield (
-            f"tau starts at {start:g}, below T = {schedule.num_timesteps}: starting from pure noise leaves out the "
-            f"signal there, {schedule.powers(start)[0]:.2g} of the power"
-        )
 
 
 if __name__ == "__main__":

@@ -32,12 +32,13 @@ setup(
         "pillow>=10.1",  # reading and writing images
         "pooch[progress]>=1.8",  # downloads with a hash and no half file
         "safetensors>=0.5",  # one file for the weights of a trained model
-        "scikit-learn>=1.6,<1.11",  # the embedded digits, and the classifier that judges samples of them
+        "scikit-learn>=1.6,<1.11",  # the embedded digits
+        "scipy>=1.13",  # DOP853, for exact solutions of the probability flow
         "tensorboardX>=2.6.2",  # TensorBoard events without TensorFlow
         "tqdm>=4.66",  # progress with rate and time left
     ],
     extras_require={
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "scipy>=1.13"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.8"],
         "dev": ["ruff>=0.14", "pre-commit>=4.0"],
         "docs": [
             "sphinx>=8.2,<10",  # the site and the reference from docstrings

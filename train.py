@@ -9,7 +9,10 @@ Several processes train one model together when each gets --coordinator, --num_p
 """
 
 import contextlib
+import hashlib
+import json
 import shlex
+import warnings
 from pathlib import Path
 
 import jax
@@ -19,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
+from configs import default
 from diffusion import cli, data, denoiser, devices, experiment, files
 from diffusion.errors import InputError, require_range
 from diffusion.generate import generate
@@ -110,12 +114,12 @@ def run(config, folder, plan, table, optimizer, rate, objective, dataset, model,
     shapes = jax.eval_shape(make_state, key)
     shardings = devices.state_sharding(mesh, shapes)
     begin = folder.latest_step()
-    if jax.process_count() > 1 and len(set(multihost_utils.process_allgather(np.int64(begin or 0)).tolist())) > 1:
-        raise InputError(f"the processes find different checkpoints in {folder.path}; all need the same file system")
+    require_agreement({**metadata, "checkpoint": begin}, folder)
     if begin is None:
         state = jax.jit(make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
     else:
-        run_folder.check_resumable(checkpoints.metadata(folder.checkpoints, begin), metadata, folder)
+        saved = checkpoints.metadata(folder.checkpoints, begin)
+        run_folder.check_resumable(saved, metadata, folder, {"config": default.get_config().to_dict()})
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         state = checkpoints.load_state(folder.checkpoints, begin, like)
     begin = begin or 0
@@ -167,6 +171,24 @@ def run(config, folder, plan, table, optimizer, rate, objective, dataset, model,
     return 0
 
 
+def require_agreement(facts, folder):
+    """Raises InputError in all processes of a run where they differ in what they are about to train."""
+    if jax.process_count() == 1:
+        return
+    local = ("path", "workers", "max_memory")  # of each host
+    of_data = {name: value for name, value in facts["config"]["data"].items() if name not in local}
+    facts = {**facts, "config": {**facts["config"], "data": of_data}}
+    digests = [hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest()[:4] for fact in facts.values()]
+    mine = np.array([int.from_bytes(digest) for digest in digests], np.uint32)
+    found = multihost_utils.process_allgather(mine)
+    different = [name for name, column in zip(facts, found.T, strict=True) if len(set(column.tolist())) > 1]
+    if different:
+        raise InputError(
+            f"the processes of the run differ in {', '.join(different)}; all need the same command, the same images "
+            f"and the same file system for {folder.path}"
+        )
+
+
 def placed_batches(config, dataset, plan, mesh, begin, with_labels):
     """(images, labels or None) of each step on the devices; every process loads its own rows."""
     rows = devices.local_rows(mesh, plan.batch_size)
@@ -183,7 +205,7 @@ def placed_batches(config, dataset, plan, mesh, begin, with_labels):
 
 
 def grid_drawer(config, folder, model, table, mesh, recorder):
-    """state -> None: the first process draws samples of the first EMA into grids/."""
+    """state -> None: the first process draws samples of the first EMA into grids/. A grid that fails ends no run."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     ema = ema_name(experiment.ema_decays(config.train)[0])
     gather = jax.jit(lambda params: params, out_shardings=everywhere)
@@ -196,7 +218,11 @@ def grid_drawer(config, folder, model, table, mesh, recorder):
             return
         shared = {"seed": config.seed, "labels": range(model.num_classes), "clip": config.sample.clip}
         drawn = generate(model, params, table, range(config.sample.num), mesh=devices.data_mesh(), **shared)
-        grid = files.grid(np.concatenate(list(drawn)))
+        try:
+            grid = files.grid(np.concatenate(list(drawn)))
+        except (InputError, jax.errors.JaxRuntimeError) as error:  # weights gone astray for a while, or no memory
+            warnings.warn(f"no grid of step {step:,}: {str(error).splitlines()[0][:200]}", stacklevel=2)
+            return
         files.write_png(path, grid)
         recorder.image("samples", grid, step)
 

@@ -107,6 +107,7 @@ def ours():
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
+    from train_step import init, training_step
 
     import diffusion
     from diffusion import devices, schedules, solvers, timesteps
@@ -118,8 +119,7 @@ def ours():
     model = UNet(width=_WIDTH.value)
     apply_fn = as_apply_fn(model)
     everywhere, split = NamedSharding(mesh, PartitionSpec()), devices.batch_sharding(mesh)
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, *shape)), jnp.ones((1,)))["params"])
-    params = jax.device_put(init(jax.random.key(0)), everywhere)
+    params = jax.device_put(init(model, _SIZE.value), everywhere)
     x = jax.device_put(jax.random.normal(jax.random.key(1), (_BATCH.value, *shape)), split)
     t = jax.device_put(jnp.full((_BATCH.value,), 500.0), split)
     schedule = schedules.linear()
@@ -136,42 +136,15 @@ def ours():
         "sampling": lambda: jax.block_until_ready(sampling(params, jax.random.key(2), keys)),
     }
     if "training" in _OPERATIONS.value:
-        operations["training"] = our_training_step(apply_fn, params, mesh, x)
+        operations["training"] = training_step(model, params, mesh, _BATCH.value, _SIZE.value)
     return f"{count:,} parameters, jax {jax.__version__}, {devices.describe(mesh)}", operations
-
-
-def our_training_step(apply_fn, params, mesh, x):
-    """A function that makes one step of train.py: noise, mse, gradient, clip, Adam, EMA."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-
-    from diffusion import devices, schedules
-    from diffusion.losses import simple_loss
-    from diffusion.training.step import init_state, make_train_step
-
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4))
-    schedule, key = schedules.linear(), jax.random.key(3)
-    step = make_train_step(apply_fn, simple_loss, optimizer, schedule, mesh, key, ema_decays=[0.999])
-    state = init_state(jax.tree.map(jnp.copy, params), optimizer, [0.999])
-    state = jax.device_put(state, devices.state_sharding(mesh, state))
-    split = devices.batch_sharding(mesh)
-    images = jax.device_put(np.random.default_rng(0).integers(0, 256, x.shape).astype(np.uint8), split)
-    ballots = jax.device_put(np.zeros(mesh.size, np.float32), split)
-
-    def run():
-        nonlocal state
-        state, metrics = step(state, images, None, ballots)
-        jax.block_until_ready((state, metrics))
-
-    return run
 
 
 def in_torch(side):
     """diffusers' UNet2DModel in torch, eager or compiled, on all cores, in the faster memory layout."""
     import torch
 
+    sys.modules["torchvision"] = None  # not needed, and one that was built for another torch fails to import
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     candidates = {}

@@ -10,14 +10,12 @@ import time
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import app, flags
 from jax.sharding import NamedSharding, PartitionSpec
+from train_step import init, training_step
 
-from diffusion import devices, schedules
-from diffusion.losses import simple_loss
+from diffusion import devices
 from diffusion.models import UNet, as_apply_fn
-from diffusion.training.step import init_state, make_train_step
 
 _BATCH = flags.DEFINE_integer("batch", 64, "Images at a time.")
 _WIDTH = flags.DEFINE_integer("width", 32, "Base width of DDPM's CIFAR-10 UNet.")
@@ -30,13 +28,12 @@ def main(_):
     if len(jax.devices()) == 1 or jax.devices()[0].platform != "cpu":
         print(f"{jax.devices()}: nothing to compare")
         return
-    shape = (_SIZE.value, _SIZE.value, 3)
     model = UNet(width=_WIDTH.value)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape)), jnp.ones((1,)))["params"]
+    params = init(model, _SIZE.value)
     meshes = {"one device": devices.training_mesh(1), "one per core": devices.training_mesh(_BATCH.value)}
-    print(f"UNet of width {_WIDTH.value}, batch {_BATCH.value}, {shape}, jax {jax.__version__}")
+    print(f"UNet of width {_WIDTH.value}, batch {_BATCH.value}, {_SIZE.value}x{_SIZE.value}x3, jax {jax.__version__}")
     for name, make in (("network call", network_call), ("training step", training_step)):
-        runs = {label: make(model, params, mesh, shape) for label, mesh in meshes.items()}
+        runs = {label: make(model, params, mesh, _BATCH.value, _SIZE.value) for label, mesh in meshes.items()}
         for run in runs.values():
             run()  # compile
         pairs = [[seconds(run) for run in runs.values()] for _ in range(_REPEATS.value)]
@@ -45,32 +42,13 @@ def main(_):
         print(f"{name}: one device {one:.3f} s, {meshes['one per core'].size} devices {many:.3f} s, ratio {ratio:.2f}")
 
 
-def network_call(model, params, mesh, shape):
+def network_call(model, params, mesh, batch, size):
     everywhere, split = NamedSharding(mesh, PartitionSpec()), devices.batch_sharding(mesh)
     apply_fn = jax.jit(as_apply_fn(model))
     placed = jax.device_put(params, everywhere)
-    x = jax.device_put(jnp.zeros((_BATCH.value, *shape)), split)
-    t = jax.device_put(jnp.full((_BATCH.value,), 500.0), split)
+    x = jax.device_put(jnp.zeros((batch, size, size, 3)), split)
+    t = jax.device_put(jnp.full((batch,), 500.0), split)
     return lambda: apply_fn(placed, x, t)
-
-
-def training_step(model, params, mesh, shape):
-    optimizer, decays = optax.adam(1e-4), [0.999]
-    step = make_train_step(
-        as_apply_fn(model), simple_loss, optimizer, schedules.linear(), mesh, jax.random.key(1), ema_decays=decays
-    )
-    state = init_state(jax.tree.map(jnp.copy, params), optimizer, decays)
-    state = jax.device_put(state, devices.state_sharding(mesh, state))
-    split = devices.batch_sharding(mesh)
-    images = jax.device_put(jnp.zeros((_BATCH.value, *shape), jnp.uint8), split)
-    ballots = jax.device_put(jnp.zeros(mesh.size), split)
-
-    def run():
-        nonlocal state
-        state, metrics = step(state, images, None, ballots)
-        return metrics
-
-    return run
 
 
 def seconds(run):

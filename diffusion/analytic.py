@@ -30,7 +30,7 @@ def estimate_gamma(
       batch_size: images at a time.
 
     Returns:
-      float64, one value for each time.
+      float64, one value for each time, which does not depend on the others.
     """
 
     @jax.jit
@@ -46,28 +46,42 @@ def estimate_gamma(
     # No class: the estimate is of the marginal process.
     labels = jnp.full((batch_size,), model.num_classes)
     for k, t in enumerate(times):
+        of_time = jax.random.fold_in(key, int(np.float32(t).view(np.uint32)))
         signal, noise = model.schedule.at(t)
         reading = PREDICTIONS[model.prediction](np.float64(t), signal, noise)
         for b, x_0 in enumerate(data):
-            eps = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, k), b), x_0.shape)
+            eps = jax.random.normal(jax.random.fold_in(of_time, b), x_0.shape)
             gamma[k] += float(batch_mean(x_0, eps, signal, noise, reading, labels)) / count
     return gamma
 
 
-def cached_gamma(folder: Path, trained: Trained, images, tau) -> Float[np.ndarray, "S"]:
-    """gamma at tau[:-1], read from analytic_gamma.json in the folder where it was estimated before, else added."""
+def cached_gamma(folder: Path, trained: Trained, weights: str, images, tau) -> Float[np.ndarray, "S"]:
+    """gamma at tau[:-1], read from analytic_gamma.json in the folder where it was estimated before, else added.
+
+    Args:
+      folder: made if it is not there.
+      trained: the model.
+      weights: SHA-256 of its weights.
+      images: uint8 [N, H, W, C], its data.
+      tau: a grid.
+
+    Raises:
+      InputError: the file is damaged.
+    """
     path = folder / "analytic_gamma.json"
     try:
         known = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
+        of_weights = known.setdefault(f"step {trained.step}, EMA {trained.ema}, weights {weights}", {})
+        gamma = {float(t): float(value) for t, value in of_weights.items()}
+    except (ValueError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged; delete it, and it is estimated again") from None
-    of_step = known.setdefault(f"step {trained.step}, EMA {trained.ema}", {})
-    missing = [float(t) for t in tau[:-1] if str(float(t)) not in of_step]
+    missing = [float(t) for t in tau[:-1] if float(t) not in gamma]
     if missing:
         print(f"estimating E|eps|^2 at {len(missing)} timesteps on {min(len(images), NUM_IMAGES):,} images")
         chosen = np.random.default_rng(0).permutation(len(images))[:NUM_IMAGES]
-        gamma = estimate_gamma(trained.model, trained.params, images[chosen], missing, jax.random.key(0))
-        of_step |= {str(t): float(g) for t, g in zip(missing, gamma, strict=True)}
+        found = estimate_gamma(trained.model, trained.params, images[chosen], missing, jax.random.key(0))
+        gamma |= {t: float(value) for t, value in zip(missing, found, strict=True)}
+        of_weights |= {str(t): value for t, value in gamma.items()}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, known)
-    return np.array([of_step[str(float(t))] for t in tau[:-1]])
+    return np.array([gamma[float(t)] for t in tau[:-1]])

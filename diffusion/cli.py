@@ -6,9 +6,11 @@ import re
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 
 from diffusion.errors import InputError, nearest
@@ -43,6 +45,7 @@ def fail(message: str) -> None:
 
 def _guarded(main):
     _hide_background_errors()
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -56,6 +59,13 @@ def _guarded(main):
             raise
         place = f"{error.filename}: " if error.filename else ""
         fail(f"{place}{error.strerror}; {_REMEDIES[error.errno]}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(
+            "the memory of the device is full; take a smaller batch_size, or train with more "
+            "config.train.microbatches, with config.model.remat=True or config.model.dtype=bfloat16"
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

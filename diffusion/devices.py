@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import re
+import resource
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from diffusion.errors import InputError
 
 # Parameters of glibc's mallopt (malloc.h): one heap for all threads, no piece straight from the system, no giving back.
 MALLOC_ARENA_MAX, MALLOC_MMAP_MAX, MALLOC_TRIM_THRESHOLD = -8, -4, -1
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Of a container, as Docker's --cpus: microseconds in a period, and the period."""
 
 SHARDED_FROM = 1024
 """Arrays of fewer elements than this are not worth sharding."""
@@ -34,14 +38,23 @@ def prepare() -> None:
     """
     _reuse_memory()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:  # which JAX reads itself
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", _cores())
     if jax.config.jax_compilation_cache_dir is None:
         folder = Path(pooch.os_cache("diffusion"), "compiled")
         with contextlib.suppress(OSError):  # a home that cannot be written: compile each time
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+
+
+def _cores() -> int:
+    """How many this process may use: by its affinity, and by the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # none, or the word "max"
+        return cores
 
 
 def _reuse_memory() -> None:
@@ -60,7 +73,9 @@ def _reuse_memory() -> None:
 
 
 def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Connects the processes of one run through `jax.distributed`.
+    """Connects the processes of one run through `jax.distributed`, which waits for the others for 300 seconds.
+
+    If they do not come it ends this process, with a message of its own and exit code 134.
 
     Args:
       coordinator: HOST:PORT of process 0; None leaves it to jax.distributed, which knows Slurm, Open MPI, Kubernetes
@@ -69,12 +84,14 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
       process_id: the number of this one, from 0.
 
     Raises:
-      InputError: the others were not found, or a number is missing or out of range.
+      InputError: the cluster is not known, or a number is missing or out of range.
     """
     if coordinator is not None and not re.fullmatch(r"\S+:\d+", coordinator):
         raise InputError(f"--coordinator is {coordinator!r}; write HOST:PORT of process 0, as 10.0.0.1:1234")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise InputError(f"--process_id is {process_id}; with --num_processes={num_processes} it lies below that")
+    if coordinator is not None:
+        print(f"process {process_id} waits for all {num_processes} at {coordinator}, 300 s at the most", flush=True)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
@@ -101,13 +118,13 @@ def training_mesh(batch_size: int, fsdp: int = 1, microbatches: int = 1) -> Mesh
     """
     # By process, so that each has its rows of the batch in one piece.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if len(devices) % fsdp:
+        raise InputError(f"config.train.fsdp is {fsdp}; it must divide the number of devices, {len(devices)}")
     fits = [n for n in range(fsdp, len(devices) + 1, fsdp) if batch_size % (n * microbatches) == 0]
     if not fits or (jax.process_count() > 1 and fits[-1] != len(devices)):
         of = f"fsdp = {fsdp}, microbatches = {microbatches} and {len(devices)} devices"
-        raise InputError(
-            f"config.train.batch_size is {batch_size}; with {of} it must be a multiple of "
-            f"{microbatches * (len(devices) if jax.process_count() > 1 else fsdp)}, and fsdp at most {len(devices)}"
-        )
+        multiple = microbatches * (len(devices) if jax.process_count() > 1 else fsdp)
+        raise InputError(f"config.train.batch_size is {batch_size}; with {of} it must be a multiple of {multiple}")
     shape = (fits[-1] // fsdp, fsdp)
     return Mesh(np.reshape(devices[: fits[-1]], shape), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
@@ -159,7 +176,5 @@ def memory_in_use() -> int:
     peaks = [stats["peak_bytes_in_use"] for d in jax.local_devices() if (stats := d.memory_stats())]
     if peaks:
         return max(peaks)
-    import resource  # not on Windows
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if os.uname().sysname == "Darwin" else 1024)

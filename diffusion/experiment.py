@@ -173,7 +173,7 @@ def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
     """step -> learning rate: linear warm-up, then constant, or a cosine to 0 at num_steps; config.optimizer."""
     if config.decay not in ("constant", "cosine"):
         raise InputError(f"config.optimizer.decay is {config.decay!r}; {nearest(config.decay, ('constant', 'cosine'))}")
-    require_range("config.optimizer.learning_rate", config.learning_rate, 0, open_ends="low")
+    require_range("config.optimizer.learning_rate", config.learning_rate, 0, open_ends="low, high")
     require_range("config.optimizer.warmup_steps", config.warmup_steps, 0)
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     if config.decay == "constant":

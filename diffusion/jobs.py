@@ -56,7 +56,8 @@ class Job:
         self.shards = [ids[i : i + SHARD] for i in range(0, len(ids), SHARD)]
         self.record = {**record, "num": len(ids), "ids": _ranges(ids)}
         self._check_same()
-        write_json(out / RECORD, self.record)
+        if len(self.shards) > 1:  # by which a job that was killed knows itself; beside one file it comes after that
+            write_json(out / RECORD, self.record)
 
     def path(self, index: int) -> Path:
         """The file of a shard."""
@@ -75,15 +76,17 @@ class Job:
             arrays["labels"] = labels_of(ids, labels)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
+        if len(self.shards) == 1:  # that of the file about to be replaced
+            (self.out / RECORD).unlink(missing_ok=True)
         write_atomically(self.path(index), buffer.getvalue())
 
-    def first_images(self, count: int) -> UInt8[np.ndarray, "N H W C"]:
-        """The first images of the finished job, for a grid."""
-        with np.load(self.path(0)) as arrays:
-            return arrays["samples"][:count]
+    def images(self, index: int) -> UInt8[np.ndarray, "N H W C"]:
+        """The images of a shard that has been written."""
+        with np.load(self.path(index)) as arrays:
+            return arrays["samples"]
 
     def finish(self, **facts: Any) -> None:
-        """Adds how the run went to sampling.json."""
+        """Writes sampling.json with how the run went."""
         write_json(self.out / RECORD, {**self.record, **facts})
 
     def _check_same(self):

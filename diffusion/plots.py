@@ -2,9 +2,11 @@
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from diffusion.files import write_atomically
 
@@ -16,29 +18,37 @@ def curves(
     xlabel: str,
     ylabel: str,
     title: str = "",
-    baseline: tuple[str, float] | None = None,
 ) -> None:
-    """Draws one line for each series, both axes logarithmic, and writes it, whole or not at all.
+    """Draws one line for each series over a logarithmic x, and writes it, whole or not at all.
 
     Args:
       path: of a PNG.
-      series: label -> (x, y) pairs, positive numbers; drawn in the order of x.
+      series: label -> (x, y) pairs, x above 0; drawn in the order of x.
       xlabel, ylabel, title: what stands on the axes and above.
-      baseline: a label and a y for a dashed line across.
     """
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for number, (label, points) in enumerate(series.items()):
-        x, y = zip(*sorted(points), strict=True)
-        axes.loglog(x, y, label=label, marker="os^Dv<>P*X"[number % 10], markersize=5)
-    if baseline:
-        axes.axhline(baseline[1], color="grey", linestyle="--", label=baseline[0])
+        axes.semilogx(*zip(*sorted(points), strict=True), label=label, marker="os^Dv<>P*X"[number % 10], markersize=5)
     ticks = sorted({x for points in series.values() for x, _ in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
+    scale_y(axes, [y for points in series.values() for _, y in points])
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())
+
+
+def scale_y(axes: Axes, values: Iterable[float]) -> None:
+    """A logarithmic y axis with plain numbers, or a linear one where the values span less than 3 times or are not all
+    above 0, as an estimate of a distance may be; either has two numbers at least."""
+    low, high = min(values), max(values)
+    if low <= 0 or high < 3 * low:
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()

@@ -14,6 +14,7 @@ from diffusion import analytic, pretrained
 from diffusion.denoiser import CLIPS, GUIDANCE_RULES, Options, check_options
 from diffusion.errors import InputError
 from diffusion.experiment import Trained, load_data, load_trained, make_table, make_tau
+from diffusion.files import digest
 from diffusion.generate import generate, trajectory
 from diffusion.interop import weights
 from diffusion.sampling import check_prediction, check_variance
@@ -24,6 +25,9 @@ from diffusion.training import run_folder
 SHIPPED = "digits"
 """The model used where nothing has been trained."""
 
+MAX_GAIN = 100
+"""Errors of the network that one step multiplies by more than this are all that is left of an image."""
+
 
 class Source(NamedTuple):
     """A trained model and how it is asked, whatever the sampler.
@@ -32,6 +36,7 @@ class Source(NamedTuple):
       name: the run folder or weights file, for people.
       home: where files about it go by default.
       trained: the model.
+      weights: SHA-256 of its weights, by which models are told apart whatever they are called.
       options: what goes to `diffusion.sample` besides the table: clip, guidance and thresholding.
       labels: classes that the images take in turn; () for an unconditional model.
       seed: of the random key.
@@ -40,6 +45,7 @@ class Source(NamedTuple):
     name: str
     home: Path
     trained: Trained
+    weights: str
     options: dict[str, Any]
     labels: tuple[int, ...]
     seed: int
@@ -59,6 +65,24 @@ class SamplingRun(NamedTuple):
         source = f"{self.source.name}, step {self.source.trained.step:,}"
         return f"{source}: {num:,} images with {self.table.name} on {self.tau}, {self.table.nfe} network calls"
 
+    def notes(self) -> Iterator[str]:
+        """What a user may not expect of the images."""
+        table, schedule = self.table, self.source.trained.model.schedule
+        steps, start = len(table.tau) - 1, table.tau[0]
+        if self.tau in GRIDS and steps != self.steps:
+            yield f"tau {self.tau} makes {steps} steps of --steps={self.steps}"
+        if start < schedule.num_timesteps:
+            yield (
+                f"tau starts at {start:g}, below T = {schedule.num_timesteps}: starting from pure noise leaves out the "
+                f"signal there, {schedule.powers(start)[0]:.2g} of the power"
+            )
+        gain = np.abs(table.update[:, 0]).max()
+        if gain > MAX_GAIN:
+            yield (
+                f"one step of {table.name} multiplies the network's errors by {gain:,.0f}, as the signal at t = "
+                f"{start:g} is {table.signal[0]:.1e}: expect noise; start lower, or take another sampler"
+            )
+
     def record(self) -> dict[str, Any]:
         """Everything that determines image number i, for JSON."""
         source = self.source
@@ -66,6 +90,7 @@ class SamplingRun(NamedTuple):
             "run": source.name,
             "checkpoint_step": source.trained.step,
             "ema": source.trained.ema,
+            "weights_sha256": source.weights,
             "sampler": self.sampler,
             "update_sha256": hashlib.sha256(self.table.update.tobytes()).hexdigest(),
             "table": self.table.name,
@@ -149,7 +174,7 @@ def open_source() -> Source:
         "guidance_rule": given.guidance_rule,
     }
     labels = _labels(given.labels, trained.model.num_classes, given.guidance_scale)
-    return Source(name, home, trained, options, labels, given.seed)
+    return Source(name, home, trained, digest(trained.params), options, labels, given.seed)
 
 
 def make_run(source: Source, sampler: str, steps: int, tau: str, eta: float | None = None) -> SamplingRun:
@@ -164,7 +189,7 @@ def make_run(source: Source, sampler: str, steps: int, tau: str, eta: float | No
     if sampler.partition(":")[0] in ESTIMATED_SOLVERS:
         grid = make_tau(model.schedule, tau, steps)
         images = load_data(trained.config.data).images
-        gamma = analytic.cached_gamma(source.home, trained, images, grid)
+        gamma = analytic.cached_gamma(source.home, trained, source.weights, images, grid)
         options |= {"gamma": gamma, "max_cov": 1.0}
     table = make_table(model.schedule, sampler, steps, tau, **options)
     check_prediction(table, model.prediction)
@@ -177,10 +202,15 @@ def open_run() -> SamplingRun:
     given = flags.FLAGS
     source = open_source()
     config = source.trained.config.sample
-    if given.steps is not None and ":" in (given.tau or config.tau):
-        raise InputError(f"tau {given.tau or config.tau} has its own number of steps; leave out --steps")
-    chosen = [config[name] if given[name].value is None else given[name].value for name in ("sampler", "steps", "tau")]
-    return make_run(source, *chosen, given.eta)
+    sampler, tau = (config[name] if given[name].value is None else given[name].value for name in ("sampler", "tau"))
+    return make_run(source, sampler, chosen_steps(tau, given.steps, config.steps), tau, given.eta)
+
+
+def chosen_steps(tau: str, given: Any, default: Any) -> Any:
+    """What --steps gives, or the default where it is None; refused where tau has its own number of steps."""
+    if given is not None and ":" in tau:
+        raise InputError(f"tau {tau} has its own number of steps; leave out --steps")
+    return default if given is None else given
 
 
 def _open(workdir, ema):
@@ -197,8 +227,7 @@ def _open(workdir, ema):
         raise InputError(f"ema is {ema}; this file holds the one of {trained.ema} alone")
     if not workdir:
         print(f"there is no run in runs/, so this uses the {SHIPPED} model that ships with the project")
-    # Not runs/<name>, which may be a run.
-    home = Path("runs", Path(workdir or pretrained.FILES[SHIPPED]).name)
+    home = Path("runs", f"file-{Path(workdir).stem}" if workdir else f"shipped-{SHIPPED}")  # no name of a run
     return workdir or f"the {SHIPPED} model that ships", home, trained
 
 

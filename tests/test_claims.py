@@ -1,6 +1,7 @@
 """The claims can be measured, here on a network small enough to compile at once, and pages keep their words."""
 
 import csv
+import json
 from pathlib import Path
 
 import jax
@@ -74,7 +75,7 @@ def test_the_published_table_agrees_with_itself(tmp_path):
 
     names = {"sigma-hat": ("sigma_hat", ""), "eta 1 (DDPM)": ("ddpm", "")}
     names |= {label: ("ddim", label.split()[1]) for label in ddim_table.PUBLISHED if label not in names}
-    shared = {"run": "r", "checkpoint_step": 1, "ema": "0.9", "grid": "uniform", "num": 100}
+    shared = {"run": "r", "checkpoint_step": 1, "ema": "0.9", "grid": "uniform", "num": 100, "clip": "none", "seed": 0}
     rows = [
         {**shared, "sampler": names[label][0], "eta": names[label][1], "steps": s, "frechet_pixels": 2 * value}
         for label, values in ddim_table.PUBLISHED.items()
@@ -88,9 +89,38 @@ def test_the_published_table_agrees_with_itself(tmp_path):
         np.testing.assert_allclose(row[5], row[6])
         np.testing.assert_allclose(row[7], row[8])
     assert "300 of 300 pairs" in found.facts
+    write_csv(path, [*rows, {**rows[0], "eta": ""}])
+    assert ddim_table.measure(path).rows[0][3] == "one seed"
+    write_csv(path, [{**rows[0], "steps": 7}])
+    with refused("at any of S = 10, 20"):
+        ddim_table.measure(path)
     write_csv(path, [*rows, {**rows[0], "run": "another"}])
     with refused("2 models"):
         ddim_table.measure(path)
+
+
+def test_the_bounds_of_a_model_are_laid_out_by_steps_and_variance(tmp_path):
+    from benchmarks.claims import variance
+
+    rows = [
+        {"variance": name, "steps": steps, "bits": bits / steps, "standard_error": 0.1, "terms": [1.0, bits]}
+        for name, bits in (("small", 30), ("large", 40), ("learned", 20))
+        for steps in (10, 5)
+    ]
+    record = {"run": "r", "checkpoint_step": 1, "ema": "0.9", "num": 3, "seed": 0, "grid": "uniform", "clip": "none"}
+    path = tmp_path / "bound.json"
+    path.write_text(json.dumps({**record, "rows": rows}))
+    found = variance.measure(path)
+    assert [(row[0], row[1], row[3], row[5]) for row in found.rows] == [
+        (5, "6.000", "8.000", "4.000"),
+        (10, "3.000", "4.000", "2.000"),
+    ]
+    path.write_text(json.dumps({**record, "rows": rows[:2]}))
+    with refused("fixed variances"):
+        variance.measure(path)
+    path.write_text("{}")
+    with refused("is no bound.json"):
+        variance.measure(path)
 
 
 def test_a_page_keeps_what_stands_around_its_table(tmp_path):

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 from commands import (
@@ -22,6 +23,9 @@ from commands import (
     train,
 )
 from PIL import Image
+
+from diffusion import pretrained
+from diffusion.interop import weights
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -101,8 +105,9 @@ def test_analytic_dpm_estimates_its_variances_once(trained):
     assert first.returncode == 0, first.stderr
     assert "estimating" in first.stdout
     assert "estimating" not in second.stdout
-    known = json.loads((trained / "runs" / "digits" / "analytic_gamma.json").read_text())["step 12, EMA 0.995"]
-    assert all(0 <= gamma <= 2 for gamma in known.values())
+    known = json.loads((trained / "runs" / "digits" / "analytic_gamma.json").read_text())
+    (of_weights,) = known.values()
+    assert all(0 <= gamma <= 2 for gamma in of_weights.values())
 
 
 def test_a_model_with_classes_is_guided(tmp_path):
@@ -157,8 +162,31 @@ def test_ctrl_c_and_sigterm_save_and_the_same_command_resumes_there(tmp_path):
     assert "is trained to step" in train(tmp_path, *args[1:], f"--config.train.num_steps={saved + 15}").stdout
 
 
+def test_a_grid_that_cannot_be_drawn_is_told_and_ends_no_run(tmp_path):
+    """Weights of 1e36 are finite, and all that is drawn with them is not."""
+    options = ("--config.optimizer.learning_rate=1e36", "--config.sample.clip=none")
+    result = train(tmp_path, "--workdir=run", "--config.train.num_steps=1", *options)
+    assert result.returncode == 0, result.stderr
+    assert "warning: no grid of step 1: image 0 is not finite" in result.stderr
+    assert saved_steps(tmp_path / "run") == [1]
+    assert not list((tmp_path / "run" / "grids").iterdir())
+
+
+def test_processes_that_are_about_to_train_different_things_are_refused(tmp_path):
+    join = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--workdir=run")
+    pair = [
+        start_training(tmp_path, *join, f"--process_id={i}", f"--config.seed={i}", env={"JAX_NUM_CPU_DEVICES": "1"})
+        for i in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in pair]
+    assert [process.returncode for process in pair] == [2, 2], outputs
+    assert all("error: the processes of the run differ in config" in output for output in outputs)
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
 def test_two_processes_train_one_model_and_stop_after_the_same_step(tmp_path):
     shared = ("--workdir=run", "--config.train.num_steps=100000", "--config.train.log_every=10")
+    shared += ("--config.train.grid_every=10",)
     join = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2")
     pair = [
         start_training(tmp_path, *shared, *join, f"--process_id={i}", env={"JAX_NUM_CPU_DEVICES": "1"}) for i in (0, 1)
@@ -169,6 +197,8 @@ def test_two_processes_train_one_model_and_stop_after_the_same_step(tmp_path):
     assert [process.returncode for process in pair] == [75, 75], outputs
     (saved,) = saved_steps(tmp_path / "run")
     assert f"saved step {saved:,} in run" in outputs[0]
+    grids = sorted(path.name for path in (tmp_path / "run" / "grids").iterdir())
+    assert grids[:2] == ["step_00000010.png", "step_00000020.png"]
     # One process ends where two would have: resumed for one more step, and trained from the start.
     for workdir in ("run", "alone"):
         result = train(tmp_path, *shared[1:], f"--workdir={workdir}", f"--config.train.num_steps={saved + 1}")
@@ -184,6 +214,28 @@ def test_an_interrupted_run_ends_in_the_same_bits(trained, tmp_path):
         assert result.returncode == 0, result.stderr
     folders = [cwd / "runs" / "digits" for cwd in (trained, tmp_path)]
     assert digest(folders[0], 12) == digest(folders[1], 12)
+
+
+def figure_columns(result):
+    """The names of the figures in a table of evaluate.py, one list for each header."""
+    return [line.split()[3:] for line in result.stdout.splitlines() if line.startswith("sampler")]
+
+
+def test_weights_are_known_by_what_they_are_and_not_by_their_file(trained, tmp_path):
+    """Neither rows of a sweep nor estimates for Analytic-DPM are taken from the weights that a file held before."""
+    shared = ("--workdir=model.safetensors", "--steps=2", "--out=out")
+    rows, gamma = [], []
+    for number in range(2):
+        model = pretrained.load("digits")
+        changed = jax.tree.map(lambda x, number=number: x * (1 - 0.1 * number), model.params)
+        weights.save(tmp_path / "model.safetensors", model._replace(params=changed))
+        for script, args in (("evaluate.py", ("--num=70",)), ("sample.py", ("--num=2", "--sampler=analytic_dpm"))):
+            result = run(script, *shared, *args, cwd=tmp_path)
+            assert result.returncode == 0, result.stderr
+        rows.append(json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"])
+        gamma.append(json.loads((tmp_path / "runs" / "file-model" / "analytic_gamma.json").read_text()))
+    assert [len(of_weights) for of_weights in (*rows, *gamma)] == [1, 2, 1, 2]
+    assert rows[1][0]["metrics"] != rows[1][1]["metrics"]
 
 
 def test_without_a_run_the_shipped_model_is_used_and_a_sweep_measures_each_sampler_once(tmp_path):
@@ -205,6 +257,12 @@ def test_without_a_run_the_shipped_model_is_used_and_a_sweep_measures_each_sampl
     assert more.returncode == 0, more.stderr
     after = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
     assert [set(row["metrics"]) >= {"frechet_pixels", "kernel_pixels"} for row in after] == [True] * 4 + [False] * 2
+    # A command shows the figures that it asks for, whatever the rows have besides.
+    assert figure_columns(more) == [["kernel_pixels", "kernel_pixels_std"]]
+    mixed = run("evaluate.py", "--samplers=ddim,heun", *args[1:], "--metrics=kernel", cwd=tmp_path)
+    assert mixed.returncode == 0, mixed.stderr
+    assert figure_columns(mixed) == [["kernel_pixels", "kernel_pixels_std"]]
+    assert "one step of heun multiplies the network's errors" in mixed.stdout
 
 
 def test_a_run_becomes_one_file_that_draws_the_same_images(trained):

@@ -1,8 +1,11 @@
 """Laws of files: pixels and pictures hold what they should, and nothing is half written."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
+from reference import refused
 
 from diffusion import files
 
@@ -30,3 +33,30 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         files.write_atomically(path, "not bytes")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [1.5, float("nan")], "b": {"c": (float("inf"), 2)}})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
+        "a": [1.5, None],
+        "b": {"c": [None, 2]},
+    }
+
+
+def test_one_process_at_a_time_holds_a_lock(tmp_path):
+    folder = tmp_path / "a"
+    with files.locked(folder, "training in"):
+        with refused("another process is training in .*a;"), files.locked(folder, "training in"):
+            pass
+        with files.locked(folder, "measuring into", ".other"):
+            pass
+    with files.locked(folder, "training in"):
+        pass
+
+
+def test_a_digest_is_of_names_types_shapes_and_values():
+    params = {"a": {"b": np.arange(6.0)}, "c": np.zeros(2, np.float32)}
+    assert files.digest(params) == files.digest({"c": params["c"].copy(), "a": {"b": np.arange(6.0)}})
+    others = [{"a": {"x": np.arange(6.0)}}, {"a": {"b": np.arange(6.0).reshape(2, 3)}}, {"c": np.zeros(2)}]
+    others += [{"a": {"b": np.arange(6.0) + 1e-9}}]
+    assert len({files.digest({**params, **other}) for other in [{}, *others]}) == 5

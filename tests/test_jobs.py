@@ -118,7 +118,7 @@ def test_files_hold_the_images_their_numbers_and_their_classes(tmp_path):
     np.testing.assert_array_equal(np.concatenate([f["samples"] for f in found]), images)
     np.testing.assert_array_equal(np.concatenate([f["ids"] for f in found]), ids)
     np.testing.assert_array_equal(np.concatenate([f["labels"] for f in found]), [labels[i % 3] for i in ids])
-    np.testing.assert_array_equal(job.first_images(7), images[:7])
+    np.testing.assert_array_equal(job.images(0), images[:10])
     job.write(1, images[10:])
     assert sorted(np.load(job.path(1))) == ["ids", "samples"]  # a model without classes has no labels
 
@@ -200,15 +200,28 @@ def test_shards_without_a_record_that_names_them_are_refused(tmp_path, record):
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_sampling_json_holds_the_record_from_the_start_and_the_facts_at_the_end(tmp_path):
-    for ids, text in ((range(25), "0-24"), ([3, 4, 9], "3-4,9")):
-        folder = subfolder(tmp_path, text)
-        job = jobs.Job(folder, ids, RECORD)
-        at_start = json.loads((folder / jobs.RECORD).read_text())
-        assert at_start == RECORD | {"num": len(ids), "ids": text}
-        job.finish(seconds=2.5, devices="1 x cpu")
-        assert json.loads((folder / jobs.RECORD).read_text()) == at_start | {"seconds": 2.5, "devices": "1 x cpu"}
-    assert jobs.Job(tmp_path / "0-24", range(25), RECORD).missing() == [0, 1, 2]
+def test_sampling_json_of_shards_holds_the_record_from_the_start_and_the_facts_at_the_end(tmp_path):
+    job = jobs.Job(tmp_path, range(25), RECORD)
+    at_start = json.loads((tmp_path / jobs.RECORD).read_text())
+    assert at_start == RECORD | {"num": 25, "ids": "0-24"}
+    job.finish(seconds=2.5, devices="1 x cpu")
+    assert json.loads((tmp_path / jobs.RECORD).read_text()) == at_start | {"seconds": 2.5, "devices": "1 x cpu"}
+    assert jobs.Job(tmp_path, range(25), RECORD).missing() == [0, 1, 2]
+
+
+def test_sampling_json_beside_one_file_is_always_of_that_file(tmp_path):
+    """Whenever a job that replaces another one is killed."""
+    ids, other = [3, 4, 9], RECORD | {"seed": 4}
+    job, _ = finished(tmp_path, ids)
+    job.finish(seconds=2.5)
+    record = json.loads((tmp_path / jobs.RECORD).read_text())
+    assert record == RECORD | {"num": 3, "ids": "3-4,9", "seconds": 2.5}
+    job = jobs.Job(tmp_path, ids, other)
+    assert json.loads((tmp_path / jobs.RECORD).read_text()) == record
+    job.write(0, drawn(ids, seed=4))
+    assert not (tmp_path / jobs.RECORD).exists()
+    job.finish()
+    assert json.loads((tmp_path / jobs.RECORD).read_text())["seed"] == 4
 
 
 def test_a_write_that_fails_leaves_neither_a_file_nor_a_part_of_one(tmp_path):

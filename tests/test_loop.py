@@ -171,6 +171,15 @@ def test_a_signal_at_any_moment_of_a_step_loses_no_step(go, tmp_path):
     assert int(state.step) == checkpoints.newest_good(tmp_path / "checkpoints") == 5
 
 
+def test_a_step_is_saved_before_its_grid_is_drawn(go, tmp_path):
+    def fails(state):
+        raise RuntimeError("no memory for the sampler")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        go(draw_grid=fails, plan=dataclasses.replace(PLAN, grid_every=PLAN.save_every))
+    assert checkpoints.newest_good(tmp_path / "checkpoints") == PLAN.save_every
+
+
 @pytest.mark.parametrize("when", [6, 12])
 def test_a_signal_while_a_grid_is_drawn_is_heard_at_once(go, tmp_path, when):
     """Of the last grid too, which the next start draws."""

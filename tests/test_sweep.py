@@ -56,7 +56,13 @@ def test_the_csv_has_a_column_for_every_metric_of_any_row(tmp_path):
     assert [(row["sampler"], row["a"], row["b"]) for row in rows] == [("ddim", "1.0", ""), ("unipc", "", "2.0")]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"other": 1}'])
+@pytest.mark.parametrize("nothing", [([], [5], []), (["ddim"], [], [])])
+def test_an_empty_sweep_is_refused(nothing):
+    with pytest.raises(InputError, match="names no sampler"):
+        plan(*nothing)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"other": 1}', '{"rows": [{}]}', '{"rows": [1]}'])
 def test_a_damaged_file_of_results_is_refused(tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content)
     with pytest.raises(InputError, match="is damaged; delete it"):

@@ -64,10 +64,24 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_number_that_can():
     assert devices.training_mesh(count, fsdp=2).shape == {"data": count // 2, "fsdp": 2}
     assert devices.training_mesh(7).size == 7
     assert devices.training_mesh(6, microbatches=3).size == 2
-    with pytest.raises(InputError, match="multiple of 2, and fsdp at most"):
+    with pytest.raises(InputError, match="multiple of 2"):
         devices.training_mesh(7, fsdp=2)
     with pytest.raises(InputError, match="multiple of 3"):
         devices.training_mesh(8, microbatches=3)
+    with pytest.raises(InputError, match=f"fsdp is 3; it must divide the number of devices, {count}"):
+        devices.training_mesh(24, fsdp=3)
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("150000 100000\n", 1), ("200000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None), (None, None)],
+)
+def test_a_container_s_quota_bounds_the_number_of_cpu_devices(content, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    if content is not None:
+        (tmp_path / "cpu.max").write_text(content)
+    assert devices._cores() == (cores or 16)
 
 
 def test_arrays_are_sharded_over_their_longest_axis_that_fsdp_divides():
@@ -181,6 +195,16 @@ def test_a_resumed_run_may_change_its_length_and_nothing_that_it_trains():
         InputError, match=r"config.train.batch_size is 3, the run has 2; num_examples is 6, the run has 5"
     ):
         run_folder.check_resumable(old, longer, folder)
+
+
+def test_a_field_that_is_newer_than_the_run_counts_as_its_default():
+    old, new = {"config": {"train": {"a": 1}}}, {"config": {"train": {"a": 1, "b": 2}}}
+    folder = run_folder.RunFolder("somewhere")
+    run_folder.check_resumable(old, new, folder, {"config": {"train": {"a": 0, "b": 2}}})
+    with pytest.raises(InputError, match=r"train\.b is 2, the run has 3"):
+        run_folder.check_resumable(old, new, folder, {"config": {"train": {"a": 0, "b": 3}}})
+    with pytest.raises(InputError, match=r"train\.b is 2, the run has 'missing'"):
+        run_folder.check_resumable(old, new, folder)
 
 
 def test_the_length_of_a_run_is_fixed_where_it_shapes_the_learning_rate():

@@ -2,16 +2,17 @@
 
     python -m benchmarks.claims --claim=NAME [--workdir=RUN or FILE.safetensors] [--out=docs/claims]
 
-NAME is one of orders, same_latent, interpolation, inversion, step_cost, and ddim_table, which reads what evaluate.py
-has measured (--evaluation=FOLDER/evaluation.csv). Writes images/NAME.png and NAME.csv in --out, prints the table, and
-puts it between the markers of NAME.md where there is such a page, so that no page differs from its data.
+NAME is one of orders, same_latent, interpolation, inversion, step_cost, and two that read what evaluate.py has
+measured: ddim_table (--evaluation=FOLDER/evaluation.csv) and variance (--evaluation=FOLDER/bound.json). Writes
+images/NAME.png and NAME.csv in --out, prints the table, and puts it between the markers of NAME.md where there is such
+a page, so that no page differs from its data.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from benchmarks.claims import ddim_table, interpolation, inversion, orders, report, same_latent, step_cost
+from benchmarks.claims import ddim_table, interpolation, inversion, orders, report, same_latent, step_cost, variance
 from diffusion import cli, experiment, pretrained
 from diffusion.errors import InputError, nearest
 from diffusion.interop import weights
@@ -19,6 +20,7 @@ from diffusion.training import run_folder
 
 CLAIMS = {
     "ddim_table": lambda: ddim_table.measure(_evaluation()),
+    "variance": lambda: variance.measure(_evaluation()),
     "orders": lambda: orders.measure(),
     "same_latent": lambda: same_latent.measure(*_trained()),
     "interpolation": lambda: interpolation.measure(*_trained()),
@@ -28,7 +30,9 @@ CLAIMS = {
 
 _CLAIM = flags.DEFINE_string("claim", None, f"{', '.join(CLAIMS)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or a file of export.py. Default: the digits that ship.")
-_EVALUATION = flags.DEFINE_string("evaluation", None, "evaluation.csv of evaluate.py, for ddim_table.")
+_EVALUATION = flags.DEFINE_string(
+    "evaluation", None, "evaluation.csv of evaluate.py, for ddim_table, or its bound.json, for variance."
+)
 _OUT = flags.DEFINE_string("out", "docs/claims", "Folder of the pages.")
 
 
@@ -54,7 +58,7 @@ def _trained():
 
 def _evaluation():
     if not _EVALUATION.value:
-        raise InputError("ddim_table reads what evaluate.py has measured; give --evaluation=FOLDER/evaluation.csv")
+        raise InputError(f"{_CLAIM.value} reads what evaluate.py has measured; name its file with --evaluation")
     return Path(_EVALUATION.value)
 
 

@@ -7,9 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import LogLocator
 
 from benchmarks.claims.report import Findings, new_figure
+from diffusion import plots
 from diffusion.errors import InputError
 
 _STEPS = (10, 20, 50, 100, 1000)
@@ -65,16 +65,19 @@ def _read(path, metric, grid):
         raise InputError(f"there is no file {path}; evaluate.py writes it")
     with path.open() as file:
         rows = [row for row in csv.DictReader(file) if row.get(metric) and row["grid"] == grid and _label(row)]
-    cells = defaultdict(lambda: defaultdict(list))
+    # By seed: ddim and ddim with eta 0 are the same samples.
+    cells = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        cells[_label(row)][int(row["steps"])].append(float(row[metric]))
-    models = {(row["run"], row["checkpoint_step"], row["ema"], row["num"]) for row in rows}
+        cells[_label(row)][int(row["steps"])][row["seed"]] = float(row[metric])
+    models = {tuple(row[name] for name in ("run", "checkpoint_step", "ema", "num", "clip")) for row in rows}
+    if not any(count in _STEPS for of_label in cells.values() for count in of_label):
+        raise InputError(f"{path} holds no {metric} on {grid} at any of S = {', '.join(map(str, _STEPS))}")
     if len(models) != 1:
         raise InputError(f"{path} holds {metric} on {grid} of {len(models)} models or sample sizes; one is needed")
-    run, step, ema, num = models.pop()
+    run, step, ema, num, _ = models.pop()
     facts = f"{run[0].upper()}{run[1:]}, step {int(step):,}, EMA {ema}; means of seeds, {int(num):,} samples each, "
     facts += f"grid {grid};"
-    return {label: cells[label] for label in PUBLISHED}, facts
+    return {label: {s: list(seeds.values()) for s, seeds in cells[label].items()} for label in PUBLISHED}, facts
 
 
 def _spread(values):
@@ -108,8 +111,7 @@ def _figure(ours, metric):
                 axes.loglog(*zip(*points, strict=True), color=f"C{number}", marker="os^Dv"[number], label=label)
         axes.set_xticks(_STEPS, [str(s) for s in _STEPS])
         axes.minorticks_off()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
+        plots.scale_y(axes, [v for series in values.values() for s, v in series.items() if s in _STEPS])
         axes.set(xlabel="steps S", ylabel=name, title=title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -1,28 +1,14 @@
 """Results kept in files: made once, checked when they are read, and made again where that fails."""
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
-
-import flax.traverse_util
-import numpy as np
+from typing import TypeVar
 
 from diffusion.errors import InputError
 
 Result = TypeVar("Result")
-
-
-def digest(params: dict[str, Any]) -> str:
-    """SHA-256 of the names, dtypes, shapes and values of a nested dict of arrays, as 64 hex digits."""
-    arrays = flax.traverse_util.flatten_dict(params, sep="/")
-    result = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        result.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
-    return result.hexdigest()
 
 
 def cached(

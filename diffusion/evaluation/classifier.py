@@ -24,8 +24,7 @@ from jaxtyping import Array, Float, UInt8
 
 from diffusion.data import Dataset, batch_indices, fingerprint
 from diffusion.errors import InputError, require_range
-from diffusion.evaluation.cache import digest
-from diffusion.files import write_atomically
+from diffusion.files import digest, write_atomically
 
 WIDTH = 32
 """Channels of the first stage; each of the others has twice those before it, at most four times these."""

@@ -18,7 +18,15 @@ from jaxtyping import Float
 from diffusion.data import Dataset, fingerprint
 from diffusion.errors import InputError, is_whole, nearest
 from diffusion.evaluation.cache import cached
-from diffusion.evaluation.metrics import Moments, class_score, frechet_between, kernel_distance, moments, prdc
+from diffusion.evaluation.metrics import (
+    Manifolds,
+    Moments,
+    class_score,
+    frechet_between,
+    kernel_distance,
+    moments,
+    prdc,
+)
 from diffusion.evaluation.spaces import Features, FeatureSpace, classifier, inception, pixels
 from diffusion.files import write_atomically
 
@@ -29,6 +37,7 @@ __all__ = [
     "Features",
     "Reference",
     "classifier",
+    "figure_names",
     "inception",
     "make_reference",
     "measure",
@@ -148,13 +157,27 @@ def measure(reference: Reference, features: Features, metrics: Sequence[str] = M
             f"of the space {space!r}; extract both in one space"
         )
     for metric in plain_names(metrics, space):
-        result |= _figures(metric, reference, features, space)
+        result |= zip(figure_names(metric, space), _figures(metric, reference, features, space), strict=True)
     return result
 
 
 def plain_names(metrics: Sequence[str], space: str) -> list[str]:
-    """The metrics without repetitions, each by its name in METRICS; raises as `measure`."""
+    """The metrics without repetitions, each by its name in METRICS.
+
+    Raises:
+      InputError: there is none, an unknown one, one of Inception's in another space, or the score of pixels.
+    """
+    if not metrics:
+        raise InputError(f"no metric is named; valid: {', '.join(METRICS)}")
     return list(dict.fromkeys(_plain_name(name, space) for name in metrics))
+
+
+def figure_names(metric: str, space: str) -> list[str]:
+    """What `measure` calls the figures of one of METRICS."""
+    if metric == "prdc":
+        return [name if space == "inception" else f"{name}_{space}" for name in Manifolds._fields]
+    name = INCEPTION_NAMES[metric] if space == "inception" else f"{metric}_{space}"
+    return [name] if metric == "frechet" else [name, f"{name}_std"]
 
 
 def _plain_name(name, space):
@@ -165,24 +188,23 @@ def _plain_name(name, space):
             raise InputError(f"{name!r} exists in Inception's space alone; in the space {space!r} ask for {plain!r}")
     if name not in METRICS:
         raise InputError(f"unknown metric {name!r}; {nearest(name, (*METRICS, *INCEPTION_NAMES.values()))}")
+    if name == "score" and space == "pixels":
+        raise InputError("pixels have no classes, which the score needs; use the classifier or Inception")
     return name
 
 
 def _figures(metric, reference, features, space):
+    """The values that figure_names names."""
     fake = features.vectors[_draw(len(features.vectors), MAX_VECTORS)]
     if metric == "prdc":
-        found = prdc(reference.vectors, fake)._asdict()
-        return {name if space == "inception" else f"{name}_{space}": value for name, value in found.items()}
-    key = INCEPTION_NAMES[metric] if space == "inception" else f"{metric}_{space}"
+        return prdc(reference.vectors, fake)
     if metric == "frechet":
-        return {key: frechet_between(reference.moments, moments(features.vectors))}
+        return [frechet_between(reference.moments, moments(features.vectors))]
     if metric == "kernel":
-        estimate = kernel_distance(reference.vectors, fake)
-    elif features.probabilities is None:
+        return kernel_distance(reference.vectors, fake)
+    if features.probabilities is None:
         raise InputError(f"the space {space!r} has no classes, which the score needs; use the classifier or Inception")
-    else:
-        estimate = class_score(features.probabilities)
-    return {key: estimate.mean, f"{key}_std": estimate.std}
+    return class_score(features.probabilities)
 
 
 def too_few(reference: Reference, features: Features) -> str:

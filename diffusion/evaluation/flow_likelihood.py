@@ -138,12 +138,12 @@ def bits_table(
     for num_steps in steps:
         options = {"prediction": model.prediction, "trace": "rademacher", "steps": num_steps, "dequantize": True}
 
-        def measure(images, cond, ids, options=options):
+        def measure(params, key, images, cond, ids, options=options):
             return log_likelihood(
-                model.apply_fn, trained.params, model.schedule, images, key, cond=cond, sample_ids=ids, **options
+                model.apply_fn, params, model.schedule, images, key, cond=cond, sample_ids=ids, **options
             )
 
-        bits = in_batches(measure, trained, data, batch_size).bits
+        bits = in_batches(measure, trained, key, data, batch_size).bits
         error = bits.std(ddof=1) / len(bits) ** 0.5 if len(bits) > 1 else float("nan")
         rows.append(FlowRow(num_steps, float(bits.mean()), float(error)))
     return rows

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from diffusion import devices
 from diffusion.data import Dataset
 from diffusion.denoiser import Options, check_options, denoise, log_variance_between
 from diffusion.errors import InputError, nearest
@@ -189,22 +191,29 @@ def _bound(trained, data, grid, key, variance, clip, batch_size):
     model = trained.model
     options = {"prediction": model.prediction, "variance": variance, "clip": clip}
 
-    def bound(images, cond, ids):
+    def bound(params, key, images, cond, ids):
         x_0 = images.astype(np.float32) / 127.5 - 1
         return variational_bound(
-            model.apply_fn, trained.params, model.schedule, grid, x_0, key, cond=cond, sample_ids=ids, **options
+            model.apply_fn, params, model.schedule, grid, x_0, key, cond=cond, sample_ids=ids, **options
         )
 
-    return in_batches(bound, trained, data, batch_size)
+    return in_batches(bound, trained, key, data, batch_size)
 
 
-def in_batches(measure, trained: Trained, data: Dataset, batch_size: int):
-    """measure(images uint8, cond, ids) of a data set, a tree of arrays [..., B]; joined as float64 [..., N]."""
+def in_batches(measure, trained: Trained, key: jax.Array, data: Dataset, batch_size: int):
+    """measure(params, key, images uint8, cond, ids) of a data set, a tree of arrays [..., B].
+
+    Each batch is shared by the devices of this process. The results are joined as float64 [..., N].
+    """
+    mesh = devices.data_mesh()
+    split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    params, key = jax.device_put((trained.params, key), everywhere)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
     parts = []
     for start in range(0, len(data.images), batch_size):
         # The last batch is filled up, so that all have the shape that is compiled.
         ids = np.minimum(np.arange(start, start + batch_size), len(data.images) - 1)
-        cond = jnp.asarray(data.labels[ids]) if trained.model.num_classes else None
-        part = measure(data.images[ids], cond, ids)
+        cond = data.labels[ids] if trained.model.num_classes else None
+        part = measure(params, key, *jax.device_put((data.images[ids], cond, ids), split))
         parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64)[..., : len(data.images) - start], part))  # noqa: B023
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *parts)

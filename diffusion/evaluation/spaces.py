@@ -14,7 +14,8 @@ from diffusion.data import Dataset, fingerprint
 from diffusion.errors import InputError
 from diffusion.evaluation import classifier as classifiers
 from diffusion.evaluation import inception as inceptions
-from diffusion.evaluation.cache import cached, digest
+from diffusion.evaluation.cache import cached
+from diffusion.files import digest
 
 MAX_PIXELS = 16
 """Largest height and width in the space of pixels."""

@@ -42,8 +42,10 @@ def plan(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -
     """Every sampler with every number of steps, and with every eta if it has that option and does not name its own.
 
     Raises:
-      InputError: an entry comes twice.
+      InputError: an entry comes twice, or there is none.
     """
+    if not samplers or not steps:
+        raise InputError("the sweep names no sampler or no number of steps; write --samplers=ddim,unipc --steps=5,10")
     entries = []
     for sampler in samplers:
         name, _, options = sampler.partition(":")
@@ -56,8 +58,15 @@ def plan(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -
     return entries
 
 
+_ROW = ("identity", "measured", "metrics", "record")
+_COLUMNS = ("run", "checkpoint_step", "ema", "sampler", "eta", "grid", "steps", "nfe", "clip", "dynamic_threshold")
+_COLUMNS += ("guidance_scale", "labels", "features", "split", "num", "seed")
+
+
 class Results:
     """Rows in evaluation.json, and as a table in evaluation.csv. Each row is on disk as soon as it is added.
+
+    For one process at a time, see `files.locked`.
 
     Args:
       folder: an existing folder; rows found in its evaluation.json are kept.
@@ -71,6 +80,8 @@ class Results:
         path = folder / "evaluation.json"
         try:
             self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+            if not all(set(_ROW) <= set(row) for row in self.rows):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path} is damaged; delete it, or name another folder with --out") from None
 
@@ -111,12 +122,11 @@ class Results:
 
     def _csv(self):
         metrics = list(dict.fromkeys(name for row in self.rows for name in row["metrics"]))
-        columns = ["run", "checkpoint_step", "ema", "sampler", "eta", "grid", "steps", "nfe", "num", "seed"]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow([*columns, *metrics, "seconds", "identity"])
+        writer.writerow([*_COLUMNS, *metrics, "seconds", "identity"])
         for row in self.rows:
-            facts = [row["record"].get(name, "") for name in columns]
+            facts = [row["record"].get(name, "") for name in _COLUMNS]
             values = [row["metrics"].get(name, "") for name in metrics]
             writer.writerow([*facts, *values, row.get("seconds", ""), row["identity"]])
         return buffer.getvalue()

@@ -1,6 +1,5 @@
 """One trained model as one safetensors file: the weights of an EMA, its config, and what was measured of it."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 
 from diffusion.errors import InputError
 from diffusion.experiment import Trained, make_model
-from diffusion.files import write_atomically
+from diffusion.files import digest, write_atomically
 
 SUFFIX = ".safetensors"
 _FORMAT, _ENTRY = "jax-fast-diffusion 1", "model"
@@ -37,7 +36,7 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
         "step": trained.step,
         "ema": trained.ema,
         "figures": figures or {},
-        "sha256": _digest(arrays),
+        "sha256": digest(arrays),
     }
     # One entry of text: safetensors writes several in any order, and the same model should give the same file.
     write_atomically(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(facts, sort_keys=True)}))
@@ -50,7 +49,7 @@ def load(path: str | os.PathLike) -> Trained:
       InputError: there is no such file, it is damaged, or not of this project.
     """
     facts, arrays = _read(path)
-    if _digest(arrays) != facts["sha256"]:
+    if digest(arrays) != facts["sha256"]:
         raise InputError(f"{path} is damaged: its weights are not those that were written; get it again")
     config = ConfigDict(facts["config"])
     model = make_model(config, tuple(facts["image_shape"]))
@@ -68,7 +67,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read(path):
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"there is no file {path}; name a run folder or a file that export.py wrote")
     try:
@@ -83,11 +82,3 @@ def _read(path):
     if facts.get("format") != _FORMAT:
         raise InputError(f"{path} is no file of export.py; other weights need a converter")
     return facts, arrays
-
-
-def _digest(arrays):
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
-    return digest.hexdigest()

@@ -24,7 +24,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class UNet(nn.Module):
-    """Predicts eps, x_0 or v from a noisy image and its timestep.
+    """Predicts eps, x_0, v or a flow velocity from a noisy image and its timestep.
 
     With width 128, multipliers (1, 2, 2, 2), two blocks a level and attention at 16 it is DDPM's CIFAR-10 network of
     35,746,307 parameters.

@@ -100,6 +100,7 @@ class CheckpointWriter:
         manifest.write(temporary, step=step, loss=loss if math.isfinite(loss) else None)
         _sync(temporary)
         os.rename(temporary, self._folder / str(step))
+        _sync_one(self._folder)
         self._remove_old()
 
     def _remove_old(self):
@@ -124,7 +125,11 @@ class CheckpointWriter:
 
 def steps(folder: str | os.PathLike) -> list[int]:
     """The steps of all checkpoints in a folder, ascending; whether they are whole, `newest_good` finds out."""
-    return sorted(int(path.name) for path in Path(folder).glob("*") if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in Path(folder).glob("*") if _is_step(path))
+
+
+def _is_step(path):
+    return path.name.isdecimal() and str(int(path.name)) == path.name and path.is_dir()
 
 
 def newest_commit(folder: str | os.PathLike) -> float:
@@ -276,11 +281,15 @@ def _loss(folder, step):
 def _sync(folder):
     """Puts the folder on disk before it gets its name, for a machine that loses power."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync_one(path)
+
+
+def _sync_one(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _first_line(error):

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from diffusion import __version__, devices
-from diffusion.files import write_atomically
+from diffusion.files import write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
@@ -41,7 +41,7 @@ def append(path: Path, start: dict[str, Any]) -> None:
     except (OSError, ValueError):
         starts = []
     starts = starts if isinstance(starts, list) else []
-    write_atomically(path, (json.dumps([*starts, start], indent=2) + "\n").encode())
+    write_json(path, [*starts, start])
 
 
 def _git(folder: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -107,7 +108,7 @@ class _Loop:
         self.votes = 0.0
         self.ballots: dict[bool, jax.Array] = {}
         self.clock = _Clock()
-        self.tracing = False
+        self.tracing = self.traced = False
 
     def go(self):
         plan, run = self.plan, self.run
@@ -118,16 +119,20 @@ class _Loop:
             if step % plan.log_every == 0 or step == plan.num_steps:
                 self._settle(0)
                 self._log(step, metrics)
+            saved = step % plan.save_every == 0 or step == plan.num_steps
+            if saved:
+                self._save(step)
             if step % plan.grid_every == 0 or step == plan.num_steps:
                 with self.clock.paused():
                     finished = self._draws_grid()
             last = step == plan.num_steps or self._stopping()
-            if step % plan.save_every == 0 or last:
-                self._settle(0)
+            if last and not saved:
                 self._save(step)
             if last:  # not self._stopping(), which may have come after the decision to save
                 break
         self._end_trace()
+        if run.profile is not None and not self.traced:
+            self._say(f"no trace: a start of fewer than {PROFILED.start + 1} steps ends before it begins")
         run.writer.wait()
         return self.state, finished and step >= plan.num_steps
 
@@ -162,7 +167,6 @@ class _Loop:
             # An image that cannot be read costs no step. Several processes would not all come to this save.
             saved = self.start if (step - 1) % self.plan.save_every else step - 1
             if step - 1 > saved and jax.process_count() == 1:
-                self._settle(0)
                 self._save(step - 1)
                 self.run.writer.wait()
             raise
@@ -224,13 +228,16 @@ class _Loop:
         )
 
     def _save(self, step):
+        self._settle(0)
         if not bool(_all_finite(self.state)):
             raise InputError(
                 f"the weights are not finite at step {step}; earlier checkpoints are whole. Lower "
                 "config.optimizer.learning_rate and start in a new --workdir"
             )
         totals = self.state.totals
-        self.run.writer.save(step, self.state, self.run.metadata, float(totals.loss / totals.steps))
+        # A stop at any step says nothing for keep_best: its mean may be over a single batch.
+        loss = float(totals.loss / totals.steps) if step % self.plan.save_every == 0 else math.nan
+        self.run.writer.save(step, self.state, self.run.metadata, loss)
 
     def _say(self, line):
         if jax.process_index() == 0:
@@ -241,7 +248,7 @@ class _Loop:
         if self.run.profile is not None and done == PROFILED.start:
             self._settle(0)
             jax.profiler.start_trace(self.run.profile)
-            self.tracing = True
+            self.tracing = self.traced = True
         elif done == PROFILED.stop:
             self._end_trace()
 

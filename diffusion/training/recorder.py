@@ -45,7 +45,10 @@ class Row(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """One row of speed.csv: pace since the last row, seconds since the start of the run, peak memory in GiB."""
+    """One row of speed.csv: pace since the last row, seconds in the loop so far, peak memory in GiB.
+
+    Compilation and grids do not count as time.
+    """
 
     step: int
     images_per_second: float

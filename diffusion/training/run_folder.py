@@ -1,7 +1,6 @@
 """The run folder: what is where, and what a resumed run may change."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion.errors import InputError
-from diffusion.files import write_atomically
+from diffusion.files import locked, write_atomically
 from diffusion.training import checkpoints, environment
 
 # Fields that do not change what is being trained, so a resumed run may have other values.
@@ -44,7 +43,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.json"
         self.environment = self.path / "environment.json"
@@ -63,20 +62,9 @@ class RunFolder:
         """The grid drawn after a step."""
         return self.grids / f"step_{step:08d}.png"
 
-    @contextlib.contextmanager
-    def locked(self):
-        """Makes the folder and keeps other processes from training in it.
-
-        Raises:
-          InputError: another process is doing so.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another process is training in {self.path}; name another --workdir") from None
-            yield
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Makes the folder and keeps other processes from training in it, see `files.locked`."""
+        return locked(self.path, "training in")
 
     def create(self, config: ConfigDict, start: dict[str, Any]) -> None:
         """Makes the folder of the grids, writes config.json and adds this start to environment.json."""
@@ -104,13 +92,20 @@ def existing(path: str | os.PathLike) -> RunFolder:
     return folder
 
 
-def check_resumable(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: RunFolder) -> None:
+def check_resumable(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: RunFolder, defaults: Mapping[str, Any] | None = None
+) -> None:
     """Compares the metadata of a checkpoint with that of the run about to resume it.
+
+    Args:
+      saved, wanted: both.
+      folder: the run's, for the error.
+      defaults: what fields mean that the checkpoint is too old to have.
 
     Raises:
       InputError: they would train different things; the fields are named.
     """
-    old, new = dict(_flatten(saved)), dict(_flatten(wanted))
+    old, new = dict(_flatten(defaults or {})) | dict(_flatten(saved)), dict(_flatten(wanted))
     # Under a cosine the number of steps shapes the learning rate of every one of them.
     shaped = old.get("config.optimizer.decay") == "cosine"
     different = [
