@@ -44,7 +44,9 @@ _METRICS = flags.DEFINE_list(
 )
 _INCEPTION = flags.DEFINE_string("inception", None, "File of the standard Inception weights. Default: downloaded.")
 _SPLIT = flags.DEFINE_string("split", None, "Part of the data to compare with or measure, as test. Default: the run's.")
-_NUM = flags.DEFINE_integer("num", None, "Number of samples. Default: as many as real images.", lower_bound=65)
+_NUM = flags.DEFINE_integer(
+    "num", None, "Number of samples. Default: as many as real.", lower_bound=65, upper_bound=10**6
+)
 _FIRST = flags.DEFINE_integer("first", None, "Only so many images for --bound and --likelihood.", lower_bound=1)
 _BOUND = flags.DEFINE_list("bound", None, "Numbers of steps: print the variational bound with so many, as 10,25.")
 _LIKELIHOOD = flags.DEFINE_list(

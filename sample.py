@@ -8,6 +8,7 @@ command goes on where it was killed.
 
 import hashlib
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from diffusion import __version__, cli, devices, files, jobs, sampling_run
 
 sampling_run.define_source_flags()
 sampling_run.define_sampler_flags()
-_NUM = flags.DEFINE_integer("num", 64, "Number of images, numbered from 0.", lower_bound=1)
+_NUM = flags.DEFINE_integer("num", 64, "Number of images, numbered from 0.", lower_bound=1, upper_bound=10**8)
 _SEEDS = flags.DEFINE_string("seeds", None, "Draw these numbers instead, as 0-63 or 5,7,100-199.")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: one named after the sampler in the run folder.")
 _PNG = flags.DEFINE_bool("png", False, "Also write every image as png/NUMBER.png.")
@@ -41,6 +42,10 @@ def main() -> None:
     out = Path(_OUT.value or run.source.home / "samples" / _label(run)).expanduser()
     out.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be written is found now
     job = jobs.Job(out, ids, run.record())
+    if job.replaces:
+        print(f"note: this replaces the images of another job in {out} ({job.replaces})")
+        shutil.rmtree(out / "png", ignore_errors=True)
+        (out / "trajectory.gif").unlink(missing_ok=True)
     mesh = devices.data_mesh()
     seconds = _draw(run, job, mesh)
 

@@ -108,11 +108,22 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
     last = {field: i for i, field in enumerate(fields)}
     others = [arg for i, arg in enumerate(others) if fields[i] is None or last[fields[i]] == i]
     path = Path(chosen[-1].partition(":")[0])  # what follows a colon goes to get_config
-    if not path.is_file():
+    if not path.is_file() or path.suffix != ".py":
         own = sorted(str(p) for p in Path(default_config).parent.glob("*.py") if p.stem not in ("__init__", "default"))
         fail(f"{str(path)!r} is no config file; {nearest(str(path), own)}")
+    try:
+        compile(path.read_bytes(), str(path), "exec")
+    except (SyntaxError, ValueError) as error:
+        fail(f"config file {path}, line {getattr(error, 'lineno', None) or 1}: {error}")
     sys.argv[:] = [program, f"--config={chosen[-1]}", *others]  # config_flags reads sys.argv itself
     return list(sys.argv)
+
+
+def _fields_named(name: str) -> list[str]:
+    """The fields of that name in any section of the config, as config.SECTION.NAME."""
+    config = flags.FLAGS["config"].value
+    sections = config.items() if config is not None else ()
+    return [f"config.{section}.{name}" for section, fields in sections if hasattr(fields, "keys") and name in fields]
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -135,7 +146,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if name not in overridden:
             raise
         guess = re.search(r'Did you mean "(\w+)"', str(error))
-        hint = f"did you mean {guess[1]!r}? " if guess else ""
+        elsewhere = _fields_named(name)
+        hint = f"did you mean {guess[1]!r}? " if guess else f"did you mean {elsewhere[0]!r}? " if elsewhere else ""
         fail(f"the config has no field {name!r}; {hint}configs/default.py holds every field")
     if flags.FLAGS["verbosity"].using_default_value:
         # orbax logs every file at INFO, and at ERROR the traceback of every error that it raises as well.

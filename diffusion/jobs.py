@@ -47,6 +47,9 @@ class Job:
       ids: the numbers of the images.
       record: what determines the images; kept in sampling.json.
 
+    Attributes:
+      replaces: what differs in the one file of another job that this one is about to replace, or "".
+
     Raises:
       InputError: the folder holds shards of another job.
     """
@@ -55,7 +58,7 @@ class Job:
         self.out = out
         self.shards = [ids[i : i + SHARD] for i in range(0, len(ids), SHARD)]
         self.record = {**record, "num": len(ids), "ids": _ranges(ids)}
-        self._check_same()
+        self.replaces = self._check_same()
         if len(self.shards) > 1:  # by which a job that was killed knows itself; beside one file it comes after that
             write_json(out / RECORD, self.record)
 
@@ -90,8 +93,10 @@ class Job:
         write_json(self.out / RECORD, {**self.record, **facts})
 
     def _check_same(self):
-        if not any(self.out.glob("samples-*-of-*.npz")):
-            return
+        """What differs from the job whose images the folder holds; raises where they are shards."""
+        shards = any(self.out.glob("samples-*-of-*.npz"))
+        if not shards and not (self.out / "samples.npz").exists():
+            return ""
         try:
             found = json.loads((self.out / RECORD).read_text())
         except (OSError, ValueError):
@@ -99,12 +104,13 @@ class Job:
         found = found if isinstance(found, dict) else {}
         wanted = json.loads(json.dumps(self.record))
         different = [key for key in wanted if found.get(key) != wanted[key]]
-        if different:
-            key = different[0]
-            raise InputError(
-                f"{self.out} holds images of another job ({key} is {str(wanted[key])[:80]}, there "
-                f"{str(found.get(key))[:80]}); name another folder with --out"
-            )
+        if not different:
+            return ""
+        key = different[0]
+        difference = f"{key} is {str(wanted[key])[:80]}, there {str(found.get(key))[:80]}"
+        if shards:
+            raise InputError(f"{self.out} holds images of another job ({difference}); name another folder with --out")
+        return difference
 
 
 def _ranges(ids):

@@ -173,7 +173,8 @@ def open_source() -> Source:
         "guidance_rescale": given.guidance_rescale,
         "guidance_rule": given.guidance_rule,
     }
-    labels = _labels(given.labels, trained.model.num_classes, given.guidance_scale)
+    labels = _labels(given.labels, trained.model.num_classes)
+    _check_effect(given, trained.model.num_classes)
     return Source(name, home, trained, digest(trained.params), options, labels, given.seed)
 
 
@@ -241,10 +242,21 @@ def _interval(texts):
     return low, high
 
 
-def _labels(texts, num_classes, guidance_scale):
+def _check_effect(given, num_classes):
+    """Refuses flags that would have none."""
+    guiding = [name for name in given if name.startswith("guidance_") and given[name].value != given[name].default]
+    if guiding and not num_classes:
+        raise InputError(f"this model has no classes: leave out --{guiding[0]}")
+    if guiding and given.guidance_scale == 1 and given.guidance_rule == "cfg":
+        raise InputError(f"--{guiding[0]} does nothing at --guidance_scale=1; give a scale, or leave it out")
+    if given.clip == "none" and given.dynamic_threshold is not None:
+        raise InputError("--clip=none and --dynamic_threshold exclude each other; leave one out")
+
+
+def _labels(texts, num_classes):
     if not num_classes:
-        if texts or guidance_scale != 1:
-            raise InputError("this model has no classes: leave out --labels and --guidance_scale")
+        if texts:
+            raise InputError("this model has no classes: leave out --labels")
         return ()
     if not texts:
         return tuple(range(num_classes))

@@ -216,7 +216,9 @@ def test_sampling_json_beside_one_file_is_always_of_that_file(tmp_path):
     job.finish(seconds=2.5)
     record = json.loads((tmp_path / jobs.RECORD).read_text())
     assert record == RECORD | {"num": 3, "ids": "3-4,9", "seconds": 2.5}
+    assert jobs.Job(tmp_path, ids, RECORD).replaces == ""
     job = jobs.Job(tmp_path, ids, other)
+    assert job.replaces == "seed is 4, there 3"
     assert json.loads((tmp_path / jobs.RECORD).read_text()) == record
     job.write(0, drawn(ids, seed=4))
     assert not (tmp_path / jobs.RECORD).exists()

@@ -14,6 +14,9 @@ MISTAKES = [
     ("train.py", ["--workdri=x"], "no flag --workdri; did you mean 'workdir'.*--config.FIELD"),
     ("train.py", ["--config.model.widht=8"], "no field 'widht'; did you mean 'width'"),
     ("train.py", ["--config.modle.width=8"], "no field 'modle'; did you mean 'model'"),
+    ("train.py", [f"--config={ROOT}/README.md"], "README.md' is no config file; .*valid"),
+    ("train.py", ["--config=$FILE.py"], "file.py, line 1: invalid syntax"),
+    ("train.py", ["--config.train.learning_rate=1e-3"], "did you mean 'config.optimizer.learning_rate'"),
     ("train.py", ["--config=configs/cifra.py"], "no config file; did you mean .*cifar.py"),
     ("train.py", ["--config.train.num_steps=many"], "num_steps=many"),
     ("train.py", ["--config.train.num_steps.x=3"], "no field 'x'"),
@@ -83,7 +86,11 @@ MISTAKES = [
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=unipc:order=x"], "unipc:order is 'x'; write a number"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=unipc:order"], "has no value"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--guidance_scale=2"], "no classes"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--guidance_rule=cfg++"], "no classes: .*--guidance_rule"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--guidance_interval=1,5"], "no classes: .*--guidance_interval"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--labels=3"], "no classes"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--clip=none", "--dynamic_threshold=0.9"], "exclude each other"),
+    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--num=999999999999"], "num=999999999999"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--dynamic_threshold=2"], "dynamic_threshold is 2"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "--seeds=5-1"], "seeds are '5-1'"),
     ("sample.py", ["--workdir=$TRAINED/runs/digits", "extra"], "unexpected argument 'extra'"),
@@ -97,6 +104,7 @@ MISTAKES = [
     ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--metrics=score"], "pixels have no classes"),
     ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--features=pixles"], "did you mean 'pixels'"),
     ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--steps=5,5"], "twice"),
+    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--samplers=unipc", "--etas=0"], "none of unipc takes one"),
     ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--inception=x.pth"], "goes with --features=inception"),
     ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--features=inception", "--inception=x.pth"], "x.pth"),
     ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--bound=0"], "steps is 0"),
@@ -124,6 +132,7 @@ def mistakes(trained, tmp_path_factory):
         script, args, _ = mistake
         cwd = tmp_path_factory.mktemp("mistake")
         (cwd / "file").touch()
+        (cwd / "file.py").write_text("1 +")
         args = [a.replace("$TRAINED", str(trained)).replace("$FILE", str(cwd / "file")) for a in args]
         return run(script, *args, cwd=cwd), sorted(path.name for path in cwd.iterdir())
 
@@ -138,4 +147,4 @@ def mistakes(trained, tmp_path_factory):
 def test_a_mistake_is_one_line_with_code_2_and_leaves_nothing(mistakes, number):
     result, left = mistakes[number]
     assert re.search(MISTAKES[number][2], error_line(result)), result.stderr
-    assert left == ["file"]
+    assert left == ["file", "file.py"]

@@ -21,7 +21,9 @@ def test_etas_are_for_the_samplers_that_have_one_and_do_not_name_their_own():
     assert [e for e in entries if e.sampler != "ddim"] == [
         Entry(sampler, steps, None) for sampler in ("unipc", "ddim:eta=0.5") for steps in (5, 10)
     ]
-    assert len(plan(["ddim"], [5], [])) == 1
+    assert plan(["ddim", "euler_ancestral"], [5], []) == [Entry("ddim", 5, 0.0), Entry("euler_ancestral", 5, 1.0)]
+    with pytest.raises(InputError, match="none of unipc takes one"):
+        plan(["unipc"], [5], [0.0])
 
 
 @pytest.mark.parametrize("twice", [(["ddim", "ddim"], [5], []), (["ddim"], [5, 5], []), (["ddim"], [5], [0.0, 0.0])])

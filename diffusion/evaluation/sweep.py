@@ -16,7 +16,7 @@ from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS
 
 
 class Entry(NamedTuple):
-    """One sampler on S = steps steps; eta is None where the sampler has none, or names its own."""
+    """One sampler on S = steps steps; eta is None where the sampler has none, or names its own in its options."""
 
     sampler: str
     steps: int
@@ -42,20 +42,30 @@ def plan(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -
     """Every sampler with every number of steps, and with every eta if it has that option and does not name its own.
 
     Raises:
-      InputError: an entry comes twice, or there is none.
+      InputError: an entry comes twice, there is none, or etas are given and no sampler takes one.
     """
     if not samplers or not steps:
         raise InputError("the sweep names no sampler or no number of steps; write --samplers=ddim,unipc --steps=5,10")
     entries = []
     for sampler in samplers:
-        name, _, options = sampler.partition(":")
-        solver = (SOLVERS | ESTIMATED_SOLVERS).get(name)  # an unknown name is refused when its table is built
-        takes_eta = solver is not None and "eta" in inspect.signature(solver).parameters and "eta=" not in options
-        for eta in etas if takes_eta and etas else [None]:
+        default = _default_eta(sampler)
+        for eta in [None] if default is None else etas or [default]:
             entries += [Entry(sampler, count, eta) for count in steps]
+    if etas and all(entry.eta is None for entry in entries):
+        raise InputError(f"etas are given, but none of {', '.join(samplers)} takes one; leave them out")
     if len(set(entries)) < len(entries):
         raise InputError("the sweep names a sampler, a number of steps or an eta twice")
     return entries
+
+
+def _default_eta(sampler):
+    """What eta is where it is not given, or None where there is none to give."""
+    name, _, options = sampler.partition(":")
+    solver = (SOLVERS | ESTIMATED_SOLVERS).get(name)  # an unknown name is refused when its table is built
+    if solver is None or "eta=" in options:
+        return None
+    parameter = inspect.signature(solver).parameters.get("eta")
+    return None if parameter is None else parameter.default
 
 
 _ROW = ("identity", "measured", "metrics", "record")

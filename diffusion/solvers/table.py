@@ -86,8 +86,9 @@ class SamplerTable:
     def __str__(self) -> str:
         """A readable table of at most 30 stages: times, signal, noise, and the row that makes the next x."""
         columns = [*(f"R{i}" for i in range(self.num_registers)), "D", "z"]
+        ends = f"tau {self.tau[0]:g} to {self.tau[-1]:g}"
         lines = [
-            f"{self.name}: {self.nfe} network calls, {self.num_registers} register(s), tau {self.tau[0]:g} to 0",
+            f"{self.name}: {self.nfe} network calls, {self.num_registers} register(s), {ends}",
             f"{'t':>9} {'signal':>9} {'noise':>9} | x' = " + " ".join(f"{c:>9}" for c in columns),
         ]
         for i in range(self.nfe):

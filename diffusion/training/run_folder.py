@@ -117,7 +117,7 @@ def check_resumable(
     if different:
         raise InputError(
             f"{folder.path} is another run: {'; '.join(different)}. Name another folder with --workdir, or give the "
-            "fields their old values"
+            f"fields their old values{' (under a cosine the length shapes every step)' if shaped else ''}"
         )
 
 
