@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import runpy
 import sys
 import threading
 import traceback
@@ -119,10 +120,10 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
     return list(sys.argv)
 
 
-def _fields_named(name: str) -> list[str]:
-    """The fields of that name in any section of the config, as config.SECTION.NAME."""
-    config = flags.FLAGS["config"].value
-    sections = config.items() if config is not None else ()
+def _fields_named(name: str, chosen: str) -> list[str]:
+    """The fields of that name in any section of a config file, FILE or FILE:ARGUMENT, as config.SECTION.NAME."""
+    path, colon, argument = chosen.partition(":")
+    sections = runpy.run_path(path)["get_config"](*[argument] * bool(colon)).items()
     return [f"config.{section}.{name}" for section, fields in sections if hasattr(fields, "keys") and name in fields]
 
 
@@ -146,7 +147,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if name not in overridden:
             raise
         guess = re.search(r'Did you mean "(\w+)"', str(error))
-        elsewhere = _fields_named(name)
+        elsewhere = _fields_named(name, argv[1].partition("=")[2])
         hint = f"did you mean {guess[1]!r}? " if guess else f"did you mean {elsewhere[0]!r}? " if elsewhere else ""
         fail(f"the config has no field {name!r}; {hint}configs/default.py holds every field")
     if flags.FLAGS["verbosity"].using_default_value:
