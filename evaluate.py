@@ -98,9 +98,9 @@ def measure_samples(source: sampling_run.Source, out: Path) -> None:
             print(f"the classifier is right about {space.facts['accuracy']:.1%} of the images that it was not shown")
         shown = [figure for metric in metrics for figure in features.figure_names(metric, space.name)]
         print(f"{'sampler':32} {'steps':>5} {'calls':>5} " + " ".join(f"{figure:>18}" for figure in shown))
+        facts = {"num": num, "features": space.key, "split": split, "data": data.fingerprint(real)}
         rows = []
         for entry, run in zip(entries, runs, strict=True):
-            facts = {"num": num, "features": space.key, "split": split, "data": data.fingerprint(real)}
             record = {**run.record(), "eta": entry.eta, **facts}
             row = results.find(record, metrics)
             if row is None:

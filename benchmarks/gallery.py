@@ -9,7 +9,6 @@ import io
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -60,8 +59,7 @@ def samplers(trained):
 def way(trained):
     """What the network sees and what it makes of it, before some of 25 steps of DDIM, and the sample."""
     images, passed = draw(trained, "ddim", STEPS[-1], return_trajectory=True)
-    estimates = jnp.concatenate([passed.x0, images[None]])
-    pictures = np.stack([np.asarray(path)[list(SHOWN), 1] for path in (passed.x[:-1], estimates[:-1])])
+    pictures = np.stack([np.asarray(path)[list(SHOWN), 1] for path in (passed.x, passed.x0)])
     last = np.stack([np.asarray(images[1])] * 2)[:, None]
     tau = experiment.make_tau(trained.model.schedule, "uniform", STEPS[-1])
     labels = [f"t = {tau[i]:g}" for i in SHOWN] + ["sample"]
