@@ -19,9 +19,10 @@ import pooch
 from absl import flags
 from tqdm import tqdm
 
-from diffusion import __version__, cli, data, devices, experiment, files, plots, sampling_run
+from diffusion import __version__, data, devices, files
+from diffusion.commands import cli, experiment, plots, sources, sweep
 from diffusion.errors import InputError, nearest
-from diffusion.evaluation import features, flow_likelihood, likelihood, sweep
+from diffusion.evaluation import features, likelihood
 
 SPACES = ("classifier", "inception", "pixels")
 LONG_NAMES = {
@@ -31,7 +32,7 @@ LONG_NAMES = {
     "prdc": "precision, {}",
 }
 
-sampling_run.define_source_flags()
+sources.define_source_flags()
 _SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, several with commas. Default: the run's.")
 _STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default: the run's config.sample.steps (25).")
 _ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
@@ -66,7 +67,7 @@ def main() -> None:
         _refuse(OF_SAMPLES, "is of samples, which --bound and --likelihood do not draw")
     if _BOUND.value is None and _LIKELIHOOD.value is not None:
         _refuse(["tau", "clip"], "goes with --bound or samples, not with --likelihood alone")
-    source = sampling_run.open_source()
+    source = sources.open_source()
     out = Path(_OUT.value or source.home).expanduser()
     if _BOUND.value is None and _LIKELIHOOD.value is None:
         measure_samples(source, out)
@@ -76,17 +77,17 @@ def main() -> None:
         measure_likelihood(source, out)
 
 
-def measure_samples(source: sampling_run.Source, out: Path) -> None:
+def measure_samples(source: sources.Source, out: Path) -> None:
     """The sweep: finds all that can be wrong before the first image is drawn."""
     config = source.trained.config
     tau = _TAU.value or config.sample.tau
     samplers = sweep.parse_samplers(config.sample.sampler if _SAMPLERS.value is None else _SAMPLERS.value)
     steps = None if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
-    steps = sampling_run.chosen_steps(tau, steps, [config.sample.steps])
+    steps = sources.chosen_steps(tau, steps, [config.sample.steps])
     entries = sweep.plan(samplers, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [])
     name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
     metrics = features.plain_names(_METRICS.value, name)
-    runs = [sampling_run.make_run(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
+    runs = [sources.make_run(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
     real, split = _real_images(config)
     num = _NUM.value or len(real.images)
     space = _space(name, real)
@@ -131,7 +132,7 @@ def _measure(run, num, space, reference, metrics, results, record):
     return results.add(record, metrics, values, facts)
 
 
-def measure_bound(source: sampling_run.Source, out: Path) -> None:
+def measure_bound(source: sources.Source, out: Path) -> None:
     """Bits per dimension of the data, with fixed and learned variances."""
     steps = _numbers("bound", _BOUND.value, int)
     images, split = _first_images(source)
@@ -147,7 +148,7 @@ def measure_bound(source: sampling_run.Source, out: Path) -> None:
     _write_bits(source, out / "bound.json", images, rows, split=split, grid=tau, clip=clip)
 
 
-def measure_likelihood(source: sampling_run.Source, out: Path) -> None:
+def measure_likelihood(source: sources.Source, out: Path) -> None:
     """Bits per dimension of the data under the flow that DDIM discretizes."""
     steps = _numbers("likelihood", _LIKELIHOOD.value, int)
     images, split = _first_images(source)

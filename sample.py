@@ -1,6 +1,6 @@
 """Draws samples from a trained run: `python sample.py --steps=25 --sampler=ddim --eta=0`.
 
-Takes the newest run in runs/, the run folder or the file of export.py that --workdir names, or, where nothing has been
+Takes the newest run in runs/, the run folder or the file of convert.py that --workdir names, or, where nothing has been
 trained, the digits model that ships with the project. Writes grid.png, samples.npz (uint8 images and their
 ids) and sampling.json (all that is needed to repeat them) into --out. A large job is written in shards, and the same
 command goes on where it was killed.
@@ -17,10 +17,12 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from diffusion import __version__, cli, devices, files, jobs, sampling_run
+from diffusion import __version__, devices
+from diffusion.commands import cli, jobs, sources
+from diffusion.images import sheet, write_gif, write_png
 
-sampling_run.define_source_flags()
-sampling_run.define_sampler_flags()
+sources.define_source_flags()
+sources.define_sampler_flags()
 _NUM = flags.DEFINE_integer("num", 64, "Number of images, numbered from 0.", lower_bound=1, upper_bound=10**8)
 _SEEDS = flags.DEFINE_string("seeds", None, "Draw these numbers instead, as 0-63 or 5,7,100-199.")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: one named after the sampler in the run folder.")
@@ -31,7 +33,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the sampler's table and st
 
 def main() -> None:
     devices.prepare()
-    run = sampling_run.open_run()
+    run = sources.open_run()
     ids = range(_NUM.value) if _SEEDS.value is None else jobs.parse_ids(_SEEDS.value)
     print(run.title(len(ids)))
     for note in run.notes():
@@ -49,11 +51,11 @@ def main() -> None:
     mesh = devices.data_mesh()
     seconds = _draw(run, job, mesh)
 
-    files.write_png(out / "grid.png", files.grid(job.images(0)[:64]))
+    write_png(out / "grid.png", sheet(job.images(0)[:64]))
     if _PNG.value:
         _write_pngs(job)
     if _GIF.value:
-        files.write_gif(out / "trajectory.gif", [files.grid(frame) for frame in run.trajectory(ids[:64])])
+        write_gif(out / "trajectory.gif", [sheet(frame) for frame in run.trajectory(ids[:64])])
     job.finish(
         seconds_with_compilation=round(seconds, 3),
         devices=devices.describe(mesh),
@@ -86,7 +88,7 @@ def _write_pngs(job):
     folder.mkdir(exist_ok=True)
     for index, ids in enumerate(job.shards):
         for number, image in zip(ids, job.images(index), strict=True):
-            files.write_png(folder / f"{number:06}.png", image)
+            write_png(folder / f"{number:06}.png", image)
 
 
 def _label(run):

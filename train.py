@@ -23,9 +23,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from configs import default
-from diffusion import cli, data, denoiser, devices, experiment, files
+from diffusion import data, denoiser, devices
+from diffusion.commands import cli, experiment
+from diffusion.commands.drawing import generate
 from diffusion.errors import InputError, require_range
-from diffusion.generate import generate
+from diffusion.images import sheet, write_png
 from diffusion.sampling import check_prediction, check_variance
 from diffusion.training import checkpoints, environment, run_folder
 from diffusion.training.loop import Plan, Run, train
@@ -219,11 +221,11 @@ def grid_drawer(config, folder, model, table, mesh, recorder):
         shared = {"seed": config.seed, "labels": range(model.num_classes), "clip": config.sample.clip}
         drawn = generate(model, params, table, range(config.sample.num), mesh=devices.data_mesh(), **shared)
         try:
-            grid = files.grid(np.concatenate(list(drawn)))
+            grid = sheet(np.concatenate(list(drawn)))
         except (InputError, jax.errors.JaxRuntimeError) as error:  # weights gone astray for a while, or no memory
             warnings.warn(f"no grid of step {step:,}: {str(error).splitlines()[0][:200]}", stacklevel=2)
             return
-        files.write_png(path, grid)
+        write_png(path, grid)
         recorder.image("samples", grid, step)
 
     return draw

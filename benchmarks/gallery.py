@@ -13,7 +13,8 @@ import numpy as np
 from absl import flags
 
 from benchmarks.claims.report import new_figure, show_pictures
-from diffusion import cli, experiment, pretrained, sample
+from diffusion import pretrained, sample
+from diffusion.commands import cli, experiment
 from diffusion.files import write_atomically
 
 _OUT = flags.DEFINE_string("out", "docs/images", "Folder of the pictures.")

@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion import devices, schedules
-from diffusion.losses import simple_loss
 from diffusion.models import UNet, as_apply_fn
+from diffusion.objectives.losses import simple_loss
 from diffusion.training.step import init_state, make_train_step
 
 

@@ -31,7 +31,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import diffusion
-from diffusion import data, experiment, files, sample, solvers, timesteps
+from diffusion import data, sample, solvers, timesteps
+from diffusion.commands import experiment
+from diffusion.images import sheet, to_uint8
 from diffusion.training import run_folder
 
 REPOSITORY = Path(diffusion.__file__).parents[1]
@@ -75,7 +77,7 @@ print(dataset.images.shape, dataset.images.dtype, dataset.class_names)
 def show(images, title, columns=12):
     """images: uint8 [N, H, W, C]."""
     plt.figure(figsize=(8, 2.4), layout="constrained")
-    plt.imshow(files.grid(images, columns=columns))
+    plt.imshow(sheet(images, columns=columns))
     plt.title(title, fontsize="medium")
     plt.axis("off")
     plt.show()
@@ -162,7 +164,7 @@ images = sample(
     null_cond=jnp.full(24, model.num_classes),
     guidance_scale=2.0,
 )
-show(files.to_uint8(images), f"step {step:,}: {table.nfe} steps of DDIM, guidance 2; crosses above, discs below")
+show(to_uint8(images), f"step {step:,}: {table.nfe} steps of DDIM, guidance 2; crosses above, discs below")
 
 # %% [markdown]
 # Which sampler, how many steps? Change the table; nothing else.
@@ -171,7 +173,7 @@ show(files.to_uint8(images), f"step {step:,}: {table.nfe} steps of DDIM, guidanc
 for name, S in [("ddim", 5), ("dpm_solver_pp", 5)]:
     table = solvers.SOLVERS[name](model.schedule, timesteps.uniform(model.schedule, S))
     few = sample(model.apply_fn, params, table, jax.random.key(0), 24, model.image_shape, clip="recompute", cond=labels)
-    show(files.to_uint8(few), f"{name}, {S} steps, no guidance")
+    show(to_uint8(few), f"{name}, {S} steps, no guidance")
 
 # %% [markdown]
 # ## For real

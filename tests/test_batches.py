@@ -15,7 +15,8 @@ import pytest
 from test_data import encoded, noise, raises, write_folder, write_tar, write_zip
 
 from configs import default
-from diffusion import data, experiment
+from diffusion import data
+from diffusion.commands import experiment
 from diffusion.data import batching, order
 
 COUNT, SIDE, BATCH = 30, 6, 12  # three epochs do not end with a batch

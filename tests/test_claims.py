@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from reference import refused
 
 from diffusion import sample
-from diffusion.experiment import Model, Trained
+from diffusion.commands.experiment import Model, Trained
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from commands import (
 from PIL import Image
 
 from diffusion import pretrained
-from diffusion.interop import weights
+from diffusion.pretrained import weights
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -266,7 +266,7 @@ def test_without_a_run_the_shipped_model_is_used_and_a_sweep_measures_each_sampl
 
 
 def test_a_run_becomes_one_file_that_draws_the_same_images(trained):
-    assert run("export.py", "--out=model.safetensors", cwd=trained).returncode == 0
+    assert run("convert.py", "--out=model.safetensors", cwd=trained).returncode == 0
     drawn = {}
     for name, args in (("run", ()), ("file", ("--workdir=model.safetensors",))):
         result = run("sample.py", "--steps=2", "--num=4", f"--out={name}", *args, cwd=trained)

@@ -8,18 +8,19 @@ from PIL import Image
 from reference import refused
 
 from diffusion import files
+from diffusion.images import sheet, to_uint8, write_png
 
 
 def test_pixels_survive_the_way_to_floats_and_back():
     levels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(files.to_uint8(levels / 127.5 - 1), levels)
-    np.testing.assert_array_equal(files.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+    np.testing.assert_array_equal(to_uint8(levels / 127.5 - 1), levels)
+    np.testing.assert_array_equal(to_uint8(np.array([-3.0, 3.0])), [0, 255])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_grid_holds_every_image_in_reading_order(channels, tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (5, 40, 40, channels)).astype(np.uint8)
-    files.write_png(tmp_path / "grid.png", files.grid(images, min_height=0))
+    write_png(tmp_path / "grid.png", sheet(images, min_height=0))
     canvas = np.asarray(Image.open(tmp_path / "grid.png")).reshape(2 * 41 + 1, 3 * 41 + 1, channels)
     for i, image in enumerate(images):
         top, left = i // 3 * 41 + 1, i % 3 * 41 + 1

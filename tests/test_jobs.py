@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 from reference import refused
 
-from diffusion import devices, files, jobs, schedules, timesteps
-from diffusion.experiment import Model
-from diffusion.generate import generate
+from diffusion import devices, files, schedules, timesteps
+from diffusion.commands import jobs
+from diffusion.commands.drawing import generate
+from diffusion.commands.experiment import Model
+from diffusion.images import write_gif
 from diffusion.solvers import ddim
 
 LINEAR = schedules.linear(50, 1e-3, 0.2)
@@ -255,7 +257,7 @@ def test_a_gif_loops_over_its_frames_and_rests_on_the_last(tmp_path, channels):
     # Few colours, so that the palette of a GIF holds them all.
     colours = rng.integers(0, 256, (6, channels), np.uint8)
     frames = [colours[rng.integers(0, 6, (5, 7))] for _ in range(4)]
-    files.write_gif(tmp_path / "a.gif", frames, milliseconds=120)
+    write_gif(tmp_path / "a.gif", frames, milliseconds=120)
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 4
         assert gif.info["loop"] == 0
@@ -271,7 +273,7 @@ def test_a_gif_loops_over_its_frames_and_rests_on_the_last(tmp_path, channels):
 
 def test_a_gif_of_one_frame_is_a_picture(tmp_path):
     frame = np.arange(20, dtype=np.uint8).reshape(4, 5, 1)
-    files.write_gif(tmp_path / "a.gif", [frame])
+    write_gif(tmp_path / "a.gif", [frame])
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 1
         np.testing.assert_array_equal(np.asarray(gif.convert("L")), frame[..., 0])

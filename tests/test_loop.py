@@ -21,7 +21,7 @@ from tiny import BATCH, IMAGES, assert_same
 
 from diffusion import devices
 from diffusion.errors import InputError
-from diffusion.losses import simple_loss
+from diffusion.objectives.losses import simple_loss
 from diffusion.training import checkpoints, environment
 from diffusion.training.loop import Plan, Run, train
 from diffusion.training.recorder import COLUMNS, Recorder, Row

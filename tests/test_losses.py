@@ -12,8 +12,9 @@ from reference import refused
 from scipy.stats import norm
 
 from configs.default import get_config
-from diffusion import devices, experiment, gaussian, schedules
-from diffusion.losses import (
+from diffusion import devices, gaussian, schedules
+from diffusion.commands import experiment
+from diffusion.objectives.losses import (
     LEARN_VARIANCE,
     OBJECTIVES,
     TARGETS,
@@ -22,8 +23,8 @@ from diffusion.losses import (
     stratified_timesteps,
     vlb_loss,
 )
+from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
 from diffusion.solvers import ddpm
-from diffusion.weightings import WEIGHTINGS, loss_weights
 
 LINEAR = schedules.linear()
 SHORT = schedules.linear(20, 0.01, 0.4)

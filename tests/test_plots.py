@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffusion import plots
+from diffusion.commands import plots
 
 RANGES = [(0.02, 0.2), (0.033, 0.041), (2.8, 320), (0.9, 3.1), (12, 13), (3e-4, 9e-4), (-0.001, 0.02), (0, 1), (5, 5)]
 

@@ -34,9 +34,10 @@ from commands import (
 )
 
 from diffusion import devices as device_layout
-from diffusion import files, schedules
-from diffusion.losses import simple_loss
+from diffusion import schedules
+from diffusion.images import write_png
 from diffusion.models import UNet, as_apply_fn
+from diffusion.objectives.losses import simple_loss
 from diffusion.training import checkpoints
 from diffusion.training.step import init_state, make_train_step
 
@@ -228,13 +229,13 @@ def test_9_other_images_behind_the_same_config_are_refused_before_the_first_step
     folder, rng = tmp_path / "images", np.random.default_rng(0)
     folder.mkdir()
     for i in range(8):
-        files.write_png(folder / f"{i}.png", rng.integers(0, 256, (8, 8, 3), np.uint8))
+        write_png(folder / f"{i}.png", rng.integers(0, 256, (8, 8, 3), np.uint8))
     options = (f"--config={ROOT}/configs/images.py", "--config.data.path=images", "--workdir=run")
     options += ("--config.train.batch_size=4", "--config.train.num_steps=5")
     assert train(tmp_path, *options, "--config.data.size=8").returncode == 0
     more = (*options, "--config.train.num_steps=9")
     assert "config.data.size is 16" in error_line(train(tmp_path, *more, "--config.data.size=16"))
-    files.write_png(folder / "0.png", rng.integers(0, 256, (8, 8, 3), np.uint8))
+    write_png(folder / "0.png", rng.integers(0, 256, (8, 8, 3), np.uint8))
     assert "is another run: data is" in error_line(train(tmp_path, *more, "--config.data.size=8"))
     (folder / "0.png").unlink()
     assert "num_examples is 7, the run has 8" in error_line(train(tmp_path, *more, "--config.data.size=8"))

@@ -213,7 +213,7 @@ def test_a_schedule_keeps_its_relative_precision_through_jit_in_float32(schedule
 
 def test_every_schedule_can_be_named_in_a_config_with_the_defaults_of_its_function():
     from configs import default
-    from diffusion import experiment
+    from diffusion.commands import experiment
 
     config = default.get_config().schedule
     for name, build in schedules.SCHEDULES.items():

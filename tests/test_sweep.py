@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from diffusion.commands.sweep import Entry, Results, parse_samplers, plan
 from diffusion.errors import InputError
-from diffusion.evaluation.sweep import Entry, Results, parse_samplers, plan
 
 
 def test_options_belong_to_the_sampler_before_them():

@@ -9,9 +9,10 @@ import tiny
 from ml_collections import ConfigDict
 from tiny import BATCH, IMAGES, KEY, SCHEDULE, assert_close, assert_same, make_step, start
 
-from diffusion import devices, experiment
+from diffusion import devices
+from diffusion.commands import experiment
 from diffusion.errors import InputError
-from diffusion.losses import simple_loss
+from diffusion.objectives.losses import simple_loss
 from diffusion.training import run_folder
 from diffusion.training.step import TENTHS, ema_decay_at, ema_name, make_train_step
 

@@ -5,8 +5,8 @@ import pytest
 from reference import refused
 
 from diffusion import schedules
-from diffusion.losses import TARGETS
-from diffusion.weightings import PER_X0_ERROR, WEIGHTINGS, loss_weights
+from diffusion.objectives.losses import TARGETS
+from diffusion.objectives.weightings import PER_X0_ERROR, WEIGHTINGS, loss_weights
 
 LINEAR = schedules.linear()
 SCHEDULES = {

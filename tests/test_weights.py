@@ -10,9 +10,9 @@ import safetensors.numpy
 from tiny import assert_same
 
 from configs import digits
+from diffusion.commands.experiment import Trained, make_model
 from diffusion.errors import InputError
-from diffusion.experiment import Trained, make_model
-from diffusion.interop import weights
+from diffusion.pretrained import weights
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from diffusion import devices, schedules
-from diffusion.losses import simple_loss
+from diffusion.objectives.losses import simple_loss
 from diffusion.training.step import init_state, make_train_step
 
 SCHEDULE = schedules.linear(100)

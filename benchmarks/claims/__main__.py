@@ -13,9 +13,10 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks.claims import ddim_table, interpolation, inversion, orders, report, same_latent, step_cost, variance
-from diffusion import cli, experiment, pretrained
+from diffusion import pretrained
+from diffusion.commands import cli, experiment
 from diffusion.errors import InputError, nearest
-from diffusion.interop import weights
+from diffusion.pretrained import weights
 from diffusion.training import run_folder
 
 CLAIMS = {
@@ -29,7 +30,7 @@ CLAIMS = {
 }
 
 _CLAIM = flags.DEFINE_string("claim", None, f"{', '.join(CLAIMS)}.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or a file of export.py. Default: the digits that ship.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or a file of convert.py. Default: the digits that ship.")
 _EVALUATION = flags.DEFINE_string(
     "evaluation", None, "evaluation.csv of evaluate.py, for ddim_table, or its bound.json, for variance."
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.claims.report import Findings, new_figure
-from diffusion import plots
+from diffusion.commands import plots
 from diffusion.errors import InputError
 
 _STEPS = (10, 20, 50, 100, 1000)

@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.claims.report import Findings, model_facts, new_figure, show_pictures
 from diffusion import editing, sample, solvers, timesteps
-from diffusion.experiment import Trained, load_data
+from diffusion.commands.experiment import Trained, load_data
 
 WAYS = {
     "slerp of latents": editing.slerp,

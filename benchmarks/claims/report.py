@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from diffusion.commands.experiment import Trained
 from diffusion.errors import InputError
-from diffusion.experiment import Trained
-from diffusion.files import to_uint8, write_atomically
+from diffusion.files import write_atomically
+from diffusion.images import to_uint8
 
 BEGIN, END = "<!-- measured: this part is written by the command above -->", "<!-- measured: end -->"
 

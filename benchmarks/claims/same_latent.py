@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.claims.report import Findings, model_facts, new_figure, show_pictures
 from diffusion import sample, solvers, timesteps
-from diffusion.experiment import Trained
+from diffusion.commands.experiment import Trained
 
 SAMPLERS = {"DDIM": solvers.ddim, "DDPM": solvers.ddpm}
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from diffusion.data.files import Files
+from diffusion.data.archives import Files
 from diffusion.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow's others include PostScript, which is a program

@@ -5,9 +5,9 @@ import os
 
 import numpy as np
 
+from diffusion.data.archives import open_files
 from diffusion.data.dataset import Dataset, require
 from diffusion.data.decoding import ImageFiles, read_all
-from diffusion.data.files import open_files
 from diffusion.errors import InputError, nearest, require_range
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from diffusion.commands.experiment import Trained
 from diffusion.errors import InputError, nearest
-from diffusion.experiment import Trained
-from diffusion.interop import weights
+from diffusion.pretrained import weights
 
 FILES = {path.stem: path for path in sorted(Path(__file__).parent.glob(f"*{weights.SUFFIX}"))}
 """The models by name."""

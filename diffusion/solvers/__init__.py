@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 from diffusion.solvers.adams import deis, ipndm, lms, plms, pndm
-from diffusion.solvers.ancestral import analytic_dpm, consistency, euler, euler_ancestral, sigma_hat
 from diffusion.solvers.ddim import ddim, ddpm
 from diffusion.solvers.differentiable import differentiable
 from diffusion.solvers.exponential import dpm_solver_pp, unipc
 from diffusion.solvers.heun import edm, heun
+from diffusion.solvers.onestep import analytic_dpm, consistency, euler, euler_ancestral, sigma_hat
 from diffusion.solvers.singlestep import dpm_solver, dpm_solver_pp_singlestep
 from diffusion.solvers.table import SamplerTable, from_json, gaussian_moments, make_table, one_register, reverse
 
@@ -33,7 +33,7 @@ SOLVERS: dict[str, Callable[..., SamplerTable]] = {
 """Solvers that need nothing but a schedule and a grid; options have defaults."""
 
 ESTIMATED_SOLVERS: dict[str, Callable[..., SamplerTable]] = {"analytic_dpm": analytic_dpm}
-"""Solvers that also need gamma, which `diffusion.analytic` estimates from a network and its data."""
+"""Solvers that also need gamma, which `diffusion.learning.analytic` estimates from a network and its data."""
 
 __all__ = [
     "ESTIMATED_SOLVERS",

@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 
 from diffusion.errors import InputError, nearest
 from diffusion.schedules import NoiseSchedule
-from diffusion.solvers.integrals import lagrange_integrals
-from diffusion.solvers.steps import (
+from diffusion.solvers.forms import (
     Form,
     Level,
     Stage,
@@ -30,6 +29,7 @@ from diffusion.solvers.steps import (
     first_order,
     levels,
 )
+from diffusion.solvers.integrals import lagrange_integrals
 from diffusion.solvers.table import SamplerTable
 
 ADAMS_BASHFORTH = {

@@ -4,7 +4,7 @@ import numpy as np
 
 from diffusion.errors import InputError
 from diffusion.schedules import NoiseSchedule
-from diffusion.solvers.steps import (
+from diffusion.solvers.forms import (
     Stage,
     build,
     columns,

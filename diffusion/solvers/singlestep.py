@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion.schedules import NoiseSchedule
-from diffusion.solvers.steps import (
+from diffusion.solvers.forms import (
     Form,
     Level,
     build,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from diffusion import devices
 from diffusion.errors import InputError
-from diffusion.losses import Loss
+from diffusion.objectives.losses import Loss
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import Params
 
@@ -114,7 +114,7 @@ def make_train_step(
 
     Args:
       apply_fn: the network, taking dropout_keys [B] besides (params, x, t, cond).
-      objective: (network, schedule, x_0, cond, keys, index, batch_size) -> Loss, see `diffusion.losses`.
+      objective: (network, schedule, x_0, cond, keys, index, batch_size) -> Loss, see `diffusion.objectives.losses`.
       optimizer: an optax transformation.
       schedule: the noise schedule.
       mesh: from `devices.training_mesh`.

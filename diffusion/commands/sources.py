@@ -10,13 +10,14 @@ from absl import flags
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from diffusion import analytic, pretrained
+from diffusion import pretrained
+from diffusion.commands.drawing import generate, trajectory
+from diffusion.commands.experiment import Trained, load_data, load_trained, make_table, make_tau
 from diffusion.denoiser import CLIPS, GUIDANCE_RULES, Options, check_options
 from diffusion.errors import InputError
-from diffusion.experiment import Trained, load_data, load_trained, make_table, make_tau
 from diffusion.files import digest
-from diffusion.generate import generate, trajectory
-from diffusion.interop import weights
+from diffusion.learning import analytic
+from diffusion.pretrained import weights
 from diffusion.sampling import check_prediction, check_variance
 from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS, SamplerTable
 from diffusion.timesteps import GRIDS
@@ -121,7 +122,7 @@ def define_source_flags() -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        f"Run folder, or a file of export.py. Default: the newest run in runs/, or the {SHIPPED} model that ships.",
+        f"Run folder, or a file of convert.py. Default: the newest run in runs/, or the {SHIPPED} model that ships.",
     )
     flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
     flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i alone.", lower_bound=0, upper_bound=2**32 - 1)

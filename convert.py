@@ -1,4 +1,4 @@
-"""Writes a trained run as one file: `python export.py --workdir=runs/digits --out=digits.safetensors`.
+"""Writes a trained run as one file: `python convert.py --workdir=runs/digits --out=digits.safetensors`.
 
 The file holds the weights of one EMA, the config and, from --figures=FILE.json, what was measured. sample.py and
 evaluate.py take it as --workdir.
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from absl import flags
 
-from diffusion import cli
+from diffusion.commands import cli
+from diffusion.commands.experiment import load_trained
 from diffusion.errors import InputError
-from diffusion.experiment import load_trained
-from diffusion.interop import weights
+from diffusion.pretrained import weights
 from diffusion.training import run_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")

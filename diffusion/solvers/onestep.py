@@ -8,7 +8,7 @@ from jaxtyping import Float
 from diffusion.errors import InputError
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers.ddim import ddim, ddpm
-from diffusion.solvers.steps import grid_levels
+from diffusion.solvers.forms import grid_levels
 from diffusion.solvers.table import SamplerTable, one_register
 
 

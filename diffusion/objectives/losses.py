@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int, Key
 from diffusion.denoiser import log_variance_between, split_variance
 from diffusion.errors import InputError, nearest
 from diffusion.gaussian import q_sample, velocity
+from diffusion.objectives.bound import bound_steps, step_bits
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import Images
-from diffusion.variational import bound_steps, step_bits
 
 Network = Callable[[Images, Int[Array, "B"], Any], Images]
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from diffusion.commands.drawing import labels_of
 from diffusion.errors import InputError
 from diffusion.files import write_atomically, write_json
-from diffusion.generate import labels_of
 
 SHARD = 1000
 RECORD = "sampling.json"

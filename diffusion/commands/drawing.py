@@ -8,9 +8,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, UInt8
 
+from diffusion.commands.experiment import Model
 from diffusion.errors import InputError
-from diffusion.experiment import Model
-from diffusion.files import to_uint8
+from diffusion.images import to_uint8
 from diffusion.sampling import sample
 from diffusion.solvers import SamplerTable
 from diffusion.types import Params

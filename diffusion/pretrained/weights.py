@@ -12,8 +12,8 @@ import safetensors
 import safetensors.numpy
 from ml_collections import ConfigDict
 
+from diffusion.commands.experiment import Trained, make_model
 from diffusion.errors import InputError
-from diffusion.experiment import Trained, make_model
 from diffusion.files import digest, write_atomically
 
 SUFFIX = ".safetensors"
@@ -69,7 +69,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 def _read(path):
     path = Path(path).expanduser()
     if not path.is_file():
-        raise InputError(f"there is no file {path}; name a run folder or a file that export.py wrote")
+        raise InputError(f"there is no file {path}; name a run folder or a file that convert.py wrote")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -77,8 +77,8 @@ def _read(path):
         facts = json.loads(metadata.get(_ENTRY, "{}"))
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
         raise InputError(
-            f"{path} cannot be read ({str(error)[:100]}); it is damaged, or no file of export.py"
+            f"{path} cannot be read ({str(error)[:100]}); it is damaged, or no file of convert.py"
         ) from error
     if facts.get("format") != _FORMAT:
-        raise InputError(f"{path} is no file of export.py; other weights need a converter")
+        raise InputError(f"{path} is no file of convert.py; other weights need a converter")
     return facts, arrays

@@ -13,16 +13,16 @@ from ml_collections import ConfigDict
 
 from diffusion import data, schedules, solvers, timesteps
 from diffusion.errors import InputError, nearest, require_range
-from diffusion.losses import LEARN_VARIANCE, OBJECTIVES, TARGETS, Loss
 from diffusion.models import UNet, as_apply_fn
+from diffusion.objectives.bound import bound_steps
+from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES, TARGETS, Loss
+from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import SamplerTable
 from diffusion.training import checkpoints
 from diffusion.training.run_folder import RunFolder
 from diffusion.training.step import ema_name
 from diffusion.types import ApplyFn, Params
-from diffusion.variational import bound_steps
-from diffusion.weightings import WEIGHTINGS, loss_weights
 
 
 @dataclasses.dataclass(frozen=True)

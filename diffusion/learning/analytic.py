@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from diffusion.commands.experiment import Model, Trained
 from diffusion.denoiser import PREDICTIONS, Options, denoise
 from diffusion.errors import InputError
-from diffusion.experiment import Model, Trained
 from diffusion.files import write_json
 from diffusion.types import Params
 

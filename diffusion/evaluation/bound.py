@@ -1,0 +1,219 @@
+"""How likely a model finds images: the variational bound in bits per dimension, for any number of steps."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from diffusion import devices
+from diffusion.commands.experiment import Trained, make_tau
+from diffusion.data import Dataset
+from diffusion.denoiser import Options, check_options, denoise, log_variance_between
+from diffusion.errors import InputError, nearest
+from diffusion.objectives.bound import BoundSteps, bound_steps, mean_bits, step_bits
+from diffusion.schedules import NoiseSchedule
+from diffusion.solvers.ddim import VARIANCES
+from diffusion.types import ApplyFn, Images, Params
+
+CLIPS = ("none", "recompute")
+
+
+class Bound(NamedTuple):
+    """An upper bound of -log2 p(x_0) per dimension, one entry for each image; noise makes it an estimate.
+
+    Attributes:
+      total: prior plus the sum of the terms.
+      terms: [S, B], one for each step in the order they are taken, from tau[0] down; the last is that of the pixels.
+      prior: divergence of x at tau[0] from the noise that sampling starts with.
+    """
+
+    total: Float[Array, "B"]
+    terms: Float[Array, "S B"]
+    prior: Float[Array, "B"]
+
+
+def variational_bound(
+    apply_fn: ApplyFn,
+    params: Params,
+    schedule: NoiseSchedule,
+    tau,
+    x_0: Images,
+    key: jax.Array,
+    *,
+    prediction: str = "eps",
+    variance: str = "small",
+    clip: str = "recompute",
+    cond: Any = None,
+    sample_ids: Int[Array, "B"] | None = None,
+) -> Bound:
+    """The bound of the sampler `ddpm(schedule, tau, variance)` (DDPM, arXiv:2006.11239, Eq. 5), by one noise a step.
+
+    The steps are those of the respaced process, whose one-step alpha is alpha_bar_t / alpha_bar_s (improved DDPM,
+    arXiv:2102.09672, Eq. 19). Noise follows from (key, sample id, step) alone. One compilation serves all grids of the
+    same length and all fixed variances.
+
+    Args:
+      apply_fn: the network; the same object at every call, or each call compiles again.
+      params: its weights.
+      schedule: the noise schedule.
+      tau: a grid from `diffusion.timesteps`.
+      x_0: 8-bit images as floats in [-1, 1], uint8 / 127.5 - 1; their dtype is that of the arithmetic.
+      key: a JAX random key.
+      prediction: what the network predicts, as for `diffusion.sample`.
+      variance: "small" (the posterior's beta_tilde), "large" (beta) or "learned", see `solvers.ddpm`. Sampling injects
+        no noise in its last step, but a likelihood needs a variance there: for "small" that of the step before (with
+        one step, beta), for "large" beta, and what lies between for "learned".
+      clip: "recompute" clips the estimate of x_0 to [-1, 1], "none" does not.
+      cond: as the network takes it, or None.
+      sample_ids: int [B], 0..B-1 if not given.
+
+    Raises:
+      InputError: an unknown option, images that are not of 8 bits, or a network without the variance asked for.
+    """
+    for name, value, known in (("variance", variance, VARIANCES), ("clip", clip, CLIPS)):
+        if value not in known:
+            raise InputError(f"{name} is {value!r}; {nearest(str(value), known)}")
+    options = Options(clip, learned_variance=variance == "learned")
+    check_options(prediction, options)
+    steps = bound_steps(schedule, tau, prediction)
+    x_0 = _check_images(x_0)
+    ids = jnp.arange(len(x_0)) if sample_ids is None else jnp.asarray(sample_ids)
+    terms = _terms(apply_fn, params, steps, _SHARES[variance], x_0, key, ids, cond, options)
+    prior = mean_bits(_prior(steps.signal[0], steps.noise[0], x_0))
+    return Bound(prior + terms.sum(axis=0), terms, prior)
+
+
+_SHARES = {"small": -1.0, "large": 1.0, "learned": None}
+"""What takes the place of the network's share between the two log-variances."""
+
+
+def _check_images(x_0):
+    x_0 = jnp.asarray(x_0)
+    if not isinstance(x_0, jax.core.Tracer):
+        values = (np.asarray(x_0, np.float64) + 1) * 127.5
+        if not np.all((np.abs(values - np.round(values)) < 0.01) & (np.abs(values - 127.5) < 127.51)):
+            raise InputError("x_0 holds values that are no 8-bit pixels in [-1, 1]; give uint8 / 127.5 - 1 as floats")
+    return x_0
+
+
+def _prior(signal, noise, x_0):
+    """KL of N(a x_0, n^2) from N(0, a^2 + n^2) for each pixel, in nats."""
+    share = signal**2 / (signal**2 + noise**2)
+    return 0.5 * (share * jnp.square(x_0) - (share + np.log1p(-share)))
+
+
+@partial(jax.jit, static_argnames=("apply_fn", "options"))
+def _terms(apply_fn, params, steps: BoundSteps, share, x_0, key, ids, cond, options):
+    """[S, B]: the term of every step, one after the other to hold one step's activations at a time."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+    num = steps.signal.shape[0]
+    time = steps.reading.time  # keeps its precision
+    steps = jax.tree.map(lambda leaf: leaf.astype(x_0.dtype), steps)
+    steps = steps._replace(reading=steps.reading._replace(time=time))
+
+    def term(_, inputs):
+        index, step = inputs
+        eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), x_0.shape[1:], x_0.dtype))(keys)
+        x_t = step.signal * x_0 + step.noise * eps
+        d = denoise(apply_fn, params, x_t, cond, step.reading, step.signal, options)
+        where = d.log_variance_share if options.learned_variance else jnp.full_like(x_0, share)
+        log_variance = log_variance_between(where, step.log_small, step.log_large)
+        return None, step_bits(step, x_0, d.x0, log_variance, last=index == num - 1)
+
+    return jax.lax.scan(term, None, (np.arange(num), steps))[1]
+
+
+class BitsRow(NamedTuple):
+    """The bound of a data set with one variance and number of steps.
+
+    Attributes:
+      variance, steps: which sampler.
+      bits: mean bound in bits per dimension.
+      standard_error: of this mean over the images; noise is part of it.
+      prior: the part of bits that is no step's.
+      times, terms: the part of each step, which goes down from that time; the last is that of the pixels.
+    """
+
+    variance: str
+    steps: int
+    bits: float
+    standard_error: float
+    prior: float
+    times: tuple[float, ...]
+    terms: tuple[float, ...]
+
+
+def bits_table(
+    trained: Trained,
+    data: Dataset,
+    key: jax.Array,
+    *,
+    steps: Sequence[int] = (10, 25),
+    tau: str = "uniform",
+    variances: Sequence[str] | None = None,
+    clip: str = "recompute",
+    batch_size: int = 256,
+) -> list[BitsRow]:
+    """The bound of a trained model on a data set: variances times numbers of steps.
+
+    Args:
+      trained: a run, of which the EMA weights are judged.
+      data: images; their labels condition a model with classes.
+      key: a JAX random key; all rows share the noise of a (sample, step).
+      steps, tau: numbers of steps, and the name of the grid.
+      variances: all that the model has if None.
+      clip: see `variational_bound`.
+      batch_size: images at a time; changes nothing but memory.
+    """
+    model = trained.model
+    if variances is None:
+        variances = VARIANCES if model.learned_variance else ("small", "large")
+    rows = []
+    for variance in variances:
+        for num_steps in steps:
+            grid = make_tau(model.schedule, tau, num_steps)
+            bound = _bound(trained, data, grid, key, variance, clip, batch_size)
+            count = len(bound.total)
+            error = bound.total.std(ddof=1) / count**0.5 if count > 1 else float("nan")
+            terms = tuple(bound.terms.mean(axis=1).tolist())
+            facts = (float(bound.total.mean()), float(error), float(bound.prior.mean()), tuple(map(float, grid[:-1])))
+            rows.append(BitsRow(variance, len(grid) - 1, *facts, terms))
+    return rows
+
+
+def _bound(trained, data, grid, key, variance, clip, batch_size):
+    """The bound of every image, a Bound of float64 [N]."""
+    model = trained.model
+    options = {"prediction": model.prediction, "variance": variance, "clip": clip}
+
+    def bound(params, key, images, cond, ids):
+        x_0 = images.astype(np.float32) / 127.5 - 1
+        return variational_bound(
+            model.apply_fn, params, model.schedule, grid, x_0, key, cond=cond, sample_ids=ids, **options
+        )
+
+    return in_batches(bound, trained, key, data, batch_size)
+
+
+def in_batches(measure, trained: Trained, key: jax.Array, data: Dataset, batch_size: int):
+    """measure(params, key, images uint8, cond, ids) of a data set, a tree of arrays [..., B].
+
+    Each batch is shared by the devices of this process. The results are joined as float64 [..., N].
+    """
+    mesh = devices.data_mesh()
+    split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    params, key = jax.device_put((trained.params, key), everywhere)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    parts = []
+    for start in range(0, len(data.images), batch_size):
+        # The last batch is filled up, so that all have the shape that is compiled.
+        ids = np.minimum(np.arange(start, start + batch_size), len(data.images) - 1)
+        cond = data.labels[ids] if trained.model.num_classes else None
+        part = measure(params, key, *jax.device_put((data.images[ids], cond, ids), split))
+        parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64)[..., : len(data.images) - start], part))  # noqa: B023
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *parts)

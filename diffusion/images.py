@@ -1,0 +1,56 @@
+"""Images as pixels: 8-bit values and floats, sheets of many, PNG and GIF files."""
+
+import io
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from diffusion.files import write_atomically
+
+
+def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Pixels in [-1, 1] to the nearest of 0..255; values outside are cut off."""
+    scaled = np.round((np.asarray(images, np.float32) + 1) * 127.5)
+    return np.clip(scaled, 0, 255).astype(np.uint8)
+
+
+def sheet(
+    images: UInt8[np.ndarray, "N H W C"], *, columns: int = 0, min_height: int = 64
+) -> UInt8[np.ndarray, "H W C"]:
+    """All images on one, in rows, one pixel apart.
+
+    Args:
+      images: NHWC with 1 or 3 channels.
+      columns: images a row; 0 for a square.
+      min_height: smaller images are enlarged by a whole factor to at least this height.
+    """
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(count**0.5)
+    rows = math.ceil(count / columns)
+    factor = max(1, math.ceil(min_height / height))
+    cell_height, cell_width = height * factor + 1, width * factor + 1
+    canvas = np.full((rows * cell_height + 1, columns * cell_width + 1, channels), 255, np.uint8)
+    for i, image in enumerate(images.repeat(factor, axis=1).repeat(factor, axis=2)):
+        top, left = i // columns * cell_height + 1, i % columns * cell_width + 1
+        canvas[top : top + height * factor, left : left + width * factor] = image
+    return canvas
+
+
+def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "H W C"]) -> None:
+    """Writes a PNG of 1 or 3 channels, whole or not at all."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def write_gif(path: str | os.PathLike, frames: Sequence[UInt8[np.ndarray, "H W C"]], milliseconds: int = 80) -> None:
+    """Writes a looping GIF whose last frame stays for a second."""
+    pictures = [Image.fromarray(f[..., 0] if f.shape[-1] == 1 else f) for f in frames]
+    durations = [milliseconds] * (len(frames) - 1) + [1000]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    write_atomically(path, buffer.getvalue())
