@@ -10,10 +10,10 @@ from pathlib import Path
 from absl import flags
 
 from diffusion.commands import cli
-from diffusion.commands.experiment import load_trained
 from diffusion.errors import InputError
 from diffusion.pretrained import weights
 from diffusion.training import run_folder
+from diffusion.training.run_folder import load_trained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")
 _EMA = flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
@@ -44,4 +44,4 @@ def _read_figures(path):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.start(main)

@@ -19,10 +19,10 @@ import pooch
 from absl import flags
 from tqdm import tqdm
 
-from diffusion import __version__, data, devices, files
-from diffusion.commands import cli, experiment, plots, sources, sweep
+from diffusion import __version__, data, devices, files, options
+from diffusion.commands import cli, experiment, plots, samplers, sources, sweep
 from diffusion.errors import InputError, nearest
-from diffusion.evaluation import features, likelihood
+from diffusion.evaluation import bound, features, likelihood
 
 SPACES = ("classifier", "inception", "pixels")
 LONG_NAMES = {
@@ -56,7 +56,7 @@ _LIKELIHOOD = flags.DEFINE_list(
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
 OF_SAMPLES = ("samplers", "steps", "etas", "features", "metrics", "inception", "num", "labels", "dynamic_threshold")
-OF_SAMPLES += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule")
+OF_SAMPLES += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
 
 
 def main() -> None:
@@ -81,13 +81,13 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     """The sweep: finds all that can be wrong before the first image is drawn."""
     config = source.trained.config
     tau = _TAU.value or config.sample.tau
-    samplers = sweep.parse_samplers(config.sample.sampler if _SAMPLERS.value is None else _SAMPLERS.value)
+    names = options.split(config.sample.sampler if _SAMPLERS.value is None else _SAMPLERS.value)
     steps = None if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
-    steps = sources.chosen_steps(tau, steps, [config.sample.steps])
-    entries = sweep.plan(samplers, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [])
+    steps = samplers.chosen_steps(tau, steps, [config.sample.steps])
+    entries = sweep.plan(names, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [])
     name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
     metrics = features.plain_names(_METRICS.value, name)
-    runs = [sources.make_run(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
+    samplings = [sources.make_sampling(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
     real, split = _real_images(config)
     num = _NUM.value or len(real.images)
     space = _space(name, real)
@@ -101,25 +101,25 @@ def measure_samples(source: sources.Source, out: Path) -> None:
         print(f"{'sampler':32} {'steps':>5} {'calls':>5} " + " ".join(f"{figure:>18}" for figure in shown))
         facts = {"num": num, "features": space.key, "split": split, "data": data.fingerprint(real)}
         rows = []
-        for entry, run in zip(entries, runs, strict=True):
-            record = {**run.record(), "eta": entry.eta, **facts}
+        for entry, sampling in zip(entries, samplings, strict=True):
+            record = {**sampling.record(), "eta": entry.eta, **facts}
             row = results.find(record, metrics)
             if row is None:
-                row = _measure(run, num, space, reference, metrics, results, record)
+                row = _measure(sampling, num, space, reference, metrics, results, record)
             values = [row["metrics"][figure] for figure in shown]
-            print(_line(entry, run, values), flush=True)
-            rows.append((entry.label(), run.table.nfe, values[0]))
+            print(_line(entry, sampling, values), flush=True)
+            rows.append((entry.label(), sampling.table.nfe, values[0]))
     _plot(out, source, rows, metrics[0], space.name)
     print(f"wrote evaluation.csv, evaluation.json and evaluation.png in {out}")
 
 
-def _measure(run, num, space, reference, metrics, results, record):
+def _measure(sampling, num, space, reference, metrics, results, record):
     """Draws the samples of a row, measures them and writes it down."""
-    for note in run.notes():
+    for note in sampling.notes():
         print(f"note: {note}")
     start, batches = time.perf_counter(), []
-    with tqdm(total=num, unit="image", desc=run.table.name, leave=False, disable=None) as progress:
-        for images in run.draw(range(num), devices.data_mesh(), flags.FLAGS.batch_size):
+    with tqdm(total=num, unit="image", desc=sampling.table.name, leave=False, disable=None) as progress:
+        for images in sampling.draw(range(num), devices.data_mesh(), flags.FLAGS.batch_size):
             batches.append(images)
             progress.update(len(images))
     seconds = time.perf_counter() - start
@@ -136,12 +136,14 @@ def measure_bound(source: sources.Source, out: Path) -> None:
     """Bits per dimension of the data, with fixed and learned variances."""
     steps = _numbers("bound", _BOUND.value, int)
     images, split = _first_images(source)
-    tau, clip = _TAU.value or source.trained.config.sample.tau, source.options["clip"]
-    if ":" in tau:
+    tau, clip = _TAU.value or source.trained.config.sample.tau, source.settings["clip"]
+    schedule = source.trained.model.schedule
+    if tau.partition(":")[0] in samplers.OWN_LENGTH:
         raise InputError(f"--bound gives the number of steps, and tau {tau} has its own; name a grid, as uniform")
+    grids = [samplers.make_tau(schedule, tau, count) for count in steps]
     print(f"{_of(source)}: variational bound of {len(images.images):,} images of its data on {tau}, clip {clip}")
     key = jax.random.key(source.seed)
-    rows = likelihood.bits_table(source.trained, images, key, steps=steps, tau=tau, clip=clip)
+    rows = bound.bits_table(source.trained, images, key, grids=grids, clip=clip)
     print(f"{'variance':10} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for row in rows:
         print(f"{row.variance:10} {row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
@@ -153,7 +155,7 @@ def measure_likelihood(source: sources.Source, out: Path) -> None:
     steps = _numbers("likelihood", _LIKELIHOOD.value, int)
     images, split = _first_images(source)
     print(f"{_of(source)}: likelihood of {len(images.images):,} images of its data under the probability flow")
-    rows = flow_likelihood.bits_table(source.trained, images, jax.random.key(source.seed), steps=steps)
+    rows = likelihood.bits_table(source.trained, images, jax.random.key(source.seed), steps=steps)
     print(f"{'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for row in rows:
         print(f"{row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
@@ -192,7 +194,7 @@ def _first_images(source):
 
 def _write_bits(source, path, images, rows, **facts):
     trained = source.trained
-    record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "weights_sha256": source.weights}
+    record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "weights_sha256": source.sha256}
     record |= {"seed": source.seed, "num": len(images.images), **facts, "rows": [row._asdict() for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, record)
@@ -225,9 +227,9 @@ def _numbers(flag, texts, kind):
     raise InputError(f"{flag} is {','.join(texts)!r}; write numbers as {example}") from None
 
 
-def _line(entry, run, values):
-    steps = len(run.table.tau) - 1
-    return f"{entry.label():32} {steps:5} {run.table.nfe:5} " + " ".join(f"{value:18.4f}" for value in values)
+def _line(entry, sampling, values):
+    steps = len(sampling.table.tau) - 1
+    return f"{entry.label():32} {steps:5} {sampling.table.nfe:5} " + " ".join(f"{value:18.4f}" for value in values)
 
 
 def _plot(out, source, rows, metric, space):
@@ -242,4 +244,4 @@ def _plot(out, source, rows, metric, space):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.start(main)

@@ -18,7 +18,7 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import __version__, devices
-from diffusion.commands import cli, jobs, sources
+from diffusion.commands import cli, jobs, samplers, sources
 from diffusion.images import sheet, write_gif, write_png
 
 sources.define_source_flags()
@@ -29,33 +29,37 @@ _OUT = flags.DEFINE_string("out", None, "Output folder. Default: one named after
 _PNG = flags.DEFINE_bool("png", False, "Also write every image as png/NUMBER.png.")
 _GIF = flags.DEFINE_bool("gif", False, "Also write trajectory.gif, the first images on their way from noise.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the sampler's table and stop.")
+_LIST = flags.DEFINE_bool("list", False, "Print the samplers, grids and guidance rules with their options, and stop.")
 
 
 def main() -> None:
     devices.prepare()
-    run = sources.open_run()
+    if _LIST.value:
+        print(samplers.describe())
+        return
+    sampling = sources.open_sampling()
     ids = range(_NUM.value) if _SEEDS.value is None else jobs.parse_ids(_SEEDS.value)
-    print(run.title(len(ids)))
-    for note in run.notes():
+    print(sampling.title(len(ids)))
+    for note in sampling.notes():
         print(f"note: {note}")
     if _DRY_RUN.value:
-        print(run.table)
+        print(sampling.table)
         return
-    out = Path(_OUT.value or run.source.home / "samples" / _label(run)).expanduser()
+    out = Path(_OUT.value or sampling.source.home / "samples" / _label(sampling)).expanduser()
     out.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be written is found now
-    job = jobs.Job(out, ids, run.record())
+    job = jobs.Job(out, ids, sampling.record())
     if job.replaces:
         print(f"note: this replaces the images of another job in {out} ({job.replaces})")
         shutil.rmtree(out / "png", ignore_errors=True)
         (out / "trajectory.gif").unlink(missing_ok=True)
     mesh = devices.data_mesh()
-    seconds = _draw(run, job, mesh)
+    seconds = _draw(sampling, job, mesh)
 
     write_png(out / "grid.png", sheet(job.images(0)[:64]))
     if _PNG.value:
         _write_pngs(job)
     if _GIF.value:
-        write_gif(out / "trajectory.gif", [sheet(frame) for frame in run.trajectory(ids[:64])])
+        write_gif(out / "trajectory.gif", [sheet(frame) for frame in sampling.frames(ids[:64])])
     job.finish(
         seconds_with_compilation=round(seconds, 3),
         devices=devices.describe(mesh),
@@ -64,7 +68,7 @@ def main() -> None:
     print(f"{seconds:.1f} s, compilation included; wrote {out / 'grid.png'}, {job.path(0).name} and sampling.json")
 
 
-def _draw(run, job, mesh):
+def _draw(sampling, job, mesh):
     """Draws and writes the shards that are missing; returns the seconds it took."""
     start = time.perf_counter()
     missing = job.missing()
@@ -75,10 +79,10 @@ def _draw(run, job, mesh):
     with tqdm(total=total, initial=done, unit="image", disable=None) as progress:
         for index in missing:
             batches = []
-            for images in run.draw(job.shards[index], mesh, flags.FLAGS.batch_size):
+            for images in sampling.draw(job.shards[index], mesh, flags.FLAGS.batch_size):
                 batches.append(images)
                 progress.update(len(images))
-            job.write(index, np.concatenate(batches), run.source.labels)
+            job.write(index, np.concatenate(batches), sampling.source.labels)
     return time.perf_counter() - start
 
 
@@ -91,9 +95,9 @@ def _write_pngs(job):
             write_png(folder / f"{number:06}.png", image)
 
 
-def _label(run):
+def _label(sampling):
     """A folder name for these options: those that shape every job, then what else was given."""
-    parts = [run.sampler, f"{len(run.table.tau) - 1}steps", run.tau, f"seed{run.source.seed}"]
+    parts = [sampling.sampler, f"{len(sampling.table.tau) - 1}steps", sampling.tau, f"seed{sampling.source.seed}"]
     parts[1:1] = [] if flags.FLAGS.eta is None else [f"eta{flags.FLAGS.eta:g}"]
     others = ("clip", "dynamic_threshold", "labels", "ema", *(n for n in flags.FLAGS if n.startswith("guidance_")))
     parts += [f"{name}={flags.FLAGS[name].value}" for name in others if not flags.FLAGS[name].using_default_value]
@@ -103,4 +107,4 @@ def _label(run):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.start(main)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import shlex
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -23,16 +24,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from configs import default
-from diffusion import data, denoiser, devices
-from diffusion.commands import cli, experiment
+from diffusion import data, devices
+from diffusion.commands import cli
 from diffusion.commands.drawing import generate
-from diffusion.errors import InputError, require_range
+from diffusion.commands.experiment import Experiment, make_experiment
+from diffusion.errors import InputError
 from diffusion.images import sheet, write_png
-from diffusion.sampling import check_prediction, check_variance
 from diffusion.training import checkpoints, environment, run_folder
-from diffusion.training.loop import Plan, Run, train
+from diffusion.training.loop import Run, train
 from diffusion.training.recorder import Recorder, Silent
-from diffusion.training.step import ema_name, init_state, make_train_step
+from diffusion.training.step import TrainState, ema_name, make_train_step
 from diffusion.training.stop import Stopped, StopRequest
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
@@ -64,117 +65,100 @@ def main() -> int:
 
 
 def start(stop: StopRequest) -> int:
-    """Finds everything that can be wrong with the config before anything is written, and goes on to `run`."""
-    config = _CONFIG.value
+    """Builds what the config asks for, which finds its mistakes before anything is written, and goes on to `run`."""
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     folder = run_folder.RunFolder(_WORKDIR.value or Path("runs", name))
-    options = config.train
-    plan = Plan(*(options[k] for k in ("num_steps", "batch_size", "log_every", "save_every", "grid_every")))
-    require_range("config.seed", config.seed, 0, 2**32 - 1)
-    require_range("config.sample.num", config.sample.num, 1)
-    require_range("config.train.keep", options.keep, 1)
-    require_range("config.train.keep_best", options.keep_best, 0)
-    require_range("config.train.microbatches", options.microbatches, 1)
-    require_range("config.train.fsdp", options.fsdp, 1)
-    require_range("config.data.workers", config.data.workers, 0)
-    require_range("config.train.label_dropout", options.label_dropout, 0, 1, open_ends="high")
-    experiment.ema_decays(options)
-    mesh = devices.training_mesh(plan.batch_size, options.fsdp, options.microbatches)
-    rate = experiment.learning_rate(config.optimizer, plan.num_steps)
-    optimizer = experiment.make_optimizer(config.optimizer, rate)
-    schedule = experiment.make_schedule(config.schedule)
-    objective = experiment.make_objective(options, schedule)
-    table = experiment.make_table(schedule, config.sample.sampler, config.sample.steps, config.sample.tau)
-    dataset = experiment.load_data(config.data)
-    model = experiment.make_model(config, dataset.images.shape[1:])
-    if model.num_classes and len(dataset.class_names) != model.num_classes:
-        raise InputError(
-            f"config.model.num_classes is {model.num_classes}; the data has {len(dataset.class_names)} classes"
-        )
-    denoiser.check_options(options.prediction, denoiser.Options(config.sample.clip))
-    check_prediction(table, options.prediction)
-    check_variance(table, model.learned_variance)
+    experiment = make_experiment(_CONFIG.value)
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
-        return run(config, folder, plan, table, optimizer, rate, objective, dataset, model, mesh, stop)
+        return run(experiment, folder, stop)
 
 
-def run(config, folder, plan, table, optimizer, rate, objective, dataset, model, mesh, stop) -> int:
+def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest) -> int:
     """Starts or resumes the run; returns the exit code."""
-    metadata = {
-        "config": config.to_dict(),
-        "image_shape": model.image_shape,
-        "num_examples": len(dataset.images),
-        "class_names": dataset.class_names,
-        "data": data.fingerprint(dataset),
-    }
+    config, plan, model, mesh = experiment.config, experiment.plan, experiment.model, experiment.mesh
+    metadata = describe(experiment)
     key = jax.random.key(config.seed)
-    decays = experiment.ema_decays(config.train)
 
-    def make_state(key):
-        return init_state(model.init(key), optimizer, decays)
-
-    shapes = jax.eval_shape(make_state, key)
-    shardings = devices.state_sharding(mesh, shapes)
+    # The state: a new one, or that of the newest good checkpoint.
     begin = folder.latest_step()
     require_agreement({**metadata, "checkpoint": begin}, folder)
-    if begin is None:
-        state = jax.jit(make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
-    else:
-        saved = checkpoints.metadata(folder.checkpoints, begin)
-        run_folder.check_resumable(saved, metadata, folder, {"config": default.get_config().to_dict()})
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        state = checkpoints.load_state(folder.checkpoints, begin, like)
+    state = open_state(experiment, folder, begin, metadata)
     begin = begin or 0
-    talk = print if jax.process_index() == 0 else lambda *_: None
-    # A run stopped while it drew its last grid still has that to do.
-    if begin >= plan.num_steps and (begin > plan.num_steps or folder.grid(begin).exists()):
-        talk(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
+    # A run stopped while it drew its last sheet still has that to do.
+    if begin >= plan.num_steps and (begin > plan.num_steps or folder.sheet(begin).exists()):
+        say(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
         return 0
     count = sum(p.size for p in jax.tree.leaves(state.params))
-    talk(f"resuming {folder.path} at step {begin:,}" if begin else f"training {folder.path}")
-    talk(f"{len(dataset.images):,} images {model.image_shape}, {count:,} parameters, {devices.describe(mesh)}")
+    say(f"resuming {folder.path} at step {begin:,}" if begin else f"training {folder.path}")
+    say(f"{metadata['num_examples']:,} images {model.image_shape}, {count:,} parameters, {devices.describe(mesh)}")
 
-    train_step = make_train_step(
-        model.apply_fn,
-        objective,
-        optimizer,
-        model.schedule,
-        mesh,
-        jax.random.fold_in(key, 1),
-        ema_decays=decays,
-        microbatches=config.train.microbatches,
-        log_every=plan.log_every,
-        null_label=model.num_classes,
-        label_dropout=config.train.label_dropout if model.num_classes else 0.0,
-    )
+    # What the loop works with.
+    keys = jax.random.fold_in(key, 1)
+    train_step = make_train_step(model, experiment.objective, experiment.optimizer, mesh, keys, experiment.step_options)
     if jax.process_index() == 0:
         folder.create(config, environment.describe(mesh, begin))
     recorder = Recorder(folder.path, begin) if jax.process_index() == 0 else Silent()
     writer = checkpoints.CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_best, begin)
     with writer, recorder:
         work = Run(
-            train_step,
-            placed_batches(config, dataset, plan, mesh, begin, bool(model.num_classes)),
-            rate,
-            recorder,
-            writer,
-            metadata,
-            grid_drawer(config, folder, model, table, mesh, recorder),
-            lambda step: data.batch_indices(len(dataset.images), plan.batch_size, config.seed, step),
-            stop,
-            folder.profile if _PROFILE.value else None,
+            train_step=train_step,
+            batches=placed_batches(experiment, begin),
+            learning_rate=experiment.rate,
+            recorder=recorder,
+            writer=writer,
+            metadata=metadata,
+            draw_sheet=sheet_drawer(experiment, folder, recorder),
+            examples=lambda step: data.batch_indices(metadata["num_examples"], plan.batch_size, config.seed, step),
+            stop=stop,
+            profile=folder.profile if _PROFILE.value else None,
         )
         state, finished = train(state, plan, work)
+
+    # Where it ended.
     if not finished:
-        talk(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
+        say(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
         return stop.exit_code
     workdir = shlex.quote(str(folder.path))
-    talk(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={workdir}")
+    say(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={workdir}")
     return 0
 
 
-def require_agreement(facts, folder):
-    """Raises InputError in all processes of a run where they differ in what they are about to train."""
+def say(line: str) -> None:
+    """Prints a line, from the first process only."""
+    if jax.process_index() == 0:
+        print(line)
+
+
+def describe(experiment: Experiment) -> dict:
+    """Returns what every checkpoint says of the run, and a resumed run must agree with."""
+    return {
+        "config": experiment.config.to_dict(),
+        "image_shape": experiment.model.image_shape,
+        "num_examples": len(experiment.dataset.images),
+        "class_names": experiment.dataset.class_names,
+        "data": data.fingerprint(experiment.dataset),
+    }
+
+
+def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int | None, metadata: dict) -> TrainState:
+    """Returns the state to start from, laid over the devices.
+
+    Raises:
+      InputError: the checkpoint was trained otherwise.
+    """
+    key = jax.random.key(experiment.config.seed)
+    shapes = jax.eval_shape(experiment.make_state, key)
+    shardings = devices.state_sharding(experiment.mesh, shapes)
+    if begin is None:
+        return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
+    defaults = {"config": default.get_config().to_dict()}
+    run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return checkpoints.load_state(folder.checkpoints, begin, like)
+
+
+def require_agreement(facts: dict, folder: run_folder.RunFolder) -> None:
+    """Raises InputError in all processes of a run if they differ in what they are about to train."""
     if jax.process_count() == 1:
         return
     local = ("path", "workers", "max_memory")  # of each host
@@ -191,45 +175,50 @@ def require_agreement(facts, folder):
         )
 
 
-def placed_batches(config, dataset, plan, mesh, begin, with_labels):
-    """(images, labels or None) of each step on the devices; every process loads its own rows."""
-    rows = devices.local_rows(mesh, plan.batch_size)
-    options = {"rows": rows, "flip": config.data.flip, "workers": config.data.workers}
-    local = data.batches(dataset, batch_size=plan.batch_size, seed=config.seed, start=begin, **options)
+def placed_batches(experiment: Experiment, begin: int):
+    """Yields (images, labels or None) of each step on the devices; every process loads its own rows."""
+    config, mesh, size = experiment.config, experiment.mesh, experiment.plan.batch_size
+    options = {"flip": config.data.flip, "workers": config.data.workers, "rows": devices.local_rows(mesh, size)}
+    local = data.batches(experiment.dataset, batch_size=size, seed=config.seed, start=begin, **options)
     sharding = devices.batch_sharding(mesh)
 
     def place(part):
-        return jax.make_array_from_process_local_data(sharding, part, (plan.batch_size, *part.shape[1:]))
+        return jax.make_array_from_process_local_data(sharding, part, (size, *part.shape[1:]))
 
+    conditional = experiment.model.conditions is not None
     with contextlib.closing(local):
         for batch in local:
-            yield place(batch.images), place(batch.labels) if with_labels else None
+            yield place(batch.images), place(batch.labels) if conditional else None
 
 
-def grid_drawer(config, folder, model, table, mesh, recorder):
-    """state -> None: the first process draws samples of the first EMA into grids/. A grid that fails ends no run."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    ema = ema_name(experiment.ema_decays(config.train)[0])
-    gather = jax.jit(lambda params: params, out_shardings=everywhere)
+def sheet_drawer(
+    experiment: Experiment, folder: run_folder.RunFolder, recorder: Recorder | Silent
+) -> Callable[[TrainState], None]:
+    """Returns state -> None: the first process draws samples of the first EMA. A sheet that fails ends no run."""
+    model, config = experiment.model, experiment.config
+    ema = ema_name(experiment.step_options.ema_decays[0])
+    gather = jax.jit(lambda params: params, out_shardings=NamedSharding(experiment.mesh, PartitionSpec()))
 
     def draw(state):
         step = int(state.step)
-        path = folder.grid(step)
+        path = folder.sheet(step)
         params = jax.tree.map(lambda x: x.addressable_data(0), gather(state.ema_params[ema]))
         if jax.process_index() > 0 or path.exists():
             return
-        shared = {"seed": config.seed, "labels": range(model.num_classes), "clip": config.sample.clip}
-        drawn = generate(model, params, table, range(config.sample.num), mesh=devices.data_mesh(), **shared)
+        labels = () if model.conditions is None else range(model.conditions.null)
+        shared = {"seed": config.seed, "labels": labels, "clip": config.sample.clip or model.space.clip}
+        ids = range(config.sample.num)
+        drawn = generate(model, params, experiment.table, ids, mesh=devices.data_mesh(), **shared)
         try:
-            grid = sheet(np.concatenate(list(drawn)))
+            picture = sheet(np.concatenate(list(drawn)))
         except (InputError, jax.errors.JaxRuntimeError) as error:  # weights gone astray for a while, or no memory
-            warnings.warn(f"no grid of step {step:,}: {str(error).splitlines()[0][:200]}", stacklevel=2)
+            warnings.warn(f"no sheet of step {step:,}: {str(error).splitlines()[0][:200]}", stacklevel=2)
             return
-        write_png(path, grid)
-        recorder.image("samples", grid, step)
+        write_png(path, picture)
+        recorder.image("samples", picture, step)
 
     return draw
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config=str(DEFAULT_CONFIG))
+    cli.start(main, default_config=str(DEFAULT_CONFIG))

@@ -70,4 +70,4 @@ def way(trained):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.start(main)

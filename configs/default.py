@@ -21,15 +21,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.max_memory = 4.0  # GiB; larger sets of images are read from disk while training; 0: all sets of images
     config.data.workers = 0  # processes that read and decode them; 0: threads of this one
 
-    config.schedule = ml_collections.ConfigDict()
-    config.schedule.name = "linear"  # with the options of that name below
-    config.schedule.num_timesteps = 1000
-    config.schedule.linear = ml_collections.ConfigDict({"beta_start": 1e-4, "beta_end": 0.02})
-    config.schedule.scaled_linear = ml_collections.ConfigDict({"beta_start": 0.00085, "beta_end": 0.012})
-    config.schedule.cosine = ml_collections.ConfigDict({"offset": 0.008, "max_beta": 0.999})
-    config.schedule.shifted_cosine = ml_collections.ConfigDict({"image_size": 128, "base_size": 64})
-    config.schedule.edm = ml_collections.ConfigDict({"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0})
-    config.schedule.rectified_flow = ml_collections.ConfigDict()  # with train.prediction = "flow"
+    # The noise schedule: linear, cosine, scaled_linear, shifted_cosine, edm (for prediction edm) or rectified_flow (for
+    # prediction flow). Options follow a colon, as in cosine:max_beta=0.99,num_timesteps=500.
+    config.schedule = "linear"
 
     config.model = ml_collections.ConfigDict()  # the arguments of diffusion.models.UNet
     config.model.width = 128
@@ -52,11 +46,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.b2 = 0.999
 
     config.train = ml_collections.ConfigDict()
-    config.train.prediction = "eps"  # eps, x0, v or flow
-    config.train.objective = "simple"  # simple, hybrid or vlb; the last two learn the variance
-    config.train.weighting = (
-        "simple"  # simple, snr, min_snr, p2, sigmoid or edm; options follow a colon: min_snr:gamma=5
-    )
+    config.train.prediction = "eps"  # eps, x0, v, flow or edm
+    config.train.objective = "simple"  # simple, hybrid or vlb; the last two learn the variance; hybrid:vlb_weight=0.01
+    config.train.weighting = "simple"  # simple, snr, min_snr, p2, sigmoid or edm; with options, as min_snr:gamma=5
     config.train.label_dropout = 0.1  # of models with classes; guidance needs it
     config.train.num_steps = 800_000
     config.train.batch_size = 128
@@ -72,7 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.sample = ml_collections.ConfigDict()  # of the grids in training; sample.py's flags override it
     config.sample.sampler = "ddim"  # options follow a colon: ddim:eta=0.5
     config.sample.steps = 25
-    config.sample.tau = "uniform"
-    config.sample.clip = "recompute"  # none, recompute or keep_eps
+    config.sample.tau = "uniform"  # a grid, or explicit:times=1000,500,250
+    config.sample.clip = ""  # none, recompute or keep_eps; "" is what suits the model, recompute for pixels
     config.sample.num = 64
     return config

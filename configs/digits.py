@@ -10,7 +10,7 @@ def get_config():
     config.model.num_blocks = 1
     config.model.attention_resolutions = (4,)
 
-    config.schedule.name = "cosine"  # at 8x8 pixels the linear one spends half its steps on noise
+    config.schedule = "cosine"  # at 8x8 pixels the linear one spends half its steps on noise
 
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50

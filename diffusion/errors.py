@@ -41,6 +41,7 @@ def is_whole(value: object) -> bool:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Ends an error message: the nearest valid name, if any is near, and all valid names."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    guess = f"did you mean {close[0]!r}? " if close else ""
+    lower = {entry.lower(): entry for entry in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    guess = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{guess}valid: {', '.join(known)}"

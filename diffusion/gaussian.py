@@ -94,6 +94,11 @@ def split_noise(schedule: NoiseSchedule, t: Timesteps, s: Timesteps, eta):
     return kept_noise(kept, eta), eta * jnp.sqrt(fresh)
 
 
+def signal_noise(schedule: NoiseSchedule, t: Timesteps, x: Images) -> tuple[Images, Images]:
+    """Returns a_t and n_t in x's dtype, with the trailing axes that let them broadcast to x."""
+    return _signal(schedule, t, x), _noise(schedule, t, x)
+
+
 def posterior_shares(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s):
     """What the noise of x_s is made of in the posterior q(x_s | x_t, x_0): shares of its variance that add up to 1.
 

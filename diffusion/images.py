@@ -11,9 +11,17 @@ from PIL import Image
 
 from diffusion.files import write_atomically
 
+HALF_BIN = 1 / 255
+"""Half the distance between neighbouring values of an 8-bit pixel in [-1, 1]."""
+
+
+def to_floats(images: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """Turns 8-bit values into float32 in [-1, 1]; takes NumPy and JAX arrays, and works inside jit."""
+    return images.astype(np.float32) / 127.5 - 1
+
 
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Pixels in [-1, 1] to the nearest of 0..255; values outside are cut off."""
+    """Turns pixels in [-1, 1] into the nearest of 0..255; values outside are cut off."""
     scaled = np.round((np.asarray(images, np.float32) + 1) * 127.5)
     return np.clip(scaled, 0, 255).astype(np.uint8)
 
@@ -21,7 +29,7 @@ def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]
 def sheet(
     images: UInt8[np.ndarray, "N H W C"], *, columns: int = 0, min_height: int = 64
 ) -> UInt8[np.ndarray, "H W C"]:
-    """All images on one, in rows, one pixel apart.
+    """Lays all images out on one, in rows, one pixel apart.
 
     Args:
       images: NHWC with 1 or 3 channels.

@@ -11,14 +11,15 @@ from reference import gaussian_denoiser, ideal_network, refused
 from scipy import integrate
 from scipy.special import log_ndtr
 from scipy.stats import norm
+from tiny import make_model
 
 from diffusion import gaussian, schedules, timesteps
-from diffusion.commands.experiment import Model, Trained
 from diffusion.data import Dataset
-from diffusion.denoiser import PREDICTIONS
 from diffusion.evaluation.bound import bits_table, variational_bound
+from diffusion.model import Trained
 from diffusion.objectives.bound import BoundSteps, discretized_log_likelihood, step_bits
 from diffusion.objectives.losses import vlb_loss
+from diffusion.predictions import reading
 from diffusion.solvers import ddpm
 
 in_double = pytest.mark.usefixtures("float64")
@@ -113,7 +114,7 @@ def test_a_term_is_the_divergence_of_two_normal_densities(ratio):
     )
     wanted = divergence(norm(mean[0], variance**0.5), norm(other[0], (ratio * variance) ** 0.5))
     from_x0 = ddpm(LINEAR, [t, s, 0]).update[0, 0, 1]
-    step = BoundSteps(None, None, None, from_x0, np.log(variance), None)
+    step = BoundSteps(None, from_x0, np.log(variance), None)
     got = step_bits(
         step, np.array([[x_0]]), np.array([[x0_hat]]), np.full((1, 1), np.log(ratio * variance)), last=False
     )
@@ -157,10 +158,10 @@ def bound_by_hand(schedule, tau, x_0, prediction, variance, clip, cond=None):
         alpha = abar_t / abar_s
         beta = schedule.noise_var[t] - alpha * schedule.noise_var[s]
         x_t = a * x_0 + n * eps
-        reading = PREDICTIONS[prediction](np.float64(t), a, n)
-        output = np.asarray(two_headed({}, reading.input_scale * x_t, np.full(len(x_0), reading.time), cond))
+        r = reading(prediction, np.float64(t), a, n)
+        output = np.asarray(two_headed({}, r.input_scale * x_t, np.full(len(x_0), r.time), cond))
         output, share = np.split(output, 2, axis=-1)
-        x0_hat = reading.from_x * x_t + reading.from_output * output
+        x0_hat = r.from_x * x_t + r.from_output * output
         x0_hat = np.clip(x0_hat, -1, 1) if clip == "recompute" else x0_hat
         tilde = beta * schedule.noise_var[s] / schedule.noise_var[t]
         if s == 0:
@@ -243,11 +244,11 @@ def test_the_bound_of_an_image_does_not_depend_on_the_batch_around_it():
 def test_another_grid_of_the_same_length_or_fixed_variance_compiles_nothing():
     x_0 = pixels((2, 4, 2)).astype(np.float32)
     variational_bound(two_headed, {}, LINEAR, TAU, x_0, key())
-    before = likelihood._terms._cache_size()
+    before = bound._terms._cache_size()
     variational_bound(two_headed, {}, LINEAR, TAU, x_0, key(1), variance="large")
     variational_bound(two_headed, {}, LINEAR, [T, 40, 30, 20, 1, 0], x_0, key())
     variational_bound(two_headed, {}, schedules.linear(T, 1e-3, 0.2), TAU, x_0, key())
-    assert likelihood._terms._cache_size() == before
+    assert bound._terms._cache_size() == before
 
 
 @pytest.mark.parametrize(
@@ -437,7 +438,7 @@ def trained(num_classes=0, learned_variance=False):
         output = two_headed(params, x, t, None if cond is None else cond / 10)
         return output if learned_variance else output[..., : x.shape[-1]]
 
-    return Trained(Model(LINEAR, "v", network, (4, 2, 1), num_classes, None, learned_variance), {}, None, 0, "0.9")
+    return Trained(make_model(network, LINEAR, (4, 2, 1), "v", num_classes, learned_variance), {}, None, 0, "0.9")
 
 
 @pytest.mark.parametrize(("num_classes", "learned_variance", "steps"), [(0, False, (3, 5)), (3, True, (5,))])
@@ -446,7 +447,7 @@ def test_the_table_of_a_run_holds_the_mean_bound_of_all_images_in_any_batches(nu
     labels = rng.choice(3, 11).astype(np.int32)
     data = Dataset(rng.choice(256, (11, 4, 2, 1)).astype(np.uint8), labels, ("a", "b", "c"))
     run = trained(num_classes, learned_variance)
-    rows = bits_table(run, data, key(), steps=steps, batch_size=4)
+    rows = bits_table(run, data, key(), grids=[timesteps.uniform(LINEAR, s) for s in steps], batch_size=4)
     variances = VARIANCES if learned_variance else VARIANCES[:2]
     assert [(r.variance, r.steps) for r in rows] == [(v, s) for v in variances for s in steps]
     x_0 = data.images.astype(np.float32) / 127.5 - 1

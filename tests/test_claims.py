@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from reference import refused
 
 from diffusion import sample
-from diffusion.commands.experiment import Model, Trained
+from diffusion.model import Trained
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def _clone_on_path(monkeypatch):
 
 
 def trained():
-    model = Model(tiny.SCHEDULE, "eps", tiny.apply_fn, tiny.SHAPE, 0, None)
+    model = tiny.MODEL
     config = ConfigDict({"sample": {"clip": "recompute"}, "data": {"name": "digits"}})
     return Trained(model, tiny.make_params(), config, 0, "0.9")
 

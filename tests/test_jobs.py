@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from reference import refused
+from tiny import make_model
 
 from diffusion import devices, files, schedules, timesteps
 from diffusion.commands import jobs
 from diffusion.commands.drawing import generate
-from diffusion.commands.experiment import Model
 from diffusion.images import write_gif
 from diffusion.solvers import ddim
 
@@ -24,7 +24,7 @@ def network(params, x, t, cond=None):
     return jnp.tanh(x * params)
 
 
-MODEL = Model(LINEAR, "eps", network, (4, 3, 1), 0, None)
+MODEL = make_model(network, LINEAR, (4, 3, 1))
 TABLE = ddim(LINEAR, timesteps.uniform(LINEAR, 4), 1.0)
 
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from reference import MEANS, VARIANCES, WEIGHTS, refused
 from scipy.stats import norm
+from tiny import make_model
 
 from diffusion import schedules, testbeds, timesteps
-from diffusion.commands.experiment import Model, Trained
 from diffusion.data import Dataset
 from diffusion.evaluation.bound import variational_bound
 from diffusion.evaluation.likelihood import bits_table, log_likelihood
+from diffusion.model import Trained
 
 T = 1000
 LINEAR, COSINE = schedules.linear(), schedules.cosine()
@@ -233,7 +234,7 @@ def test_the_table_of_a_run_holds_the_mean_likelihood_of_all_images_in_any_batch
 
     images = np.random.default_rng(0).choice(256, (11, 2, 2, 1)).astype(np.uint8)
     labels = (np.arange(11) % 3).astype(np.int32)
-    run = Trained(Model(LINEAR, "v", network, (2, 2, 1), 3, None, False), {}, None, 0, "0.9")
+    run = Trained(make_model(network, LINEAR, (2, 2, 1), "v", num_classes=3), {}, None, 0, "0.9")
     rows = bits_table(run, Dataset(images, labels, ("a", "b", "c")), KEY, steps=(3, 6), batch_size=4)
     assert [row.steps for row in rows] == [3, 6]
     for row in rows:

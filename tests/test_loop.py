@@ -21,11 +21,10 @@ from tiny import BATCH, IMAGES, assert_same
 
 from diffusion import devices
 from diffusion.errors import InputError
-from diffusion.objectives.losses import simple_loss
 from diffusion.training import checkpoints, environment
 from diffusion.training.loop import Plan, Run, train
 from diffusion.training.recorder import COLUMNS, Recorder, Row
-from diffusion.training.step import TENTHS, make_train_step
+from diffusion.training.step import TENTHS, StepOptions, make_train_step
 from diffusion.training.stop import INTERRUPTED, PREEMPTED, Stopped, StopRequest
 
 OPTIMIZER = optax.adam(1e-2)
@@ -33,10 +32,10 @@ PLAN = Plan(num_steps=12, batch_size=BATCH, log_every=5, save_every=4, grid_ever
 WHITE = np.full_like(IMAGES, 255)
 
 
-def fragile(network, schedule, x_0, *args):
+def fragile(batch):
     """The loss, which is NaN for a white image."""
-    loss = simple_loss(network, schedule, x_0, *args)
-    return loss._replace(value=loss.value * jnp.where(x_0.min(axis=(1, 2, 3)) > 0.99, jnp.nan, 1))
+    loss = tiny.simple(batch)
+    return loss._replace(value=loss.value * jnp.where(batch.x_0.min(axis=(1, 2, 3)) > 0.99, jnp.nan, 1))
 
 
 MESH = tiny.training_mesh(2)
@@ -44,15 +43,14 @@ MESH = tiny.training_mesh(2)
 
 @pytest.fixture(scope="module")
 def train_step():
-    options = {"ema_decays": [0.9], "log_every": PLAN.log_every}
-    return make_train_step(tiny.apply_fn, fragile, OPTIMIZER, tiny.SCHEDULE, MESH, tiny.KEY, **options)
+    return make_train_step(tiny.MODEL, fragile, OPTIMIZER, MESH, tiny.KEY, StepOptions([0.9], log_every=PLAN.log_every))
 
 
 @pytest.fixture
 def go(train_step, tmp_path):
     """Trains in tmp_path from the newest checkpoint there; images(step) are those of a step, counted from 0."""
 
-    def go(plan=PLAN, images=lambda step: IMAGES, recorder=Recorder, draw_grid=lambda state: None, **changes):
+    def go(plan=PLAN, images=lambda step: IMAGES, recorder=Recorder, draw_sheet=lambda state: None, **changes):
         folder = tmp_path / "checkpoints"
         begin = checkpoints.newest_good(folder) or 0
         state = tiny.start(OPTIMIZER, MESH)
@@ -63,7 +61,9 @@ def go(train_step, tmp_path):
         writer = checkpoints.CheckpointWriter(folder, keep=100, begin=begin)
         with StopRequest() as stop, writer, recorder(tmp_path, begin) as opened:
             examples = lambda step: np.arange(BATCH) + step  # noqa: E731
-            run = Run(train_step, batches, lambda k: k / 100, opened, writer, {"config": {}}, draw_grid, examples, stop)
+            run = Run(
+                train_step, batches, lambda k: k / 100, opened, writer, {"config": {}}, draw_sheet, examples, stop
+            )
             return *train(state, plan, dataclasses.replace(run, **changes)), stop
 
     return go
@@ -76,7 +76,7 @@ def read(path):
 
 def test_rows_checkpoints_and_grids_come_at_their_intervals_and_at_the_end(go, tmp_path):
     drawn = []
-    state, finished, _ = go(draw_grid=lambda state: drawn.append(int(state.step)))
+    state, finished, _ = go(draw_sheet=lambda state: drawn.append(int(state.step)))
     assert finished
     assert int(state.step) == 12
     assert [int(row["step"]) for row in read(tmp_path / "metrics.csv")] == [5, 10, 12]
@@ -176,7 +176,7 @@ def test_a_step_is_saved_before_its_grid_is_drawn(go, tmp_path):
         raise RuntimeError("no memory for the sampler")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        go(draw_grid=fails, plan=dataclasses.replace(PLAN, grid_every=PLAN.save_every))
+        go(draw_sheet=fails, plan=dataclasses.replace(PLAN, grid_every=PLAN.save_every))
     assert checkpoints.newest_good(tmp_path / "checkpoints") == PLAN.save_every
 
 
@@ -190,12 +190,12 @@ def test_a_signal_while_a_grid_is_drawn_is_heard_at_once(go, tmp_path, when):
             time.sleep(30)
 
     before = time.monotonic()
-    _, finished, _ = go(draw_grid=slow)
+    _, finished, _ = go(draw_sheet=slow)
     assert time.monotonic() - before < 15
     assert not finished
     assert checkpoints.newest_good(tmp_path / "checkpoints") == when
     drawn = []
-    _, finished, _ = go(draw_grid=lambda state: drawn.append(int(state.step)))
+    _, finished, _ = go(draw_sheet=lambda state: drawn.append(int(state.step)))
     assert finished
     assert drawn == [step for step in (6, 12) if step >= when]
 

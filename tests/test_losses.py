@@ -12,22 +12,35 @@ from reference import refused
 from scipy.stats import norm
 
 from configs.default import get_config
-from diffusion import devices, gaussian, schedules
+from diffusion import devices, gaussian, predictions, schedules
 from diffusion.commands import experiment
-from diffusion.objectives.losses import (
-    LEARN_VARIANCE,
-    OBJECTIVES,
-    TARGETS,
-    hybrid_loss,
-    simple_loss,
-    stratified_timesteps,
-    vlb_loss,
-)
+from diffusion.model import make_model
+from diffusion.objectives import losses
+from diffusion.objectives.losses import LEARN_VARIANCE, Batch, stratified_timesteps
 from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
 from diffusion.solvers import ddpm
 
 LINEAR = schedules.linear()
 SHORT = schedules.linear(20, 0.01, 0.4)
+
+
+def of_parts(objective):
+    """An objective as a function of the parts of its batch, which here have names of their own."""
+
+    def loss(network, schedule, x_0, cond, keys, index, batch_size, **options):
+        return objective(Batch(network, x_0, cond, keys, index, batch_size), schedule, **options)
+
+    return loss
+
+
+OBJECTIVES = {name: of_parts(objective) for name, objective in losses.OBJECTIVES.items()}
+simple_loss, hybrid_loss, vlb_loss = OBJECTIVES.values()
+SAMPLES = ("eps", "x0", "v", "flow")
+"""The predictions whose network sees x_t and t as they are."""
+
+
+def target(prediction, schedule, x_0, t, eps):
+    return predictions.target(prediction, *gaussian.signal_noise(schedule, t, x_0), x_0, eps)
 
 
 def batch_keys(number, seed=0):
@@ -81,7 +94,7 @@ def test_timesteps_stay_in_range_at_both_ends_of_the_uniforms(batch, total):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("prediction", SAMPLES)
 def test_the_exact_predictor_has_no_loss(prediction):
     """A network that knows x_0 finds eps and v from x_t."""
     x_0 = jax.random.normal(jax.random.key(1), (32, 4, 4, 3))
@@ -227,7 +240,7 @@ def test_a_weighted_loss_is_the_same_number_whatever_the_network_predicts(schedu
     def loss(prediction):
         def network(x_t, t, cond):
             x0_hat = 0.8 * jnp.tanh(x_t)
-            return TARGETS[prediction](schedule, x0_hat, t, gaussian.predict_eps(schedule, x_t, t, x0_hat))
+            return target(prediction, schedule, x0_hat, t, gaussian.predict_eps(schedule, x_t, t, x0_hat))
 
         weights = loss_weights(schedule, prediction, name)
         options = {"prediction": prediction, "weights": weights}
@@ -285,7 +298,7 @@ def bound_by_hand(schedule, x_0, prediction, cond):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("prediction", SAMPLES)
 def test_vlb_is_the_bound_by_hand(prediction):
     wanted = bound_by_hand(SHORT, pixels(20), prediction, COND)
     assert np.all(np.isfinite(wanted))
@@ -374,7 +387,8 @@ def test_a_config_names_an_objective(objective):
     prediction, args = "v", (pixels(20), batch_keys(20), jnp.arange(20), 20)
     got = experiment.make_objective(train_section(objective=objective, prediction=prediction), SHORT)
     network = two_headed if objective in LEARN_VARIANCE else one_headed
-    got, wanted = got(network, SHORT, args[0], COND, *args[1:]), call(objective, *args, prediction=prediction)
+    got = got(Batch(network, args[0], COND, *args[1:]))
+    wanted = call(objective, *args, prediction=prediction)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, wanted)
 
 
@@ -395,7 +409,7 @@ def test_a_config_names_a_weighting_with_options(text, name, options, objective)
     network = two_headed if objective == "hybrid" else one_headed
     weights = loss_weights(SHORT, "v", name, **options)
     wanted = call(objective, *args, prediction="v", weights=weights)
-    got = got(network, SHORT, args[0], COND, *args[1:])
+    got = got(Batch(network, args[0], COND, *args[1:]))
     np.testing.assert_allclose(got.value, wanted.value, rtol=1e-6)
 
 
@@ -435,9 +449,9 @@ def model_config(objective, out_channels):
 @pytest.mark.parametrize(("objective", "channels"), [("simple", 3), ("hybrid", 6), ("vlb", 6)])
 def test_a_model_has_twice_the_channels_where_its_objective_learns_the_variance(objective, channels):
     for out_channels in (0, channels):
-        model = experiment.make_model(model_config(objective, out_channels), (8, 8, 3))
+        model = make_model(model_config(objective, out_channels), (8, 8, 3))
         assert model.learned_variance == (channels == 6)
         params = jax.eval_shape(model.init, jax.random.key(0))
         assert jax.eval_shape(model.apply_fn, params, jnp.zeros((2, 8, 8, 3)), jnp.ones(2)).shape == (2, 8, 8, channels)
     with refused(f"out_channels is {9 - channels}; images have 3 channels and objective {objective} wants {channels}"):
-        experiment.make_model(model_config(objective, 9 - channels), (8, 8, 3))
+        make_model(model_config(objective, 9 - channels), (8, 8, 3))

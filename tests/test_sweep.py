@@ -5,14 +5,15 @@ import json
 
 import pytest
 
-from diffusion.commands.sweep import Entry, Results, parse_samplers, plan
+from diffusion.commands.sweep import Entry, Results, plan
 from diffusion.errors import InputError
+from diffusion.options import split
 
 
 def test_options_belong_to_the_sampler_before_them():
     text = "ddim,dpm_solver_pp:order=3,variant=official,unipc,ddim:eta=0.5"
-    assert parse_samplers(text) == ["ddim", "dpm_solver_pp:order=3,variant=official", "unipc", "ddim:eta=0.5"]
-    assert parse_samplers("ddim,eta=1") == ["ddim", "eta=1"]  # which is refused as an unknown sampler
+    assert split(text) == ["ddim", "dpm_solver_pp:order=3,variant=official", "unipc", "ddim:eta=0.5"]
+    assert split("ddim,eta=1") == ["ddim", "eta=1"]  # which is refused as an unknown sampler
 
 
 def test_etas_are_for_the_samplers_that_have_one_and_do_not_name_their_own():

@@ -9,7 +9,7 @@ from trajectories import exact_states
 
 import diffusion
 from diffusion import schedules, solvers, testbeds, timesteps
-from diffusion.denoiser import PREDICTIONS
+from diffusion.predictions import reading
 
 T = 1000
 LINEAR = schedules.linear()
@@ -125,8 +125,8 @@ def test_every_prediction_reads_as_the_same_estimate(name, prediction):
         testbed, wanted = make(prediction), make("x0")
         for t in TIMES:
             x, (a, n) = noisy(schedule, t), schedule.at(t)
-            reading = PREDICTIONS[prediction](t, a, n)
-            got = reading.from_x * x + reading.from_output * call(testbed, x, t)
+            r = reading(prediction, np.float64(t), a, n)
+            got = r.from_x * x + r.from_output * call(testbed, r.input_scale * x, r.time)
             np.testing.assert_allclose(got, call(wanted, x, t), rtol=1e-8, atol=1e-8)
 
 

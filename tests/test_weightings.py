@@ -5,8 +5,8 @@ import pytest
 from reference import refused
 
 from diffusion import schedules
-from diffusion.objectives.losses import TARGETS
-from diffusion.objectives.weightings import PER_X0_ERROR, WEIGHTINGS, loss_weights
+from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
+from diffusion.predictions import PREDICTIONS
 
 LINEAR = schedules.linear()
 SCHEDULES = {
@@ -29,12 +29,8 @@ def on_x0(schedule, name, **options):
     return loss_weights(schedule, "x0", name, **options)[1:]
 
 
-def test_every_prediction_that_can_be_trained_can_be_weighted():
-    assert set(PER_X0_ERROR) == set(TARGETS)
-
-
 def test_simple_is_one_whatever_is_predicted():
-    for prediction in TARGETS:
+    for prediction in PREDICTIONS:
         np.testing.assert_array_equal(loss_weights(LINEAR, prediction, "simple"), np.ones(1001))
 
 
@@ -43,7 +39,7 @@ def test_snr_on_eps_is_simple(name):
     np.testing.assert_allclose(loss_weights(SCHEDULES[name], "eps", "snr")[1:], 1, rtol=1e-12)
 
 
-@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
     ("name", "options"),
     [("min_snr", {"gamma": np.inf}), ("p2", {"gamma": 0.0}), ("edm", {"sigma_data": np.inf})],
@@ -71,6 +67,12 @@ def test_edm_weights_the_denoiser_as_published():
     for data in (0.5, 1.0):
         wanted = (sigma**2 + data**2) / (sigma * data) ** 2
         np.testing.assert_allclose(on_x0(SCHEDULES["edm"], "edm", sigma_data=data), wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_edm_weights_the_error_of_its_own_output_by_one(schedule):
+    """lambda(sigma) = 1 / c_out^2 (arXiv:2206.00364, section 5), whatever the schedule."""
+    np.testing.assert_allclose(loss_weights(schedule, "edm", "edm")[1:], 1, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["cosine", "edm", "rectified_flow"])
@@ -107,11 +109,11 @@ def test_sigmoid_with_a_high_bias_is_the_weight_of_the_variational_bound():
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_weights_are_finite_and_not_negative_or_refused_with_a_remedy(schedule, prediction, name):
     schedule = SCHEDULES[schedule]
     if prediction == "eps" and schedule.alpha_bar[-1] == 0 and name != "simple":
-        with refused(f"t = {schedule.num_timesteps}, where the SNR is 0; predict v, x0 or flow, or use"):
+        with refused(f"t = {schedule.num_timesteps}, where the SNR is 0; predict x0 or v or flow or edm, or use"):
             loss_weights(schedule, prediction, name)
         return
     weights = loss_weights(schedule, prediction, name)

@@ -10,8 +10,8 @@ import safetensors.numpy
 from tiny import assert_same
 
 from configs import digits
-from diffusion.commands.experiment import Trained, make_model
 from diffusion.errors import InputError
+from diffusion.model import Trained, make_model
 from diffusion.pretrained import weights
 
 
@@ -72,7 +72,7 @@ def test_files_of_others_are_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     for metadata in (None, {"format": "pt"}, {"model": "{}"}):
         path.write_bytes(safetensors.numpy.save({"a": np.zeros(3)}, metadata))
-        with pytest.raises(InputError, match=r"no file of export\.py"):
+        with pytest.raises(InputError, match=r"no file of convert\.py"):
             weights.load(path)
     with pytest.raises(InputError, match="there is no file"):
         weights.load(tmp_path / "nothing.safetensors")

@@ -1,13 +1,16 @@
 """A network small enough to compile at once, and the train step, state and mesh of tests on training."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from diffusion import devices, schedules
+from diffusion.model import Conditions, Model, pixels
 from diffusion.objectives.losses import simple_loss
-from diffusion.training.step import init_state, make_train_step
+from diffusion.training.step import StepOptions, init_state, make_train_step
 
 SCHEDULE = schedules.linear(100)
 KEY = jax.random.key(7)
@@ -21,6 +24,15 @@ def apply_fn(params, x, t, cond=None, *, dropout_keys=None):
     return jnp.tanh(x * params["gate"]["scale"] + params["gate"]["bias"] * t[:, None, None, None] / 100)
 
 
+def make_model(apply_fn, schedule, shape, prediction="eps", num_classes=0, learned_variance=False):
+    """A model of pixels around any network."""
+    conditions = Conditions(tuple(map(str, range(num_classes))), num_classes) if num_classes else None
+    return Model(apply_fn, schedule, pixels(shape), prediction, conditions, learned_variance=learned_variance)
+
+
+MODEL = make_model(apply_fn, SCHEDULE, SHAPE)
+
+
 def make_params():
     rng = np.random.default_rng(1)
     return {"gate": {name: jnp.asarray(rng.normal(0, 0.3, SHAPE), jnp.float32)[None] for name in ("bias", "scale")}}
@@ -32,10 +44,13 @@ def training_mesh(num_devices, fsdp=1):
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def make_step(num_devices, optimizer, *, fsdp=1, objective=simple_loss, ema_decays=(0.9,), **options):
+simple = partial(simple_loss, schedule=SCHEDULE)
+
+
+def make_step(num_devices, optimizer, *, fsdp=1, objective=simple, ema_decays=(0.9,), frozen=None, **options):
     """A mesh, and state -> (state, metrics) on IMAGES."""
     mesh = training_mesh(num_devices, fsdp)
-    step = make_train_step(apply_fn, objective, optimizer, SCHEDULE, mesh, KEY, ema_decays=ema_decays, **options)
+    step = make_train_step(MODEL, objective, optimizer, mesh, KEY, StepOptions(ema_decays, **options), frozen)
     ballots = jax.device_put(np.zeros(mesh.size, np.float32), devices.batch_sharding(mesh))
 
     def on_images(state, images=IMAGES):

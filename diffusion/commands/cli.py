@@ -26,8 +26,8 @@ _REMEDIES = {getattr(errno, name): "free some space and start again with the sam
 }
 
 
-def run(main: Callable[[], int | None], *, default_config: str | None = None) -> None:
-    """Parses the flags and runs main; never returns.
+def start(main: Callable[[], int | None], *, default_config: str | None = None) -> None:
+    """Parses the flags and calls main; never returns.
 
     Args:
       main: returns an exit code, None for 0. Its InputErrors and disk errors become one line on stderr and exit code 2.

@@ -2,17 +2,15 @@
 
 import csv
 import hashlib
-import inspect
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion.commands.samplers import default_eta, is_file
 from diffusion.errors import InputError
 from diffusion.files import write_atomically, write_json
-from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS
 
 
 class Entry(NamedTuple):
@@ -27,17 +25,6 @@ class Entry(NamedTuple):
         return self.sampler if self.eta is None else f"{self.sampler} eta={self.eta:g}"
 
 
-def parse_samplers(text: str) -> list[str]:
-    """ "ddim,dpm_solver_pp:order=3,variant=official,unipc" as three names with their options."""
-    samplers: list[str] = []
-    for part in filter(None, text.split(",")):
-        if re.match(r"\w+=", part) and samplers and ":" in samplers[-1]:
-            samplers[-1] += f",{part}"  # an option of the sampler before
-        else:
-            samplers.append(part)
-    return samplers
-
-
 def plan(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -> list[Entry]:
     """Every sampler with every number of steps, and with every eta if it has that option and does not name its own.
 
@@ -48,24 +35,14 @@ def plan(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -
         raise InputError("the sweep names no sampler or no number of steps; write --samplers=ddim,unipc --steps=5,10")
     entries = []
     for sampler in samplers:
-        default = _default_eta(sampler)
+        default = default_eta(sampler)
         for eta in [None] if default is None else etas or [default]:
-            entries += [Entry(sampler, count, eta) for count in steps]
+            entries += [Entry(sampler, count, eta) for count in ([0] if is_file(sampler) else steps)]
     if etas and all(entry.eta is None for entry in entries):
         raise InputError(f"etas are given, but none of {', '.join(samplers)} takes one; leave them out")
     if len(set(entries)) < len(entries):
         raise InputError("the sweep names a sampler, a number of steps or an eta twice")
     return entries
-
-
-def _default_eta(sampler):
-    """What eta is where it is not given, or None where there is none to give."""
-    name, _, options = sampler.partition(":")
-    solver = (SOLVERS | ESTIMATED_SOLVERS).get(name)  # an unknown name is refused when its table is built
-    if solver is None or "eta=" in options:
-        return None
-    parameter = inspect.signature(solver).parameters.get("eta")
-    return None if parameter is None else parameter.default
 
 
 _ROW = ("identity", "measured", "metrics", "record")

@@ -11,13 +11,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from diffusion import devices
-from diffusion.commands.experiment import Trained, make_tau
 from diffusion.data import Dataset
 from diffusion.denoiser import Options, check_options, denoise, log_variance_between
 from diffusion.errors import InputError, nearest
+from diffusion.images import to_floats
+from diffusion.model import Trained
 from diffusion.objectives.bound import BoundSteps, bound_steps, mean_bits, step_bits
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers.ddim import VARIANCES
+from diffusion.timesteps import Tau
 from diffusion.types import ApplyFn, Images, Params
 
 CLIPS = ("none", "recompute")
@@ -84,7 +86,7 @@ def variational_bound(
     x_0 = _check_images(x_0)
     ids = jnp.arange(len(x_0)) if sample_ids is None else jnp.asarray(sample_ids)
     terms = _terms(apply_fn, params, steps, _SHARES[variance], x_0, key, ids, cond, options)
-    prior = mean_bits(_prior(steps.signal[0], steps.noise[0], x_0))
+    prior = mean_bits(_prior(steps.reading.signal[0], steps.reading.noise[0], x_0))
     return Bound(prior + terms.sum(axis=0), terms, prior)
 
 
@@ -97,7 +99,9 @@ def _check_images(x_0):
     if not isinstance(x_0, jax.core.Tracer):
         values = (np.asarray(x_0, np.float64) + 1) * 127.5
         if not np.all((np.abs(values - np.round(values)) < 0.01) & (np.abs(values - 127.5) < 127.51)):
-            raise InputError("x_0 holds values that are no 8-bit pixels in [-1, 1]; give uint8 / 127.5 - 1 as floats")
+            raise InputError(
+                "x_0 holds values that are no 8-bit pixels in [-1, 1]; give diffusion.images.to_floats(uint8 images)"
+            )
     return x_0
 
 
@@ -111,16 +115,15 @@ def _prior(signal, noise, x_0):
 def _terms(apply_fn, params, steps: BoundSteps, share, x_0, key, ids, cond, options):
     """[S, B]: the term of every step, one after the other to hold one step's activations at a time."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-    num = steps.signal.shape[0]
-    time = steps.reading.time  # keeps its precision
-    steps = jax.tree.map(lambda leaf: leaf.astype(x_0.dtype), steps)
-    steps = steps._replace(reading=steps.reading._replace(time=time))
+    num, network = steps.from_x0.shape[0], partial(apply_fn, params)
+    cast = jax.tree.map(lambda leaf: leaf.astype(x_0.dtype), steps._replace(reading=None))
+    steps = cast._replace(reading=steps.reading.astype(x_0.dtype))
 
     def term(_, inputs):
         index, step = inputs
         eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), x_0.shape[1:], x_0.dtype))(keys)
-        x_t = step.signal * x_0 + step.noise * eps
-        d = denoise(apply_fn, params, x_t, cond, step.reading, step.signal, options)
+        x_t = step.reading.signal * x_0 + step.reading.noise * eps
+        d = denoise(network, x_t, cond, step.reading, options)
         where = d.log_variance_share if options.learned_variance else jnp.full_like(x_0, share)
         log_variance = log_variance_between(where, step.log_small, step.log_large)
         return None, step_bits(step, x_0, d.x0, log_variance, last=index == num - 1)
@@ -153,19 +156,18 @@ def bits_table(
     data: Dataset,
     key: jax.Array,
     *,
-    steps: Sequence[int] = (10, 25),
-    tau: str = "uniform",
+    grids: Sequence[Tau],
     variances: Sequence[str] | None = None,
     clip: str = "recompute",
     batch_size: int = 256,
 ) -> list[BitsRow]:
-    """The bound of a trained model on a data set: variances times numbers of steps.
+    """Returns the bound of a trained model on a data set, a row for each variance and grid.
 
     Args:
       trained: a run, of which the EMA weights are judged.
       data: images; their labels condition a model with classes.
       key: a JAX random key; all rows share the noise of a (sample, step).
-      steps, tau: numbers of steps, and the name of the grid.
+      grids: from `diffusion.timesteps`.
       variances: all that the model has if None.
       clip: see `variational_bound`.
       batch_size: images at a time; changes nothing but memory.
@@ -175,8 +177,7 @@ def bits_table(
         variances = VARIANCES if model.learned_variance else ("small", "large")
     rows = []
     for variance in variances:
-        for num_steps in steps:
-            grid = make_tau(model.schedule, tau, num_steps)
+        for grid in grids:
             bound = _bound(trained, data, grid, key, variance, clip, batch_size)
             count = len(bound.total)
             error = bound.total.std(ddof=1) / count**0.5 if count > 1 else float("nan")
@@ -192,9 +193,8 @@ def _bound(trained, data, grid, key, variance, clip, batch_size):
     options = {"prediction": model.prediction, "variance": variance, "clip": clip}
 
     def bound(params, key, images, cond, ids):
-        x_0 = images.astype(np.float32) / 127.5 - 1
         return variational_bound(
-            model.apply_fn, params, model.schedule, grid, x_0, key, cond=cond, sample_ids=ids, **options
+            model.apply_fn, params, model.schedule, grid, to_floats(images), key, cond=cond, sample_ids=ids, **options
         )
 
     return in_batches(bound, trained, key, data, batch_size)
@@ -213,7 +213,7 @@ def in_batches(measure, trained: Trained, key: jax.Array, data: Dataset, batch_s
     for start in range(0, len(data.images), batch_size):
         # The last batch is filled up, so that all have the shape that is compiled.
         ids = np.minimum(np.arange(start, start + batch_size), len(data.images) - 1)
-        cond = data.labels[ids] if trained.model.num_classes else None
+        cond = None if trained.model.conditions is None else data.labels[ids]
         part = measure(params, key, *jax.device_put((data.images[ids], cond, ids), split))
         parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64)[..., : len(data.images) - start], part))  # noqa: B023
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *parts)

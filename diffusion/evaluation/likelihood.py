@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from diffusion.commands.experiment import Trained
+from diffusion import predictions
 from diffusion.data import Dataset
-from diffusion.denoiser import PREDICTIONS, Options, Reading, check_options, denoise
+from diffusion.denoiser import denoise
 from diffusion.errors import InputError, is_whole, nearest
 from diffusion.evaluation.bound import in_batches
+from diffusion.images import HALF_BIN, to_floats
+from diffusion.model import Trained
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import ApplyFn, Images, Params
 
 TRACES = ("exact", "rademacher", "gaussian")
-HALF_BIN = 1 / 255
-"""Half the distance of neighbouring values of an 8-bit pixel in [-1, 1]."""
 
 
 class FlowLikelihood(NamedTuple):
@@ -87,7 +87,7 @@ def log_likelihood(
     Raises:
       InputError: an unknown option, images of the wrong type, a missing key, or zero signal at T.
     """
-    check_options(prediction, Options())
+    predictions.check_known(prediction)
     _check(schedule, trace, probes, steps, t_min)
     if key is None and (dequantize or trace != "exact"):
         raise InputError(f"trace {trace!r} with dequantize={dequantize} draws random numbers; give a key")
@@ -149,14 +149,6 @@ def bits_table(
     return rows
 
 
-class _Level(NamedTuple):
-    """Where the slope is evaluated: entries [steps, 3] for the start, middle and end of each step, or of one."""
-
-    signal: Float[np.ndarray, "steps 3"]
-    noise: Float[np.ndarray, "steps 3"]
-    reading: Reading
-
-
 def _check(schedule, trace, probes, steps, t_min):
     if trace not in TRACES:
         raise InputError(f"trace is {trace!r}; {nearest(str(trace), TRACES)}")
@@ -181,7 +173,7 @@ def _check_images(x_0, dequantize):
 def _spread_over_bins(x_0, keys):
     dtype = jnp.result_type(float)
     shift = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0), x_0.shape[1:], dtype, -1, 1))(keys)
-    return x_0.astype(dtype) / 127.5 - 1 + HALF_BIN * shift
+    return to_floats(x_0).astype(dtype) + HALF_BIN * shift
 
 
 def _probes(keys, trace, probes, x_0):
@@ -202,20 +194,19 @@ def _way(schedule, prediction, steps, t_min):
     points = 2 * np.arange(int(steps))[:, None] + np.arange(3)
     t = t[points]
     signal, noise = schedule.at(t)
-    return _Level(signal, noise, PREDICTIONS[prediction](t, signal, noise)), np.exp(s[0]), (s[-1] - s[0]) / steps
+    # Readings [steps, 3], for the start, middle and end of each step.
+    return predictions.reading(prediction, t, signal, noise), np.exp(s[0]), (s[-1] - s[0]) / steps
 
 
 @partial(jax.jit, static_argnames="apply_fn")
 def _log_density(apply_fn, params, x_0, levels, ratio, length, probes, cond):
     """log p(x_0) in nats, [B]."""
-    time = levels.reading.time  # keeps its precision
-    levels = jax.tree.map(lambda leaf: jnp.asarray(leaf, x_0.dtype), levels)
-    levels = levels._replace(reading=levels.reading._replace(time=time))
+    levels, network = levels.astype(x_0.dtype), partial(apply_fn, params)
     spread, length = jnp.sqrt(1 + jnp.asarray(ratio, x_0.dtype) ** 2), jnp.asarray(length, x_0.dtype)
 
     def step(state, of_step):
         start, middle, end = (jax.tree.map(lambda leaf, i=i: leaf[i], of_step) for i in range(3))
-        slope = partial(_slope, apply_fn, params, cond=cond, probes=probes)
+        slope = partial(_slope, network, cond=cond, probes=probes)
 
         def moved(by, amount):
             return jax.tree.map(lambda value, change: value + amount * length * change, state, by)
@@ -234,7 +225,7 @@ def _log_density(apply_fn, params, x_0, levels, ratio, length, probes, cond):
     return log_prior + divergence - size * jnp.log(spread)
 
 
-def _slope(apply_fn, params, state, level, cond, probes):
+def _slope(network, state, level, cond, probes):
     """d(z, integral of the divergence) / ds."""
     z = state[0]
     scale = jnp.sqrt(level.signal**2 + level.noise**2)
@@ -242,7 +233,7 @@ def _slope(apply_fn, params, state, level, cond, probes):
     share = level.signal / scale
 
     def estimate(z):
-        return denoise(apply_fn, params, scale * z, cond, level.reading, level.signal, Options()).x0
+        return denoise(network, scale * z, cond, level).x0
 
     x0, derivative = jax.linearize(estimate, z)
     trace = _exact_trace(derivative, z) if probes is None else _hutchinson(derivative, probes)

@@ -1,6 +1,7 @@
 """What Analytic-DPM needs of a network: gamma = E |eps_hat|^2 / d at each time, estimated once a run on its data."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from diffusion.commands.experiment import Model, Trained
-from diffusion.denoiser import PREDICTIONS, Options, denoise
+from diffusion import predictions
+from diffusion.denoiser import denoise
 from diffusion.errors import InputError
 from diffusion.files import write_json
+from diffusion.model import Model, Trained
 from diffusion.types import Params
 
 NUM_IMAGES = 1024
@@ -33,25 +35,24 @@ def estimate_gamma(
       float64, one value for each time, which does not depend on the others.
     """
 
+    # Without a condition: the estimate is of the marginal process.
+    cond = None if model.conditions is None else model.conditions.nulls(batch_size)
+
     @jax.jit
-    def batch_mean(x_0, eps, signal, noise, reading, labels):
-        x_t = signal * x_0 + noise * eps
-        cond = labels if model.num_classes else None
-        d = denoise(model.apply_fn, params, x_t, cond, reading, signal, Options())
-        return jnp.mean(jnp.square((x_t - signal * d.x0) / noise))
+    def batch_mean(x_0, eps, reading):
+        x_t = reading.signal * x_0 + reading.noise * eps
+        d = denoise(partial(model.apply_fn, params), x_t, cond, reading)
+        return jnp.mean(jnp.square((x_t - reading.signal * d.x0) / reading.noise))
 
     count = max(1, len(images) // batch_size)
-    data = np.resize(images, (count, batch_size, *images.shape[1:])).astype(np.float32) / 127.5 - 1
+    data = model.space.encode(np.resize(images, (count, batch_size, *images.shape[1:])))
     gamma = np.zeros(len(times))
-    # No class: the estimate is of the marginal process.
-    labels = jnp.full((batch_size,), model.num_classes)
     for k, t in enumerate(times):
         of_time = jax.random.fold_in(key, int(np.float32(t).view(np.uint32)))
-        signal, noise = model.schedule.at(t)
-        reading = PREDICTIONS[model.prediction](np.float64(t), signal, noise)
+        reading = predictions.reading(model.prediction, np.float64(t), *model.schedule.at(t))
         for b, x_0 in enumerate(data):
             eps = jax.random.normal(jax.random.fold_in(of_time, b), x_0.shape)
-            gamma[k] += float(batch_mean(x_0, eps, signal, noise, reading, labels)) / count
+            gamma[k] += float(batch_mean(x_0, eps, reading)) / count
     return gamma
 
 

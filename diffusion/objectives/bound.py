@@ -1,4 +1,4 @@
-"""The terms of DDPM's variational bound: one for each reverse step, over all timesteps or a subsequence.
+"""The terms of DDPM's variational bound, one for each reverse step over all timesteps or a subsequence.
 
 -log p(x_0) <= L_T + sum of the terms of the steps (DDPM, arXiv:2006.11239, Eq. 5). The term of a step t -> s is the
 divergence of the model's p(x_s | x_t) from the posterior q(x_s | x_t, x_0); that of the last step, which ends at data,
@@ -13,29 +13,24 @@ import numpy as np
 from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Bool, Float
 
-from diffusion.denoiser import PREDICTIONS, Reading
-from diffusion.sampling import check_prediction
+from diffusion import predictions
+from diffusion.images import HALF_BIN
+from diffusion.predictions import Reading
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import ddpm
 from diffusion.types import Images
-
-HALF_BIN = 1 / 255
-"""Half the distance of neighbouring values of an 8-bit pixel in [-1, 1]."""
 
 
 class BoundSteps(NamedTuple):
     """The steps of a grid, each entry [S] in the grid's order, or those of one step or one for each sample.
 
     Attributes:
-      signal, noise: a_t and n_t where each step starts.
-      reading: how the network's output is read there.
+      reading: how the network is asked and read where each step starts.
       from_x0: the coefficient of x_0 in the mean of q(x_s | x_t, x_0).
       log_small, log_large: logs of beta_tilde and beta, as in `ddpm`: beta_tilde of the last step is that of the step
         before it (with one step, beta).
     """
 
-    signal: Float[np.ndarray, "S"]
-    noise: Float[np.ndarray, "S"]
     reading: Reading
     from_x0: Float[np.ndarray, "S"]
     log_small: Float[np.ndarray, "S"]
@@ -43,21 +38,21 @@ class BoundSteps(NamedTuple):
 
 
 def bound_steps(schedule: NoiseSchedule, tau, prediction: str) -> BoundSteps:
-    """The steps of a grid, in float64, off the table that samples with a learned variance.
+    """Returns the steps of a grid in float64, taken from the table that samples with a learned variance.
 
     Raises:
       InputError: tau is not a grid of the schedule, or starts where the prediction says nothing about x_0.
     """
     table = ddpm(schedule, tau, "learned")
-    check_prediction(table, prediction)
-    reading = PREDICTIONS[prediction](table.t, table.signal, table.noise)
-    return BoundSteps(table.signal, table.noise, reading, table.update[:, 0, 1], *table.log_variance.T)
+    predictions.check_signal(table.name, prediction, table.t, table.signal, table.noise)
+    reading = predictions.reading(prediction, table.t, table.signal, table.noise)
+    return BoundSteps(reading, table.update[:, 0, 1], *table.log_variance.T)
 
 
 def step_bits(
     step: BoundSteps, x_0: Images, x0_hat: Images, log_variance: Images, last: Bool[Array, "..."]
 ) -> Float[Array, "B"]:
-    """The term of one step in bits per dimension: Eq. 5 of DDPM, L_{t-1}, or L_0 where the step is the last.
+    """Returns the term of one step in bits per dimension: Eq. 5 of DDPM, L_{t-1}, or L_0 where the step is the last.
 
     Args:
       step: entries that broadcast to x_0.
@@ -70,18 +65,19 @@ def step_bits(
     shift = step.from_x0 * (x0_hat - x_0)
     # expm1: the two variances nearly agree in most steps.
     divergence = 0.5 * (jnp.expm1(excess) - excess + jnp.square(shift) * jnp.exp(-log_variance))
-    # Far from the end x0_hat is so wrong that the derivative of a log-likelihood nobody asked for would overflow.
+    # Far from the end x0_hat is so wrong that the derivative of its log-likelihood overflows, and 0 * inf is NaN: what
+    # is not used is computed at x_0 itself.
     log_likelihood = discretized_log_likelihood(x_0, jnp.where(last, x0_hat, x_0), log_variance)
     return mean_bits(jnp.where(last, -log_likelihood, divergence))
 
 
 def mean_bits(nats: Images) -> Float[Array, "B"]:
-    """Mean over the dimensions of each sample, in bits."""
+    """Returns the mean over the dimensions of each sample, in bits."""
     return jnp.mean(nats, axis=tuple(range(1, nats.ndim))) / np.log(2)
 
 
 def discretized_log_likelihood(x_0: Images, mean: Images, log_variance: Images) -> Images:
-    """Log-probability that a Gaussian gives to the bin of each 8-bit pixel (DDPM, Eq. 13).
+    """Returns the log-probability that a Gaussian gives to the bin of each 8-bit pixel (DDPM, Eq. 13).
 
     Bins are 2/255 wide; the first and the last have no outer end, so that all 256 add up to 1. Differences of the
     distribution function are taken between logs and in the lower tail, where nothing cancels: a pixel a hundred
@@ -98,7 +94,7 @@ def discretized_log_likelihood(x_0: Images, mean: Images, log_variance: Images) 
     low, high = ((x_0 - mean + side) * inverse_std for side in (-HALF_BIN, HALF_BIN))
     upper_tail = low + high > 0
     low, high = jnp.where(upper_tail, -high, low), jnp.where(upper_tail, -low, high)
-    # One call for three, which take long to compile.
+    # log_ndtr takes long to compile, so one call serves all three.
     log_high, log_low, log_rest = log_ndtr(jnp.stack(jnp.broadcast_arrays(high, low, -low)))
     inside = log_high + _log1m_exp(log_low - log_high)
     first, final = jnp.where(upper_tail, log_rest, log_high), jnp.where(upper_tail, log_high, log_rest)
@@ -106,6 +102,6 @@ def discretized_log_likelihood(x_0: Images, mean: Images, log_variance: Images) 
 
 
 def _log1m_exp(x):
-    """log(1 - exp(x)) for x < 0 without cancellation at either end."""
+    """Returns log(1 - exp(x)) for x < 0 without cancellation at either end."""
     near = x > -np.log(2)
     return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))

@@ -1,18 +1,8 @@
-"""Training objectives: pure functions of a batch and one random key a sample.
+"""Training objectives: pure functions of a batch, with one loss for each sample.
 
-An objective is called as (network, schedule, x_0, cond, keys, index, batch_size, *, prediction, weights, ...) and
-returns a Loss. All draw one timestep and one eps for each sample; what they return for it depends on its own key and
-index, never on the batch around it. They are fit for jit, grad, lax.scan and shard_map.
-
-Args of all:
-  network: (x_t, t, cond) -> output, parameters bound.
-  schedule: the noise schedule; its arrays concrete, not traced, where the variance is learned.
-  x_0: clean images [B, H, W, C] in [-1, 1].
-  cond: as the network takes it, or None.
-  keys: one random key for each sample. fold_in 0 makes its timestep, 1 its eps; higher numbers are free for the caller.
-  index, batch_size: see `stratified_timesteps`.
-  prediction: what the network predicts, a key of TARGETS.
-  weights: [T + 1], multiplies the squared error at each timestep (see `weightings.loss_weights`); None is 1.
+An objective is a function of one `Batch` once its schedule, prediction and loss weights are bound. It draws one
+timestep and one eps for each sample; what it returns for a sample depends on the sample's own key and index, never on
+the batch around it. Objectives are fit for jit, grad, lax.scan and shard_map.
 """
 
 from collections.abc import Callable
@@ -23,23 +13,50 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from diffusion.denoiser import log_variance_between, split_variance
-from diffusion.errors import InputError, nearest
-from diffusion.gaussian import q_sample, velocity
+from diffusion import predictions
+from diffusion.denoiser import Network, log_variance_between, split_variance
+from diffusion.errors import InputError
+from diffusion.gaussian import signal_noise
 from diffusion.objectives.bound import bound_steps, step_bits
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import Images
 
-Network = Callable[[Images, Int[Array, "B"], Any], Images]
+
+class Batch(NamedTuple):
+    """Everything an objective is computed from.
+
+    Attributes:
+      network: the network with the parameters being trained, (x, time, cond) -> output.
+      x_0: clean samples [B, *shape] in the model's space, [-1, 1] for pixels.
+      cond: as the network takes it, or None.
+      keys: one random key for each sample. fold_in 0 makes its timestep, 1 its eps; higher numbers are free for the
+        caller.
+      index: the position of each sample in the whole batch.
+      size: of the whole batch, over all devices and microbatches.
+      average: the network with the first EMA of the parameters, the usual target of consistency training; None where
+        there is no EMA.
+      frozen: what `make_train_step` was given as frozen, such as the parameters of a teacher; never trained.
+      step: the number of training steps made before this one.
+    """
+
+    network: Network
+    x_0: Images
+    cond: Any
+    keys: Key[Array, "B"]
+    index: Int[Array, "B"]
+    size: int
+    average: Network | None = None
+    frozen: Any = None
+    step: Int[Array, ""] | int = 0
 
 
 class Loss(NamedTuple):
-    """One entry for each sample.
+    """What an objective returns, with one entry for each sample.
 
     Attributes:
       value: what training averages and differentiates.
       t: the timestep drawn, in 1..T.
-      error: mean squared error of the prediction itself, without weight, for curves over t.
+      error: mean squared error of the prediction itself, without a weight, for curves over t.
     """
 
     value: Float[Array, "B"]
@@ -47,17 +64,13 @@ class Loss(NamedTuple):
     error: Float[Array, "B"]
 
 
-TARGETS = {
-    "eps": lambda schedule, x_0, t, eps: eps,
-    "x0": lambda schedule, x_0, t, eps: x_0,
-    "v": velocity,
-    "flow": lambda schedule, x_0, t, eps: eps - x_0,
-}
-"""What the network learns to predict, from x_0, t and eps."""
+LossWeights = Float[np.ndarray, "T+1"]
 
 
-def stratified_timesteps(uniforms: Float[Array, "B"], index: Int[Array, "B"], batch_size: int, num_timesteps: int):
-    """One timestep from each of batch_size equal parts of 1..T: each is uniform over 1..T, their spread is even.
+def stratified_timesteps(
+    uniforms: Float[Array, "B"], index: Int[Array, "B"], batch_size: int, num_timesteps: int
+) -> Int[Array, "B"]:
+    """Draws one timestep from each of batch_size equal parts of 1..T: each is uniform over 1..T, their spread is even.
 
     Low-discrepancy times lower the variance of the loss and its gradient at no cost (Kingma et al., arXiv:2107.00630,
     appendix I.1).
@@ -77,85 +90,71 @@ def stratified_timesteps(uniforms: Float[Array, "B"], index: Int[Array, "B"], ba
 
 
 def simple_loss(
-    network: Network,
-    schedule: NoiseSchedule,
-    x_0: Images,
-    cond: Any,
-    keys: Key[Array, "B"],
-    index: Int[Array, "B"],
-    batch_size: int,
-    *,
-    prediction: str = "eps",
-    weights: Float[np.ndarray, "T+1"] | None = None,
+    batch: Batch, schedule: NoiseSchedule, prediction: str = "eps", weights: LossWeights | None = None
 ) -> Loss:
-    """DDPM's L_simple (arXiv:2006.11239, Eq. 14): squared error of the prediction at one random t a sample, weighted.
+    """Returns DDPM's L_simple: the squared error of the prediction at one random t a sample, weighted.
 
-    Arguments as the module says.
+    DDPM, arXiv:2006.11239, Eq. 14.
+
+    Args:
+      batch: see `Batch`.
+      schedule: the noise schedule.
+      prediction: what the network predicts, a key of `diffusion.predictions.PREDICTIONS`.
+      weights: multiplies the squared error at each timestep (`weightings.loss_weights`); None is 1.
+
+    Raises:
+      InputError: an unknown prediction, or a network that also predicts a variance.
     """
-    drawn = _evaluate(network, schedule, x_0, cond, keys, index, batch_size, prediction)
+    drawn = _evaluate(batch, schedule, prediction)
     if drawn.share is not None:
         raise InputError("the network predicts a variance, which objective simple leaves untrained; use hybrid or vlb")
     return Loss(_weighted(drawn, weights), drawn.t, drawn.error)
 
 
 def hybrid_loss(
-    network: Network,
+    batch: Batch,
     schedule: NoiseSchedule,
-    x_0: Images,
-    cond: Any,
-    keys: Key[Array, "B"],
-    index: Int[Array, "B"],
-    batch_size: int,
-    *,
     prediction: str = "eps",
-    weights: Float[np.ndarray, "T+1"] | None = None,
+    weights: LossWeights | None = None,
     vlb_weight: float = 0.001,
 ) -> Loss:
-    """L_simple + vlb_weight L_vlb (improved DDPM, arXiv:2102.09672, Eq. 16), which learns the variance besides.
+    """Returns L_simple + vlb_weight L_vlb, which learns the variance as well (improved DDPM, arXiv:2102.09672, Eq. 16).
 
-    L_vlb reaches the variance alone: the prediction is detached there. Its sum over timesteps is estimated by T times
+    L_vlb reaches only the variance: the prediction is detached there. Its sum over timesteps is estimated by T times
     the term drawn, in bits per dimension; with the paper's 0.001 that is the T / 1000 of the authors' code.
 
-    The other arguments are as the module says.
-
     Args:
-      network: returns 2 C channels, the prediction and then where its log-variance lies between those of beta_tilde
-        (-1) and beta (1), see `denoiser.log_variance_between`.
-      x_0: 8-bit images.
+      batch: its network returns 2 C channels, the prediction and then where its log-variance lies between those of
+        beta_tilde (-1) and beta (1), see `denoiser.log_variance_between`. Its x_0 are 8-bit images.
+      schedule: the noise schedule; its arrays are concrete, not traced.
+      prediction: as for `simple_loss`.
       weights: of L_simple.
       vlb_weight: the paper's lambda.
+
+    Raises:
+      InputError: an unknown prediction, one that says nothing about x_0 at T, or a network without a variance.
     """
-    drawn = _evaluate(network, schedule, x_0, cond, keys, index, batch_size, prediction)
-    bound = _bound(schedule, x_0, drawn, jax.lax.stop_gradient(drawn.output), prediction)
+    drawn = _evaluate(batch, schedule, prediction)
+    bound = _bound(schedule, batch.x_0, drawn, jax.lax.stop_gradient(drawn.output), prediction)
     return Loss(_weighted(drawn, weights) + vlb_weight * bound, drawn.t, drawn.error)
 
 
-def vlb_loss(
-    network: Network,
-    schedule: NoiseSchedule,
-    x_0: Images,
-    cond: Any,
-    keys: Key[Array, "B"],
-    index: Int[Array, "B"],
-    batch_size: int,
-    *,
-    prediction: str = "eps",
-    weights: None = None,
-) -> Loss:
-    """L_vlb of the training process in bits per dimension (improved DDPM, Eq. 4-7), of mean and variance.
+def vlb_loss(batch: Batch, schedule: NoiseSchedule, prediction: str = "eps", weights: None = None) -> Loss:
+    """Returns L_vlb of the training process in bits per dimension, of mean and variance (improved DDPM, Eq. 4-7).
 
-    T times the term at the t drawn, so that its mean over t estimates the sum: L_0, the negative log-likelihood of
-    8-bit pixels, at t = 1, and L_{t-1}, a divergence of Gaussians, above. L_T has no parameters and is left out.
+    It is T times the term at the t drawn, so that its mean over t estimates the sum: L_0, the negative log-likelihood
+    of 8-bit pixels, at t = 1, and L_{t-1}, a divergence of Gaussians, above. L_T has no parameters and is left out.
 
-    Arguments as for `hybrid_loss`, but that the bound has its own weights.
+    Arguments are as for `hybrid_loss`, except that there are no weights: the bound has its own.
     """
     if weights is not None:
-        raise InputError("objective vlb weights timesteps as the bound does; use config.train.weighting=simple")
-    drawn = _evaluate(network, schedule, x_0, cond, keys, index, batch_size, prediction)
-    return Loss(_bound(schedule, x_0, drawn, drawn.output, prediction), drawn.t, drawn.error)
+        raise InputError("objective vlb weights timesteps as the bound does; use weighting simple")
+    drawn = _evaluate(batch, schedule, prediction)
+    return Loss(_bound(schedule, batch.x_0, drawn, drawn.output, prediction), drawn.t, drawn.error)
 
 
 OBJECTIVES: dict[str, Callable[..., Loss]] = {"simple": simple_loss, "hybrid": hybrid_loss, "vlb": vlb_loss}
+"""Functions (batch, schedule, prediction, weights, options) -> Loss."""
 
 LEARN_VARIANCE = ("hybrid", "vlb")
 """The objectives for which the network returns twice the channels of its images."""
@@ -171,16 +170,17 @@ class _Evaluation(NamedTuple):
     error: Float[Array, "B"]
 
 
-def _evaluate(network, schedule, x_0, cond, keys, index, batch_size, prediction):
+def _evaluate(batch, schedule, prediction):
     """Draws t and eps and asks the network."""
-    if prediction not in TARGETS:
-        raise InputError(f"prediction is {prediction!r}; {nearest(prediction, TARGETS)}")
-    uniforms = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0)))(keys)
-    eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1), x_0.shape[1:], x_0.dtype))(keys)
-    t = stratified_timesteps(uniforms, index, batch_size, schedule.num_timesteps)
-    x_t = q_sample(schedule, x_0, t, eps)
-    output, share = split_variance(network(x_t, t, cond), x_0.shape)
-    error = jnp.square(output - TARGETS[prediction](schedule, x_0, t, eps))
+    predictions.check_known(prediction)
+    x_0 = batch.x_0
+    uniforms = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0)))(batch.keys)
+    eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1), x_0.shape[1:], x_0.dtype))(batch.keys)
+    t = stratified_timesteps(uniforms, batch.index, batch.size, schedule.num_timesteps)
+    a, n = signal_noise(schedule, t, x_0)
+    x_t = a * x_0 + n * eps
+    output, share = split_variance(batch.network(*predictions.inputs(prediction, t, a, n, x_t), batch.cond), x_0.shape)
+    error = jnp.square(output - predictions.target(prediction, a, n, x_0, eps))
     return _Evaluation(t, x_t, output, share, jnp.mean(error, axis=tuple(range(1, x_0.ndim))))
 
 
@@ -189,7 +189,7 @@ def _weighted(drawn, weights):
 
 
 def _bound(schedule, x_0, drawn, output, prediction):
-    """T times the bound's term at each sample's t, in bits per dimension."""
+    """Returns T times the bound's term at each sample's t, in bits per dimension."""
     if drawn.share is None:
         raise InputError(
             f"the network returned {output.shape[-1]} channels; to learn the variance it needs twice the images' "

@@ -1,8 +1,8 @@
-"""How much each timestep counts in the squared error: float64 tables over the timesteps.
+"""Loss weights: how much each timestep counts in the squared error, as float64 tables over the timesteps.
 
-At a given x_t the errors of all predictions are multiples of one another: that of eps is a/n times that of x_0, of v
-(a^2 + n^2)/n, of flow (a + n)/n. So a weight on the squared error of x_0 is one on that of any prediction, and all
-weightings but "simple" are the same loss whatever the network predicts.
+At a given x_t the errors of all predictions are multiples of one another (`diffusion.predictions.error_ratio`). So a
+weight on the squared error of x_0 is a weight on that of any prediction, and all weightings but "simple" are the same
+loss whatever the network predicts.
 """
 
 import math
@@ -13,17 +13,10 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion.errors import InputError, nearest, require_range
+from diffusion.predictions import PREDICTIONS, check_known, error_ratio
 from diffusion.schedules import NoiseSchedule
 
 Weights = Float[np.ndarray, "T+1"]
-
-PER_X0_ERROR: dict[str, Callable] = {
-    "eps": lambda a, n: a / n,
-    "x0": lambda a, n: np.ones_like(a),
-    "v": lambda a, n: (a**2 + n**2) / n,
-    "flow": lambda a, n: (a + n) / n,
-}
-"""The error of a prediction over that of the x_0 it stands for, at a fixed x_t with signal a and noise n > 0."""
 
 
 def simple(schedule: NoiseSchedule, prediction: str) -> Weights:
@@ -75,6 +68,8 @@ def sigmoid(schedule: NoiseSchedule, prediction: str, bias: float = 0.0) -> Weig
 def edm(schedule: NoiseSchedule, prediction: str, sigma_data: float = 0.5) -> Weights:
     """SNR + 1 / sigma_data^2 on the error of x_0 (Karras et al., arXiv:2206.00364, Table 1, where sigma is n/a).
 
+    With sigma_data = 0.5 that is "simple" for the prediction edm: EDM weighs the error of F itself by 1.
+
     Only the weight is EDM's: it also draws log(sigma) from a Gaussian, whereas timesteps here are uniform.
 
     Args:
@@ -96,11 +91,11 @@ WEIGHTINGS: dict[str, Callable[..., Weights]] = {
 
 
 def loss_weights(schedule: NoiseSchedule, prediction: str, name: str, **options: Any) -> Weights:
-    """What the mean squared error of a prediction is multiplied by at each timestep.
+    """Returns what the mean squared error of a prediction is multiplied by at each timestep.
 
     Args:
       schedule: the noise schedule.
-      prediction: what the network predicts, a key of PER_X0_ERROR.
+      prediction: what the network predicts, a key of `diffusion.predictions.PREDICTIONS`.
       name: a key of WEIGHTINGS.
       options: of that weighting.
 
@@ -111,26 +106,28 @@ def loss_weights(schedule: NoiseSchedule, prediction: str, name: str, **options:
       InputError: an unknown name, an option out of its range, or a weight that is not finite: an error of eps where
         the signal is 0 says nothing about x_0.
     """
-    for what, value, known in (("weighting", name, WEIGHTINGS), ("prediction", prediction, PER_X0_ERROR)):
-        if value not in known:
-            raise InputError(f"{what} is {value!r}; {nearest(str(value), known)}")
+    check_known(prediction)
+    if name not in WEIGHTINGS:
+        raise InputError(f"weighting is {name!r}; {nearest(str(name), WEIGHTINGS)}")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         weights = WEIGHTINGS[name](schedule, prediction, **options)
     bad = np.flatnonzero(~np.isfinite(weights))
     if bad.size:
+        a, n = schedule.at(bad[0])
+        others = " or ".join(kind for kind in PREDICTIONS if error_ratio(kind, a, n) > 0)
         raise InputError(
             f"weighting {name} of {prediction} errors is not finite at t = {bad[0]}, where the SNR is "
-            f"{_snr(schedule)[bad[0] - 1]:.3g}; predict v, x0 or flow, or use weighting simple"
+            f"{_snr(schedule)[bad[0] - 1]:.3g}; predict {others}, or use weighting simple"
         )
     return weights
 
 
 def _snr(schedule):
-    """SNR at 1..T."""
+    """Returns the SNR at 1..T."""
     return schedule.alpha_bar[1:] / schedule.noise_var[1:]
 
 
 def _on_x0(schedule, prediction, weights):
-    """Weights [T] of the squared error of x_0 as those of the prediction's own, [T + 1]."""
-    ratio = PER_X0_ERROR[prediction](np.sqrt(schedule.alpha_bar[1:]), np.sqrt(schedule.noise_var[1:]))
+    """Turns weights [T] of the squared error of x_0 into weights [T + 1] of the prediction's own."""
+    ratio = error_ratio(prediction, np.sqrt(schedule.alpha_bar[1:]), np.sqrt(schedule.noise_var[1:]))
     return np.concatenate([[0.0], weights / ratio**2])

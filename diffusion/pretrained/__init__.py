@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from diffusion.commands.experiment import Trained
 from diffusion.errors import InputError, nearest
+from diffusion.model import Trained
 from diffusion.pretrained import weights
 
 FILES = {path.stem: path for path in sorted(Path(__file__).parent.glob(f"*{weights.SUFFIX}"))}

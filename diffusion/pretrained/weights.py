@@ -10,11 +10,10 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-from ml_collections import ConfigDict
 
-from diffusion.commands.experiment import Trained, make_model
 from diffusion.errors import InputError
 from diffusion.files import digest, write_atomically
+from diffusion.model import Trained, current_config, make_model
 
 SUFFIX = ".safetensors"
 _FORMAT, _ENTRY = "jax-fast-diffusion 1", "model"
@@ -25,7 +24,7 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
 
     Args:
       path: ends in .safetensors; an existing file is replaced.
-      trained: from `experiment.load_trained`.
+      trained: from `run_folder.load_trained`.
       figures: what JSON can hold, for the reader; `describe` returns them.
     """
     arrays = {name: np.asarray(leaf) for name, leaf in flax.traverse_util.flatten_dict(trained.params, sep="/").items()}
@@ -33,6 +32,7 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
         "format": _FORMAT,
         "config": trained.config.to_dict(),
         "image_shape": list(trained.model.image_shape),
+        "class_names": [] if trained.model.conditions is None else list(trained.model.conditions.names),
         "step": trained.step,
         "ema": trained.ema,
         "figures": figures or {},
@@ -43,7 +43,7 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
 
 
 def load(path: str | os.PathLike) -> Trained:
-    """What `save` wrote.
+    """Reads what `save` wrote.
 
     Raises:
       InputError: there is no such file, it is damaged, or not of this project.
@@ -51,8 +51,8 @@ def load(path: str | os.PathLike) -> Trained:
     facts, arrays = _read(path)
     if digest(arrays) != facts["sha256"]:
         raise InputError(f"{path} is damaged: its weights are not those that were written; get it again")
-    config = ConfigDict(facts["config"])
-    model = make_model(config, tuple(facts["image_shape"]))
+    config = current_config(facts["config"])
+    model = make_model(config, tuple(facts["image_shape"]), tuple(facts.get("class_names", ())))
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (params, wanted)]
@@ -62,7 +62,7 @@ def load(path: str | os.PathLike) -> Trained:
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
-    """Everything but the weights: config, image_shape, step, ema, figures, sha256."""
+    """Returns everything but the weights: config, image_shape, class_names, step, ema, figures, sha256."""
     return _read(path)[0]
 
 

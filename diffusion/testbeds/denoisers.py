@@ -13,16 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from diffusion.errors import InputError, is_whole, nearest, require_range
+from diffusion import predictions
+from diffusion.errors import InputError, is_whole, require_range
+from diffusion.images import to_floats
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import ApplyFn, Params
 
-_OUTPUTS = {
-    "eps": lambda x0, eps, a, n: eps,
-    "x0": lambda x0, eps, a, n: x0,
-    "v": lambda x0, eps, a, n: a * eps - n * x0,
-    "flow": lambda x0, eps, a, n: eps - x0,
-}
 _SMALLEST_NOISE_VAR = 1e-20
 """Of a finite set, whose posterior there is its nearest image; squared distances over it stay finite in float32."""
 
@@ -48,7 +44,7 @@ def gaussian(schedule: NoiseSchedule, mean, variance, prediction: str = "eps") -
       schedule: the noise schedule.
       mean: numbers or an array that broadcasts to one sample.
       variance: likewise, at least 0, in squared pixel units.
-      prediction: "eps", "x0", "v" or "flow".
+      prediction: a key of `diffusion.predictions.PREDICTIONS`.
 
     Raises:
       InputError: an unknown prediction or a negative variance.
@@ -66,7 +62,7 @@ def mixture(schedule: NoiseSchedule, weights, means, variances, prediction: str 
       weights: [K], above 0; divided by their sum.
       means: [K, *shape] for samples of shape *shape.
       variances: [K] or what broadcasts to means, above 0.
-      prediction: "eps", "x0", "v" or "flow".
+      prediction: a key of `diffusion.predictions.PREDICTIONS`.
 
     Raises:
       InputError: an unknown prediction, weights or variances that are not positive, or shapes that do not agree.
@@ -101,7 +97,7 @@ def ideal(
     Args:
       schedule: the noise schedule.
       images: uint8, or floats in [-1, 1]; kept in their dtype.
-      prediction: "eps", "x0", "v" or "flow".
+      prediction: a key of `diffusion.predictions.PREDICTIONS`.
       bandwidth: std of a Gaussian around each image, in pixel units; above 0 the data is their mixture, a smooth
         density, and samples are not bound to be images of the set.
       block: images at a time; changes nothing but memory and speed.
@@ -185,15 +181,31 @@ def _level_at(levels, t, x):
     return tuple(v.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for v in (a, n))
 
 
+def _level_of_ratio(levels, log_ratio, x):
+    """Signal and noise where log(n / a) has the given values [B]: the inverse of `_level_at` by another clock."""
+    log_ratio = jnp.asarray(log_ratio, jnp.promote_types(x.dtype, jnp.float32))
+    if "signal" not in levels:
+        a, n = jnp.sqrt(jax.nn.sigmoid(-2 * log_ratio)), jnp.sqrt(jax.nn.sigmoid(2 * log_ratio))
+    else:
+        signal, noise = (jnp.asarray(levels[name], log_ratio.dtype) for name in ("signal", "noise"))
+        ratio = jnp.exp(log_ratio)
+        lower = jnp.clip(jnp.searchsorted(noise / signal, ratio, side="right") - 1, 0, signal.size - 2)
+        d_signal, d_noise = signal[lower + 1] - signal[lower], noise[lower + 1] - noise[lower]
+        weight = (ratio * signal[lower] - noise[lower]) / (d_noise - ratio * d_signal)
+        a, n = signal[lower] + weight * d_signal, noise[lower] + weight * d_noise
+    return tuple(v.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for v in (a, n))
+
+
 @cache
 def _network(estimate, prediction):
-    """The apply_fn of estimate(params, x, a, n) -> (x_0, eps); the same object for the same arguments."""
-    if prediction not in _OUTPUTS:
-        raise InputError(f"prediction is {prediction!r}; {nearest(str(prediction), _OUTPUTS)}")
+    """Returns the apply_fn of estimate(params, x, a, n) -> (x_0, eps); the same object for the same arguments."""
+    predictions.check_known(prediction)
+    kind = predictions.PREDICTIONS[prediction]
 
     def apply_fn(params, x, t, cond=None):
-        a, n = _level_at(params["levels"], t, x)
-        return _OUTPUTS[prediction](*estimate(params, x, a, n), a, n).astype(x.dtype)
+        a, n = _level_of_ratio(params["levels"], 4 * t, x) if kind.sees_log_sigma else _level_at(params["levels"], t, x)
+        x = x if kind.input_scale is None else x / kind.input_scale(a, n)
+        return predictions.target(prediction, a, n, *estimate(params, x, a, n)).astype(x.dtype)
 
     return apply_fn
 
@@ -244,7 +256,7 @@ def _ideal(params, x, a, n):
         """One block of a running softmax: the largest exponent yet, and sums relative to it."""
         top, total, weighted = carry
         log_weights, images = block
-        points = images.astype(x.dtype) / 127.5 - 1 if images.dtype == jnp.uint8 else images.astype(x.dtype)
+        points = (to_floats(images) if images.dtype == jnp.uint8 else images).astype(x.dtype)
         # |x - a x_i|^2 but for |x|^2, which all images share.
         squares = jnp.sum(points**2, axis=1)[None]
         logits = a_row * (product(flat, points.T) - a_row * squares / 2) / noise_var + log_weights.astype(x.dtype)[None]

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from diffusion.denoiser import PREDICTIONS, Options, check_options, denoise
+from diffusion import predictions
+from diffusion.denoiser import denoise
 from diffusion.errors import InputError, require_range
 from diffusion.schedules import NoiseSchedule
 from diffusion.testbeds.denoisers import moments
@@ -71,7 +72,7 @@ def ode_solution(
       InputError: an unknown prediction, times out of order, or zero signal at t_start.
       ArithmeticError: the network gave what is not finite, or steps became too small.
     """
-    check_options(prediction, Options())
+    predictions.check_known(prediction)
     require_range("tolerance", tolerance, 1e-13, 0.1)
     if not 0 <= t_end < t_start <= schedule.num_timesteps:
         raise InputError(f"t_start is {t_start}, t_end {t_end}; need {schedule.num_timesteps} >= t_start > t_end >= 0")
@@ -84,8 +85,8 @@ def ode_solution(
         def x0_hat(log_ratio, y):
             t = schedule.time_of(-log_ratio)
             a, n = schedule.at(t)
-            reading = PREDICTIONS[prediction](t, a, n)
-            return np.asarray(_denoised(apply_fn, params, a * y.reshape(shape), cond, reading, a)).ravel()
+            reading = predictions.reading(prediction, t, a, n)
+            return np.asarray(_denoised(apply_fn, params, a * y.reshape(shape), cond, reading)).ravel()
 
         y = np.asarray(x, np.float64).ravel() / schedule.at(t_start)[0]
         if ends[1] < ends[0]:
@@ -100,5 +101,5 @@ def ode_solution(
 
 
 @partial(jax.jit, static_argnames="apply_fn")
-def _denoised(apply_fn, params, x, cond, reading, signal):
-    return denoise(apply_fn, params, x, cond, reading, signal, Options()).x0
+def _denoised(apply_fn, params, x, cond, reading):
+    return denoise(partial(apply_fn, params), x, cond, reading).x0

@@ -52,7 +52,7 @@ class Run:
       batches: (images, cond) of the step after the start, then of the next, and so on; closed at the end.
       learning_rate: number of updates -> rate, for the log.
       recorder, writer: where metrics and checkpoints go; metadata goes into each checkpoint.
-      draw_grid: draws samples of a state and saves them, unless they are there.
+      draw_sheet: draws samples of a state and saves them, unless they are there.
       examples: step -> numbers of the examples in its batch, for the report on a step that was skipped.
       stop: the signals heard.
       profile: the folder for a trace of the steps `PROFILED`, or None.
@@ -64,7 +64,7 @@ class Run:
     recorder: Recorder | Silent
     writer: CheckpointWriter
     metadata: dict[str, Any]
-    draw_grid: Callable[[TrainState], None]
+    draw_sheet: Callable[[TrainState], None]
     examples: Callable[[int], np.ndarray]
     stop: StopRequest
     profile: Path | None = None
@@ -90,7 +90,7 @@ def train(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, bool]:
     start = int(state.step)
     if start and (start % plan.grid_every == 0 or start == plan.num_steps):
         draw = run.stop.call if jax.process_count() == 1 else lambda function, *args: function(*args)
-        draw(run.draw_grid, state)  # the grid that a signal ended; one that is there already is left alone
+        draw(run.draw_sheet, state)  # the grid that a signal ended; one that is there already is left alone
     progress = tqdm(
         total=plan.num_steps, initial=start, unit="step", dynamic_ncols=True, disable=jax.process_index() > 0 or None
     )
@@ -124,7 +124,7 @@ class _Loop:
                 self._save(step)
             if step % plan.grid_every == 0 or step == plan.num_steps:
                 with self.clock.paused():
-                    finished = self._draws_grid()
+                    finished = self._draws_sheet()
             last = step == plan.num_steps or self._stopping()
             if last and not saved:
                 self._save(step)
@@ -136,10 +136,10 @@ class _Loop:
         run.writer.wait()
         return self.state, finished and step >= plan.num_steps
 
-    def _draws_grid(self):
+    def _draws_sheet(self):
         """False where a signal ended it; what follows then saves and stops."""
         try:
-            self._interruptible(self.run.draw_grid, self.state)
+            self._interruptible(self.run.draw_sheet, self.state)
         except Stopped:
             return False
         return True

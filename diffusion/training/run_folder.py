@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from diffusion.errors import InputError
+from diffusion.errors import InputError, nearest
 from diffusion.files import locked, write_atomically
+from diffusion.model import Trained, current_config, make_model
 from diffusion.training import checkpoints, environment
+from diffusion.training.step import ema_name
 
 # Fields that do not change what is being trained, so a resumed run may have other values.
 _FREE = (
@@ -38,8 +41,8 @@ class RunFolder:
       checkpoints: one sub-folder for each saved step.
       config: config.json, the config of the newest start; what the program reads is the copy in each checkpoint.
       environment: environment.json, versions and machine of every start.
-      grids: sample grids drawn in training.
-      profile: traces of --profile.
+      grids: sheets of samples drawn in training.
+      profile: where --profile writes its trace.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -51,15 +54,20 @@ class RunFolder:
         self.profile = self.path / "profile"
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint whose files are as they were written, or None; names damaged ones on stderr.
+        """Returns the newest checkpoint whose files are as they were written, or None; names damaged ones on stderr.
 
         Raises:
           InputError: all are damaged.
         """
         return checkpoints.newest_good(self.checkpoints)
 
-    def grid(self, step: int) -> Path:
-        """The grid drawn after a step."""
+    def metadata(self, step: int) -> dict[str, Any]:
+        """Returns the metadata of a checkpoint, with the config in today's form."""
+        saved = checkpoints.metadata(self.checkpoints, step)
+        return {**saved, "config": current_config(saved["config"]).to_dict()}
+
+    def sheet(self, step: int) -> Path:
+        """Returns where the sheet of samples drawn after a step lies."""
         return self.grids / f"step_{step:08d}.png"
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
@@ -67,21 +75,21 @@ class RunFolder:
         return locked(self.path, "training in")
 
     def create(self, config: ConfigDict, start: dict[str, Any]) -> None:
-        """Makes the folder of the grids, writes config.json and adds this start to environment.json."""
+        """Makes the folder of the sheets, writes config.json and adds this start to environment.json."""
         self.grids.mkdir(exist_ok=True)
         environment.append(self.environment, start)
         write_atomically(self.config, (config.to_json(indent=2, sort_keys=True) + "\n").encode())
 
 
 def newest(root: str | os.PathLike) -> RunFolder | None:
-    """The run below root whose last checkpoint was written last; None if there is none."""
+    """Returns the run below root whose last checkpoint was written last; None if there is none."""
     runs = [RunFolder(path) for path in Path(root).glob("*")]
     runs = [run for run in runs if checkpoints.steps(run.checkpoints)]
     return max(runs, key=lambda run: checkpoints.newest_commit(run.checkpoints), default=None)
 
 
 def existing(path: str | os.PathLike) -> RunFolder:
-    """The run in a folder.
+    """Returns the run in a folder.
 
     Raises:
       InputError: it holds no checkpoint.
@@ -92,21 +100,47 @@ def existing(path: str | os.PathLike) -> RunFolder:
     return folder
 
 
+def load_trained(folder: RunFolder, ema: str = "", step: int | None = None) -> Trained:
+    """Reads the model of a run from a checkpoint.
+
+    Args:
+      folder: the run.
+      ema: which of its EMAs, by decay; "" is the first.
+      step: which checkpoint; None is the newest good one.
+
+    Raises:
+      InputError: it is damaged, or does not fit its own config; there is no such step or EMA.
+    """
+    step = folder.latest_step() if step is None else checkpoints.verified(folder.checkpoints, step)
+    saved = folder.metadata(step)
+    config = ConfigDict(saved["config"])
+    names = [ema_name(decay) for decay in config.train.ema_decays]
+    if ema and ema not in names:
+        raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
+    class_names = tuple(saved["class_names"]) if config.model.num_classes else ()
+    model = make_model(config, tuple(saved["image_shape"]), class_names)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    ema = ema or names[0]
+    return Trained(model, checkpoints.load_ema(folder.checkpoints, step, ema, like), config, step, ema)
+
+
 def check_resumable(
     saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: RunFolder, defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """Compares the metadata of a checkpoint with that of the run about to resume it.
+    """Refuses to resume a checkpoint that was trained otherwise than the run about to resume it.
 
     Args:
-      saved, wanted: both.
-      folder: the run's, for the error.
-      defaults: what fields mean that the checkpoint is too old to have.
+      saved, wanted: the metadata of the checkpoint, and of the run.
+      folder: the run's folder, for the error.
+      defaults: the values of fields that did not exist when the checkpoint was saved.
 
     Raises:
       InputError: they would train different things; the fields are named.
     """
     old, new = dict(_flatten(defaults or {})) | dict(_flatten(saved)), dict(_flatten(wanted))
-    # Under a cosine the number of steps shapes the learning rate of every one of them.
+    # Under a cosine the number of steps shapes the learning rate of each step.
     shaped = old.get("config.optimizer.decay") == "cosine"
     different = [
         f"{field} is {new.get(field, 'missing')!r}, the run has {old.get(field, 'missing')!r}"

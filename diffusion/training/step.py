@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from diffusion import devices
 from diffusion.errors import InputError
-from diffusion.objectives.losses import Loss
-from diffusion.schedules import NoiseSchedule
+from diffusion.model import Model
+from diffusion.objectives.losses import Batch, Loss
 from diffusion.types import Params
 
 TENTHS = 10
@@ -48,8 +48,9 @@ class TrainState:
       params: weights that the optimizer moves.
       ema_params: for each decay (by `ema_name`) their exponential moving average; samples are drawn with these.
       opt_state: the optimizer's state.
-      totals: what the next row of the log is made of.
-      skipped, skipped_in_row: steps whose gradient was not finite, which changed nothing: all, and up to this step.
+      totals: the sums that the next row of the log is made of.
+      skipped, skipped_in_row: how many steps changed nothing because their gradient was not finite, of all and of the
+        last ones in a row.
     """
 
     step: Int[Array, ""]
@@ -76,140 +77,187 @@ class Metrics(NamedTuple):
 
 
 def ema_name(decay: float) -> str:
-    """The name of an EMA in TrainState.ema_params, in checkpoints and for sample.py --ema: "0.9999"."""
+    """Returns the name of an EMA in TrainState.ema_params, in checkpoints and for sample.py --ema: "0.9999"."""
     return f"{decay:.10g}"
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, ema_decays: Sequence[float]) -> TrainState:
-    """The state before the first step; each EMA starts as a copy of params."""
+    """Returns the state before the first step; each EMA starts as a copy of params."""
     ema_params = {ema_name(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays}
     none = [jnp.zeros((), jnp.int32) for _ in range(3)]
     totals = Totals(*(jnp.zeros(()) for _ in range(3)), *(jnp.zeros(TENTHS) for _ in range(2)))
     return TrainState(none[0], params, ema_params, optimizer.init(params), totals, *none[1:])
 
 
-def ema_decay_at(step, decay: float):
-    """min(decay, (1 + step) / (10 + step)): short runs and first steps forget the random start."""
+def ema_decay_at(step: Int[Array, ""], decay: float) -> Float[Array, ""]:
+    """Returns min(decay, (1 + step) / (10 + step)), so that short runs and first steps forget the random start."""
     return jnp.minimum(decay, (1 + step) / (10 + step))
 
 
+class StepOptions(NamedTuple):
+    """How a train step works, apart from what it trains.
+
+    Attributes:
+      ema_decays: for each EMA its highest decay, see `ema_decay_at`.
+      microbatches: the batch goes through the network in so many parts, whose gradients are added up.
+      log_every: the totals start anew after each multiple of it.
+      label_dropout: how often a condition is replaced by the one that means "none", which guidance needs.
+    """
+
+    ema_decays: Sequence[float] = (0.9999,)
+    microbatches: int = 1
+    log_every: int = 1
+    label_dropout: float = 0.0
+
+
 def make_train_step(
-    apply_fn: Callable[..., Array],
-    objective: Callable[..., Loss],
+    model: Model,
+    objective: Callable[[Batch], Loss],
     optimizer: optax.GradientTransformation,
-    schedule: NoiseSchedule,
     mesh: Mesh,
     key: jax.Array,
-    *,
-    ema_decays: Sequence[float],
-    microbatches: int = 1,
-    log_every: int = 1,
-    null_label: int | None = None,
-    label_dropout: float = 0.0,
+    options: StepOptions,
+    frozen: Any = None,
 ) -> Callable[[TrainState, Array, Any, Array], tuple[TrainState, Metrics]]:
-    """The jitted step (state, images, cond, stop) -> (state, metrics). It donates its state.
+    """Returns the jitted step (state, images, cond, stop) -> (state, metrics). It donates its state.
 
     Step k draws all noise of sample i from fold_in(fold_in(key, k), i), so neither noise nor dropout depends on the
     number of devices, processes or microbatches. A step whose loss or gradient is not finite changes only counters.
 
     Args:
-      apply_fn: the network, taking dropout_keys [B] besides (params, x, t, cond).
-      objective: (network, schedule, x_0, cond, keys, index, batch_size) -> Loss, see `diffusion.objectives.losses`.
+      model: what is trained; its apply_fn takes dropout_keys [B] besides (params, x, t, cond).
+      objective: a function of one batch, see `diffusion.objectives.losses`.
       optimizer: an optax transformation.
-      schedule: the noise schedule.
       mesh: from `devices.training_mesh`.
       key: the run's random key.
-      ema_decays: for each EMA its highest decay, see `ema_decay_at`.
-      microbatches: the batch goes through the network in so many parts, whose gradients are added up.
-      log_every: the totals start anew after each multiple of it.
-      null_label, label_dropout: how often a label is replaced by the one that means "no class", which guidance needs.
+      options: see `StepOptions`.
+      frozen: a pytree of arrays that reaches the objective as `Batch.frozen` and is never trained, such as the
+        parameters of a teacher.
 
     Returns:
-      The step. It takes images uint8 [B, H, W, C]; cond, int [B] or None; stop, float [number of devices], each above
-      0 where its process wants to stop.
+      The step. It takes images uint8 [B, H, W, C]; cond, a pytree with leading axis B or None; stop, float [number of
+      devices], each above 0 where its process wants to stop.
     """
+    num_timesteps = model.schedule.num_timesteps
+    first_ema = ema_name(options.ema_decays[0]) if options.ema_decays else None
 
-    def part_loss(params, images, cond, index, step_key, batch_size):
+    def part_loss(params, others, part, step, size):
+        """The mean loss of a part of the batch, and its error by tenths of the timesteps."""
+        images, cond, index = part
+        step_key = jax.random.fold_in(key, step)
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
-        x_0 = images.astype(jnp.float32) / 127.5 - 1.0
-        if label_dropout:
-            dropped = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 3), label_dropout))(keys)
-            cond = jnp.where(dropped, null_label, cond)
+        if options.label_dropout:
+            cond = _drop_conditions(cond, model.conditions.null, keys, options.label_dropout)
+        average, frozen = others
         dropout_keys = jax.vmap(lambda k: jax.random.fold_in(k, 4))(keys)
-        network = partial(apply_fn, params, dropout_keys=dropout_keys)
-        loss = objective(network, schedule, x_0, cond, keys, index, batch_size)
-        tenth = jax.nn.one_hot((loss.t - 1) * TENTHS // schedule.num_timesteps, TENTHS)
+        batch = Batch(
+            network=partial(model.apply_fn, params, dropout_keys=dropout_keys),
+            x_0=model.space.encode(images),
+            cond=cond,
+            keys=keys,
+            index=index,
+            size=size,
+            average=None if average is None else partial(model.apply_fn, average),
+            frozen=frozen,
+            step=step,
+        )
+        loss = objective(batch)
+        tenth = jax.nn.one_hot((loss.t - 1) * TENTHS // num_timesteps, TENTHS)
         return loss.value.mean(), ((tenth * loss.error[:, None]).mean(0), tenth.mean(0))
 
-    def gradient(params, images, cond, index, step_key, batch_size):
-        """((loss, by tenth), gradient), means over these samples."""
+    def gradient(params, others, part, step, size):
+        """Returns ((loss, by tenth), gradient), means over these samples."""
         differentiate = jax.value_and_grad(part_loss, has_aux=True)
-        if microbatches == 1:
-            return differentiate(params, images, cond, index, step_key, batch_size)
+        count = options.microbatches
+        if count == 1:
+            return differentiate(params, others, part, step, size)
         # Sample i goes to part i % microbatches, so that a batch laid over devices stays where it is.
-        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), (images, cond, index))
+        parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), part)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, differentiate(params, *part, step_key, batch_size)), None
+            return jax.tree.map(jnp.add, total, differentiate(params, others, part, step, size)), None
 
-        shapes = jax.eval_shape(differentiate, params, *jax.tree.map(lambda x: x[0], parts), step_key, batch_size)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(lambda part: differentiate(params, others, part, step, size), first)
         # XLA's gradient of a convolution to its kernel is many times slower inside a loop on a CPU.
         unroll = mesh.devices.flat[0].platform == "cpu"
         total, _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), parts, unroll=unroll)
-        return jax.tree.map(lambda x: x / microbatches, total)
+        return jax.tree.map(lambda x: x / count, total)
 
-    def whole_gradient(params, images, cond, stop, step_key):
-        """Of the whole batch; where parameters are sharded, XLA lays out the work."""
-        index = jnp.arange(images.shape[0])
-        return gradient(params, images, cond, index, step_key, images.shape[0]), stop.mean()
+    mean_gradient = _over_devices(gradient, mesh)
 
-    def shared_gradient(params, images, cond, stop, step_key):
+    def train_step(state, images, cond, stop, frozen):
+        if images.shape[0] % (mesh.size * options.microbatches):
+            raise InputError(
+                f"a batch of {images.shape[0]} cannot be shared by {mesh.size} devices in {options.microbatches} "
+                "microbatches"
+            )
+        others = (state.ema_params.get(first_ema), frozen)
+        ((loss, by_tenth), grads), stop = mean_gradient(state.params, others, (images, cond), stop, state.step)
+        after, grad_norm = _update(state, loss, by_tenth, grads, optimizer, options)
+        metrics = Metrics(loss, grad_norm, after.totals, after.skipped, after.skipped_in_row, stop)
+        return jax.lax.with_sharding_constraint((after, metrics), devices.state_sharding(mesh, (after, metrics)))
+
+    frozen = jax.device_put(frozen, NamedSharding(mesh, PartitionSpec()))
+    jitted = jax.jit(train_step, donate_argnums=0)
+    return lambda state, images, cond, stop: jitted(state, images, cond, stop, frozen)
+
+
+def _drop_conditions(cond, null, keys, share):
+    """Replaces the conditions of a share of the samples by the one that means "none"."""
+    dropped = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 3), share))(keys)
+
+    def replace(given, none):
+        return jnp.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), none, given)
+
+    return jax.tree.map(replace, cond, null)
+
+
+def _over_devices(gradient, mesh):
+    """Returns (params, others, (images, cond), stop, step) -> (gradient of the whole batch, mean of stop)."""
+
+    def whole_gradient(params, others, batch, stop, step):
+        """Where parameters are sharded, XLA lays out the work."""
+        images, cond = batch
+        size = images.shape[0]
+        return gradient(params, others, (images, cond, jnp.arange(size)), step, size), stop.mean()
+
+    def shared_gradient(params, others, batch, stop, step):
         """Each device takes its share of the batch, and all results meet in ONE collective, raveled into a vector.
 
         A collective for each parameter can deadlock XLA's CPU thread pool.
         """
+        images, cond = batch
         share = images.shape[0]
         index = jax.lax.axis_index(mesh.axis_names) * share + jnp.arange(share)
-        result = gradient(params, images, cond, index, step_key, mesh.size * share)
+        result = gradient(params, others, (images, cond, index), step, mesh.size * share)
         vector, unravel = ravel_pytree((result, stop.mean()))
         return unravel(jax.lax.pmean(vector, mesh.axis_names))
 
-    everywhere, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
     if mesh.shape["fsdp"] > 1:
-        mean_gradient = whole_gradient
-    else:
-        in_specs = (everywhere, split, split, split, everywhere)
-        mean_gradient = jax.shard_map(
-            shared_gradient, mesh=mesh, in_specs=in_specs, out_specs=everywhere, check_vma=False
-        )
+        return whole_gradient
+    everywhere, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
+    in_specs = (everywhere, everywhere, split, split, everywhere)
+    return jax.shard_map(shared_gradient, mesh=mesh, in_specs=in_specs, out_specs=everywhere, check_vma=False)
 
-    def train_step(state, images, cond, stop):
-        if images.shape[0] % (mesh.size * microbatches):
-            raise InputError(
-                f"a batch of {images.shape[0]} cannot be shared by {mesh.size} devices in {microbatches} microbatches"
-            )
-        step_key = jax.random.fold_in(key, state.step)
-        ((loss, by_tenth), grads), stop = mean_gradient(state.params, images, cond, stop, step_key)
-        grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = {
-            ema_name(decay): _average(state.ema_params[ema_name(decay)], params, ema_decay_at(state.step, decay))
-            for decay in ema_decays
-        }
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        before = state.totals
-        totals = jax.tree.map(lambda x: jnp.where(state.step % log_every == 0, 0, x), before)
-        added = Totals(jnp.ones(()), loss, grad_norm, *by_tenth)
-        changed = (params, ema_params, opt_state, jax.tree.map(jnp.add, totals, added))
-        unchanged = (state.params, state.ema_params, state.opt_state, totals)
-        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, unchanged)
-        skipped_in_row = jnp.where(good, 0, state.skipped_in_row + 1)
-        after = TrainState(state.step + 1, *kept, state.skipped + ~good, skipped_in_row)
-        metrics = Metrics(loss, grad_norm, after.totals, after.skipped, after.skipped_in_row, stop)
-        return jax.lax.with_sharding_constraint((after, metrics), devices.state_sharding(mesh, (after, metrics)))
 
-    return jax.jit(train_step, donate_argnums=0)
+def _update(state, loss, by_tenth, grads, optimizer, options):
+    """Returns the state after a step, and the norm of the gradient; a step that is not finite changes only counters."""
+    grad_norm = optax.tree.norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = {
+        ema_name(decay): _average(state.ema_params[ema_name(decay)], params, ema_decay_at(state.step, decay))
+        for decay in options.ema_decays
+    }
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    totals = jax.tree.map(lambda x: jnp.where(state.step % options.log_every == 0, 0, x), state.totals)
+    added = Totals(jnp.ones(()), loss, grad_norm, *by_tenth)
+    changed = (params, ema_params, opt_state, jax.tree.map(jnp.add, totals, added))
+    unchanged = (state.params, state.ema_params, state.opt_state, totals)
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, unchanged)
+    skipped_in_row = jnp.where(good, 0, state.skipped_in_row + 1)
+    return TrainState(state.step + 1, *kept, state.skipped + ~good, skipped_in_row), grad_norm
 
 
 def _average(ema, params, decay):

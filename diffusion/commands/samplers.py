@@ -1,0 +1,218 @@
+"""Samplers and grids by name: every program finds them here, whatever makes the table."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion import options, schedules, timesteps
+from diffusion.errors import InputError
+from diffusion.guidance import RULES
+from diffusion.model import Model
+from diffusion.sampling import check_prediction, check_variance
+from diffusion.schedules import NoiseSchedule
+from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS, SamplerTable, from_json
+from diffusion.timesteps import GRIDS, Tau
+
+SAMPLERS = SOLVERS | ESTIMATED_SOLVERS
+
+OWN_LENGTH = {"sections": timesteps.sections, "explicit": timesteps.explicit}
+"""Grids that carry their own number of steps."""
+
+TABLE_SUFFIX = ".json"
+
+EQUIVALENTS = {
+    "cmstochasticiterative": "consistency",
+    "deismultistep": "deis:order=2",
+    "dpmpp2m": "dpm_solver_pp:order=2,variant=official",
+    "dpmpp2msde": "dpm_solver_pp:order=2,sde_eta=1,variant=official",
+    "dpmpp2s": "dpm_solver_pp_singlestep:order=2",
+    "dpmsolvermultistep": "dpm_solver_pp:order=2,variant=official",
+    "dpmsolversinglestep": "dpm_solver_pp_singlestep:order=2",
+    "eulera": "euler_ancestral",
+    "eulerancestral": "euler_ancestral",
+    "eulerancestraldiscrete": "euler_ancestral",
+    "eulerdiscrete": "euler",
+    "flowmatcheulerdiscrete": "euler",
+    "heundiscrete": "heun",
+    "lcm": "consistency",
+    "lmsdiscrete": "lms",
+    "unipcmultistep": "unipc:order=2",
+}
+"""What samplers of diffusers and k-diffusion are called here, by their names in small letters and digits."""
+
+Resources = Mapping[str, Callable[[Tau], Any]]
+"""Options that cannot be written as text, as functions of the grid; `Source.resources` has those of a trained model."""
+
+
+def make_tau(schedule: NoiseSchedule, text: str, num_steps: int) -> Tau:
+    """Returns the grid of a name, as "uniform", "karras:rho=5" or "explicit:times=1000,500,250".
+
+    Args:
+      schedule: the noise schedule.
+      text: a key of GRIDS or OWN_LENGTH, with its options.
+      num_steps: S; grids of their own length ignore it, see `chosen_steps`.
+
+    Raises:
+      InputError: an unknown name or option, or a grid that the schedule cannot have.
+    """
+    grids = GRIDS | OWN_LENGTH
+    own = _name(text) in OWN_LENGTH
+    choice = options.parse("tau", text, grids, leading=1 if own else 2)
+    if missing := choice.missing(leading=1 if own else 2):
+        raise InputError(f"tau {choice.name} needs {missing[0]}; write {choice.name}:{missing[0]}=1000,500,250")
+    return choice.function(schedule, *[num_steps] * (not own), **choice.options)
+
+
+def chosen_steps(tau: str, given: Any, default: Any) -> Any:
+    """Returns what --steps gives, or the default where it gives nothing; refuses steps beside a grid that has its own.
+
+    Raises:
+      InputError: both are given.
+    """
+    if given is not None and _name(tau) in OWN_LENGTH:
+        raise InputError(f"tau {tau} has its own number of steps; leave out --steps")
+    return default if given is None else given
+
+
+def make_table(
+    schedule: NoiseSchedule,
+    sampler: str,
+    num_steps: int,
+    tau: str,
+    *,
+    eta: float | None = None,
+    resources: Resources | None = None,
+) -> SamplerTable:
+    """Returns the table of a sampler by name.
+
+    Args:
+      schedule: the noise schedule.
+      sampler: a key of SAMPLERS, with options after a colon ("ddim:eta=0.5", "dpm_solver_pp:order=3,variant=official"),
+        or the path of a table that `SamplerTable.to_json` wrote ("mine.json"), which has its own grid.
+      num_steps, tau: see `make_tau`.
+      eta: short for the option of that name; None leaves it to the text.
+      resources: what the sampler may need besides.
+
+    Raises:
+      InputError: an unknown name or option, a value out of its range, an option without its value, a file that is no
+        table or one for another schedule.
+    """
+    if is_file(sampler):
+        return _read_table(sampler, schedule, eta)
+    _refuse_foreign(sampler)
+    choice = options.parse("sampler", sampler, SAMPLERS, leading=2)
+    if eta is not None:
+        choice = _with_eta(choice, eta)
+    grid = make_tau(schedule, tau, num_steps)
+    given = dict(choice.options)
+    for name in options.defaults(choice.function, leading=2):
+        if name not in given and name in (resources or {}):
+            given[name] = resources[name](grid)
+    for name in choice.missing(leading=2):
+        if name not in given:
+            raise InputError(
+                f"sampler {choice.name} needs {name}, which is estimated on a trained model and its data; sample.py "
+                "and evaluate.py do so"
+            )
+    return choice.function(schedule, grid, **given)
+
+
+def is_file(sampler: str) -> bool:
+    """Whether a sampler is named by the file of its table."""
+    return sampler.endswith(TABLE_SUFFIX)
+
+
+def default_eta(sampler: str) -> float | None:
+    """Returns what eta is where it is not given, or None where the sampler has none or the text names its own."""
+    name = _name(sampler)
+    if name not in SAMPLERS:  # an unknown name is refused when its table is made
+        return None
+    allowed = options.defaults(SAMPLERS[name], leading=2)
+    return None if "eta=" in sampler else allowed.get("eta")
+
+
+def check_fits(table: SamplerTable, model: Model) -> None:
+    """Raises InputError if the model cannot serve the table."""
+    check_prediction(table, model.prediction)
+    check_variance(table, model.learned_variance)
+
+
+def describe() -> str:
+    """Returns the samplers, grids and guidance rules with their options and a line on each."""
+    schedule = schedules.linear()
+    half = {"gamma": lambda tau: np.full(len(tau) - 1, 0.5)}  # a stand-in: the number of calls does not depend on it
+
+    def calls(name):
+        return f"{make_table(schedule, name, 10, 'uniform', resources=half).nfe:3} calls"
+
+    sections = (
+        ("samplers (network calls for 10 steps), --sampler", SAMPLERS, 2, calls),
+        ("grids of --steps timesteps, --tau", GRIDS, 2, None),
+        ("grids of their own length, --tau", OWN_LENGTH, 1, None),
+        ("rules of guidance, --guidance_rule", RULES, 2, None),
+    )
+    lines = []
+    for title, table, leading, note in sections:
+        lines.append(f"{title}:")
+        for name, function in table.items():
+            summary = function.__doc__.partition("\n")[0]
+            lines.append(f"  {name:26} {f'{note(name)}  ' if note else ''}{summary}")
+            settings = [f"{key}={_shown(value)}" for key, value in options.defaults(function, leading).items()]
+            lines += [f"  {'':26} options: {', '.join(settings)}"] * bool(settings)
+        lines.append("")
+    lines.append("options follow a colon: NAME:KEY=VALUE,...; a sampler can also be the file of a table, as mine.json")
+    return "\n".join(lines)
+
+
+def _shown(default):
+    return "..." if default is options.REQUIRED else default
+
+
+def _name(text):
+    return text.partition(":")[0]
+
+
+def _with_eta(choice, eta):
+    if "eta" in choice.options:
+        raise InputError(f"sampler {choice.name} has its eta in its options; leave out --eta")
+    if "eta" not in options.defaults(choice.function, leading=2):
+        having = [name for name, function in SAMPLERS.items() if "eta" in options.defaults(function, leading=2)]
+        raise InputError(f"sampler {choice.name} has no option 'eta'; those that have one: {', '.join(having)}")
+    return choice._replace(options={**choice.options, "eta": eta})
+
+
+def _refuse_foreign(sampler):
+    """Names the equal of a sampler of another library."""
+    name = _name(sampler)
+    plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp")).removesuffix("scheduler").removeprefix("sample")
+    ours = {re.sub(r"[^a-z0-9]", "", known): known for known in SAMPLERS}
+    equal = ours.get(plain) or EQUIVALENTS.get(plain) or EQUIVALENTS.get(plain.removeprefix("k"))
+    if name not in SAMPLERS and equal:
+        raise InputError(f"sampler is {name!r}; here that is {equal!r} (--list shows all)")
+
+
+def _read_table(path, schedule, eta):
+    """Reads a table and compares its levels with the schedule's."""
+    file = Path(path).expanduser()
+    if eta is not None:
+        raise InputError(f"--eta does nothing for the table in {path}; leave it out")
+    try:
+        table = from_json(file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"sampler file {path} cannot be read ({error}); "
+            "write it with SamplerTable.to_json, or take a name of --list"
+        ) from None
+    except InputError as error:
+        raise InputError(f"sampler file {path}: {error}") from None
+    times = np.clip(table.t, 0, schedule.num_timesteps)
+    levels = schedule.at(times)
+    if not np.array_equal(times, table.t) or not np.allclose(levels, (table.signal, table.noise), rtol=1e-6, atol=1e-9):
+        raise InputError(
+            f"sampler file {path} holds {table.name} for another noise schedule than the model's; make the table again "
+            "with the model's schedule"
+        )
+    return table
