@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from scipy.integrate import solve_ivp
 
 from diffusion.denoiser import PREDICTIONS, Options, check_options, denoise
@@ -17,7 +18,9 @@ _LAST_RATIO = 1e-6
 """The ratio noise / signal below which `ode_solution` takes the denoised estimate for x_0."""
 
 
-def gaussian_flow(schedule: NoiseSchedule, mean, variance, x, t_start: float, t_end: float = 0.0) -> np.ndarray:
+def gaussian_flow(
+    schedule: NoiseSchedule, mean, variance, x: Images, t_start: float, t_end: float = 0.0
+) -> Float[np.ndarray, "B *shape"]:
     """Returns x carried from t_start to t_end by the exact probability flow of Gaussian data, an affine map of x.
 
     x_s = a_s m + sqrt((a_s^2 v + n_s^2) / (a_t^2 v + n_t^2)) (x_t - a_t m): a pixel stays as many standard deviations
@@ -48,7 +51,7 @@ def ode_solution(
     prediction: str = "eps",
     cond: Any = None,
     tolerance: float = 1e-8,
-) -> np.ndarray:
+) -> Float[np.ndarray, "B *shape"]:
     """Follows the probability flow from x, by an adaptive Runge-Kutta method of order 8 in float64 (SciPy's DOP853).
 
     Solves d(x / a) / d log(n / a) = x / a - D (Song et al., arXiv:2011.13456, Eq. 13, in the variable of EDM,
