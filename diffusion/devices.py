@@ -88,7 +88,7 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
       InputError: the cluster is not known, or a number is missing or out of range.
     """
     if coordinator is not None and not re.fullmatch(r"\S+:\d+", coordinator):
-        raise InputError(f"--coordinator is {coordinator!r}; write HOST:PORT of process 0, as 10.0.0.1:1234")
+        raise InputError(f"--coordinator is {coordinator!r}; write HOST:PORT of process 0, like 10.0.0.1:1234")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise InputError(f"--process_id is {process_id}; --num_processes={num_processes} allows 0..{num_processes - 1}")
     if coordinator is not None:

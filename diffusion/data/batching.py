@@ -57,7 +57,7 @@ def batches(
     steps = Steps(dataset, batch_size, seed, start, flip, _rows(rows, batch_size))
     if isinstance(dataset.images, np.ndarray):
         return Batches(map(steps.__getitem__, itertools.count()))
-    from diffusion.data import streaming  # imports grain, slow and of no use to data in memory
+    from diffusion.data import streaming  # slow, and data in memory does not need it
 
     return Batches(streaming.read_ahead(steps, workers))
 

@@ -23,7 +23,7 @@ def load(path: str = "", split: str = "", size: int = 0, channels: int = 0) -> D
     require("digits", "split", split, ["", "all"])
     require("digits", "size", size, [0, 8])
     require("digits", "channels", channels, [0, 1])
-    # Imported here as it takes a second, which users of other data should not wait.
+    # Importing scikit-learn takes a second, for which users of other data should not wait.
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -98,7 +98,7 @@ class UNet(nn.Module):
         h = attention(h, "middle")
         h = residual(h, levels[-1], "middle_block_1")
 
-        # The way up: each block takes the newest kept result as extra channels, one for each result of the way down.
+        # The way up: each block takes the newest result that is still kept as extra channels, until none is left.
         for level, features in reversed(list(enumerate(levels))):
             for i in range(self.num_blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), features, f"up_{level}_block_{i}")

@@ -1,4 +1,4 @@
-"""Writes and reads checkpoints; no other module touches orbax.
+"""Writes and reads checkpoints; all that uses orbax stands here.
 
 Each step has a folder with one item for each EMA, the params that samples are drawn with, and `train`, the rest of the
 state. The config travels in the checkpoint's metadata. A save is written under another name, gets its SHA-256 manifest,
@@ -186,7 +186,7 @@ def newest_good(folder: str | os.PathLike) -> int | None:
             )
         return step
 
-    # None is whole. To train from the start now would replace damaged ones that may be restored.
+    # All are damaged, and the user must decide: a copy may exist elsewhere, and training anew may cost days.
     if not damage:
         return None
     reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
