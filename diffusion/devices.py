@@ -1,4 +1,4 @@
-"""Devices and processes: how many there are, and how a batch and a train state are laid over them."""
+"""Counts devices and processes, and lays a batch and a train state over them."""
 
 import contextlib
 import ctypes
@@ -16,53 +16,54 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from diffusion.errors import InputError
 
-# Parameters of glibc's mallopt (malloc.h): one heap for all threads, no piece straight from the system, no giving back.
+# Parameters of glibc's mallopt (malloc.h), by which we ask for one heap for all threads, no block straight from the
+# system, and no memory given back.
 MALLOC_ARENA_MAX, MALLOC_MMAP_MAX, MALLOC_TRIM_THRESHOLD = -8, -4, -1
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Of a container, as Docker's --cpus: microseconds in a period, and the period."""
+"""Where a container finds its limit, as from Docker's --cpus: microseconds of CPU time per period, and the period."""
 
 SHARDED_FROM = 1024
-"""Arrays of fewer elements than this are not worth sharding."""
+"""Arrays with fewer elements than this are not worth sharding."""
 
 
 def prepare() -> None:
-    """One JAX device a core on a CPU, and a cache of compiled programs. Call it before anything else touches JAX.
+    """Gives a CPU one JAX device per core, and JAX a cache of compiled programs; call it before anything touches JAX.
 
-    XLA's own threads inside one program scale badly. One program a core, each with its share of the batch, gave on two
-    cores 1.64 times the network calls and 1.34 times the training steps at 64 images of 32x32, and 1.30 and 0.92 times
-    at 16 (benchmarks/devices.py, width 32, November 2026). It is the same data-parallel mesh that several GPUs use.
+    XLA's own threads scale badly inside one program. One program per core, each with its share of the batch, gave on
+    two cores 1.64 times the network calls and 1.34 times the training steps at 64 images of 32x32, and 1.30 and 0.92
+    times at 16 (benchmarks/devices.py, width 32, November 2026). Several GPUs use the same data-parallel mesh.
 
     Compiled programs are kept in the user's cache (JAX_COMPILATION_CACHE_DIR overrides it), so that a command given
     again starts at once.
     """
     _reuse_memory()
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:  # which JAX reads itself
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:  # JAX itself reads this variable
         jax.config.update("jax_num_cpu_devices", _cores())
     if jax.config.jax_compilation_cache_dir is None:
         folder = Path(pooch.os_cache("diffusion"), "compiled")
-        with contextlib.suppress(OSError):  # a home that cannot be written: compile each time
+        with contextlib.suppress(OSError):  # the home may be read-only; then programs are compiled each time
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
 def _cores() -> int:
-    """How many this process may use: by its affinity, and by the quota of its container."""
+    """Returns how many cores this process may use, by its affinity and by its container's limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CPU_QUOTA.read_text().split()
         return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # none, or the word "max"
+    except (OSError, ValueError):  # there is no such file, or it says "max"
         return cores
 
 
 def _reuse_memory() -> None:
     """Lets the process keep the memory that it frees, where the C library is glibc.
 
-    XLA allocates the working memory of a program anew at every call. glibc gets so large a piece from the system and
-    gives it back each time, and the system fills every page with zeros: a quarter of a million page faults in one
-    training step, a tenth to a fifth of its time. The price is that the process stays as large as it was at its peak.
+    XLA allocates a program's working memory anew at every call. glibc takes so large a block from the system and gives
+    it back each time, and the system fills every page with zeros: a quarter of a million page faults in one training
+    step, a tenth to a fifth of its time. The price is that the process stays as large as it was at its peak.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -73,25 +74,25 @@ def _reuse_memory() -> None:
 
 
 def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Connects the processes of one run through `jax.distributed`, which waits for the others for 300 seconds.
+    """Connects the processes of one run through `jax.distributed`, which waits 300 seconds for all to come.
 
-    If they do not come it ends this process, with a message of its own and exit code 134.
+    If they do not, it ends this process with a message of its own and exit code 134.
 
     Args:
       coordinator: HOST:PORT of process 0; None leaves it to jax.distributed, which knows Slurm, Open MPI, Kubernetes
-        and cloud TPUs, and JAX_COORDINATOR_ADDRESS.
-      num_processes: how many there are.
-      process_id: the number of this one, from 0.
+        and cloud TPUs, and reads JAX_COORDINATOR_ADDRESS.
+      num_processes: how many processes the run has.
+      process_id: the number of this process, from 0.
 
     Raises:
       InputError: the cluster is not known, or a number is missing or out of range.
     """
     if coordinator is not None and not re.fullmatch(r"\S+:\d+", coordinator):
-        raise InputError(f"--coordinator is {coordinator!r}; write HOST:PORT of process 0, as 10.0.0.1:1234")
+        raise InputError(f"--coordinator is {coordinator!r}; write HOST:PORT of process 0, like 10.0.0.1:1234")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
-        raise InputError(f"--process_id is {process_id}; with --num_processes={num_processes} it lies below that")
+        raise InputError(f"--process_id is {process_id}; --num_processes={num_processes} allows 0..{num_processes - 1}")
     if coordinator is not None:
-        print(f"process {process_id} waits for all {num_processes} at {coordinator}, 300 s at the most", flush=True)
+        print(f"process {process_id} waits for all {num_processes} at {coordinator}, at most 300 s", flush=True)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
@@ -99,27 +100,28 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
 
 
 def data_mesh(batch_size: int | None = None) -> Mesh:
-    """A mesh with one axis, "data", over this process's devices, or over as many as divide the batch."""
+    """Returns a mesh with one axis, "data", over this process's devices, or over as many as divide the batch."""
     local = jax.local_devices()
     count = max(n for n in range(1, len(local) + 1) if (batch_size or n) % n == 0)
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=local[:count])
 
 
 def training_mesh(batch_size: int, fsdp: int = 1, microbatches: int = 1) -> Mesh:
-    """A mesh with the axes "data" and "fsdp" over the devices of all processes; both share the batch.
+    """Returns a mesh with the axes "data" and "fsdp" over the devices of all processes; both divide the batch.
 
     Args:
-      batch_size: of the whole batch. One process uses as many of its devices as divide it.
-      fsdp: the state is sharded over so many devices, and repeated over "data".
-      microbatches: parts that each device's share is divided into.
+      batch_size: examples in the whole batch. A single process uses as many of its devices as divide it.
+      fsdp: number of devices that the state is sharded over; it is repeated over "data".
+      microbatches: parts that each device's share of the batch is divided into.
 
     Raises:
-      InputError: the batch cannot be shared, or fsdp does not divide the number of devices.
+      InputError: the batch cannot be divided so, or fsdp does not divide the number of devices.
     """
-    # By process, so that each has its rows of the batch in one piece.
+    # Sort by process, so that each process has its rows of the batch in one piece.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if len(devices) % fsdp:
         raise InputError(f"config.train.fsdp is {fsdp}; it must divide the number of devices, {len(devices)}")
+    # Several processes must use all devices; a single one may leave some idle.
     fits = [n for n in range(fsdp, len(devices) + 1, fsdp) if batch_size % (n * microbatches) == 0]
     if not fits or (jax.process_count() > 1 and fits[-1] != len(devices)):
         of = f"fsdp = {fsdp}, microbatches = {microbatches} and {len(devices)} devices"
@@ -130,14 +132,14 @@ def training_mesh(batch_size: int, fsdp: int = 1, microbatches: int = 1) -> Mesh
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
-    """Where each array of a train state lies: its longest axis that "fsdp" divides is sharded over it.
+    """Returns where each array of a train state lies: its longest axis that "fsdp" divides is sharded over "fsdp".
 
     Args:
       mesh: from `training_mesh`.
-      state: a pytree of anything with a shape.
+      state: a pytree whose leaves have a shape.
 
     Returns:
-      The same tree of NamedShardings.
+      The same tree with a NamedSharding at each leaf.
     """
     ways = mesh.shape["fsdp"]
 
@@ -152,19 +154,19 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis of a batch over all devices of a `training_mesh`."""
+    """Returns the sharding that divides a batch's leading axis over all devices of a `training_mesh`."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> range:
-    """The rows of the whole batch that this process loads."""
+    """Returns the rows of the whole batch that this process loads."""
     shares = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     rows = [range(batch_size)[share] for (share,) in shares]
     return range(min(r.start for r in rows), max(r.stop for r in rows))
 
 
 def describe(mesh: Mesh) -> str:
-    """For example "2 x cpu", "1 x NVIDIA H200" or "8 x cpu in 2 processes, fsdp 4"."""
+    """Describes a mesh, for example as "2 x cpu", "1 x NVIDIA H200" or "8 x cpu in 2 processes, fsdp 4"."""
     text = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     if jax.process_count() > 1:
         text += f" in {jax.process_count()} processes"
@@ -172,9 +174,9 @@ def describe(mesh: Mesh) -> str:
 
 
 def memory_in_use() -> int:
-    """Bytes: the most that one local device has held, or on a CPU, which does not count, that this process has."""
+    """Returns the most bytes that a local device has held; a CPU keeps no count, so there the most of this process."""
     peaks = [stats["peak_bytes_in_use"] for d in jax.local_devices() if (stats := d.memory_stats())]
     if peaks:
         return max(peaks)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if os.uname().sysname == "Darwin" else 1024)
+    return peak * (1 if os.uname().sysname == "Darwin" else 1024)  # macOS counts bytes, Linux KiB

@@ -1,4 +1,4 @@
-"""Starting from images and noises that are already there: image-to-image and interpolation of noises."""
+"""Makes starts for sampling from images and noises that are already there: image-to-image, and interpolation."""
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ from diffusion.types import Images
 def noised(
     schedule: NoiseSchedule, images: Images, t: float, key: jax.Array, sample_ids: Int[Array, "B"] | None = None
 ) -> Images:
-    """x_t of given images, a start for image-to-image (SDEdit, arXiv:2108.01073).
+    """Returns x_t of given images, from which image-to-image starts (SDEdit, arXiv:2108.01073).
 
-    Sample with a grid that starts at t, as `timesteps.below(schedule, tau, t)`:
+    Sample with a grid that starts at t, such as `timesteps.below(schedule, tau, t)`:
 
         tau = timesteps.below(schedule, timesteps.uniform(schedule, 25), 600)
         x_init = noised(schedule, images, tau[0], key)
@@ -23,9 +23,9 @@ def noised(
     Args:
       schedule: the noise schedule.
       images: [B, H, W, C] in [-1, 1].
-      t: real, 0..T.
-      key: a JAX random key; image i gets the noise that `sample` gives sample_ids[i] to start from.
-      sample_ids: 0..B-1 if not given.
+      t: a real time in 0..T.
+      key: a JAX random key; image i gets the noise from which `sample` would start sample sample_ids[i].
+      sample_ids: one for each image; 0..B-1 if not given.
     """
     signal, noise = schedule.at(t)
     ids = jnp.arange(len(images)) if sample_ids is None else jnp.asarray(sample_ids)
@@ -35,14 +35,17 @@ def noised(
 
 
 def slerp(a: Images, b: Images, weight: float | Float[Array, "B"]) -> Images:
-    """Spherical interpolation between noises, sample by sample: a at weight 0, b at 1 (DDIM, arXiv:2010.02502, Eq. 67).
+    """Interpolates noises along an arc, sample by sample: a at weight 0, b at 1 (DDIM, arXiv:2010.02502, Eq. 67).
 
     A straight line between two independent noises passes points of too small a norm; the arc does not. Where the two
-    are parallel it is the straight line.
+    are parallel, the straight line is taken.
 
     Args:
       a, b: [B, *shape].
-      weight: 0..1, a number or one for each sample.
+      weight: in 0..1, one number or one for each sample.
+
+    Raises:
+      InputError: a and b differ in shape.
     """
     if a.shape != b.shape:
         raise InputError(f"slerp got shapes {a.shape} and {b.shape}; they must agree")
@@ -54,6 +57,7 @@ def slerp(a: Images, b: Images, weight: float | Float[Array, "B"]) -> Images:
     weight = jnp.broadcast_to(jnp.asarray(weight, a.dtype), a.shape[:1]).reshape(-1, *[1] * len(axes))
     cosine = dot(a, b) / jnp.maximum(jnp.sqrt(dot(a, a) * dot(b, b)), jnp.finfo(a.dtype).tiny)
     angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    # Where sin(angle) is 0 the arc's formula is 0/0; `safe` keeps it finite there, and the straight line replaces it.
     parallel = jnp.sin(angle) < 1e-6
     safe = jnp.where(parallel, 1.0, angle)
     along_a = jnp.where(parallel, 1 - weight, jnp.sin((1 - weight) * safe) / jnp.sin(safe))

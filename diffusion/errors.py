@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right."""
+"""Defines the one exception for what a user can put right, and checks that raise it."""
 
 import difflib
 import math
@@ -7,20 +7,20 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A wrong argument, flag, config field, file or checkpoint.
+    """Reports a wrong argument, flag, config field, file or checkpoint.
 
     The message is one line: what was given, what is allowed, what to do. Entry points print it and exit with code 2.
     """
 
 
 def require_range(name: str, value: float, low: float, high: float = math.inf, *, open_ends: str = "") -> None:
-    """Raises InputError unless low <= value <= high; NaN never is.
+    """Raises InputError unless low <= value <= high; NaN is never in range.
 
     Args:
-      name: what to call it, for example "config.optimizer.b1".
+      name: what the message calls the value, for example "config.optimizer.b1".
       value: a number.
       low, high: the range.
-      open_ends: "low", "high" or both, where the end itself is not allowed.
+      open_ends: "low", "high" or "low, high": the ends that are themselves not allowed.
     """
     inside = isinstance(value, numbers.Real) and low <= value <= high
     if inside and not ("low" in open_ends and value == low) and not ("high" in open_ends and value == high):
@@ -34,12 +34,12 @@ def require_range(name: str, value: float, low: float, high: float = math.inf, *
 
 
 def is_whole(value: object) -> bool:
-    """Whether value is a whole number: 3, 3.0 or a NumPy integer, not NaN, not True, not "3"."""
+    """Says whether value is a whole number: 3, 3.0 or a NumPy integer, but not NaN, True or "3"."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value // 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Ends an error message: the nearest valid name, if any is near, and all valid names."""
+    """Returns the end of an error message: the nearest valid name, if one is near, and all valid names."""
     known = sorted(known)
     lower = {entry.lower(): entry for entry in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks, and digests."""
+"""Writes files that appear whole or not at all, locks folders, and computes digests."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ from diffusion.errors import InputError
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file through a temporary one beside it, which is gone if anything fails."""
+    """Writes a file whole or not at all, by renaming a temporary one beside it, which is removed if anything fails."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -27,15 +27,15 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives 0o600
+        os.chmod(temporary, 0o644)  # mkstemp lets only the owner read it
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)  # a signal may come when it has its name
+        Path(temporary).unlink(missing_ok=True)  # missing if a signal came just after the renaming
         raise
 
 
 def write_json(path: str | os.PathLike, record: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Writes a readable JSON file, whole or not at all; numbers that are not finite, which JSON lacks, become null."""
+    """Writes a readable JSON file, whole or not at all; NaN and infinity, which JSON lacks, become null."""
     write_atomically(path, (json.dumps(_finite(record), indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -49,15 +49,15 @@ def _finite(value):
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike, what: str, name: str = ".lock") -> Iterator[None]:
-    """Makes the folder and keeps other processes from doing the same in it.
+    """Makes the folder, and holds a lock that keeps other processes from doing the same work in it.
 
     Args:
       folder: where the lock lies.
-      what: what is done there, for the error: "training in", "measuring into".
-      name: of the file that is the lock.
+      what: the work, for the error message: "training in", "measuring into".
+      name: of the lock file.
 
     Raises:
-      InputError: another process is doing so.
+      InputError: another process holds the lock.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def locked(folder: str | os.PathLike, what: str, name: str = ".lock") -> Iterato
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another process is {what} {folder}; wait for it, or name another folder") from None
-        except OSError as error:  # a network file system without locks
+        except OSError as error:  # some network file systems have no locks
             warnings.warn(
                 f"{folder} cannot be locked ({error.strerror}); let no two processes work there", stacklevel=3
             )
@@ -74,7 +74,7 @@ def locked(folder: str | os.PathLike, what: str, name: str = ".lock") -> Iterato
 
 
 def digest(params: Mapping[str, Any]) -> str:
-    """SHA-256 of the names, dtypes, shapes and values of a nested dict of arrays, as 64 hex digits."""
+    """Returns the SHA-256 of a nested dict of arrays, as 64 hex digits: of their names, dtypes, shapes and values."""
     arrays = flax.traverse_util.flatten_dict(params, sep="/")
     result = hashlib.sha256()
     for name in sorted(arrays):

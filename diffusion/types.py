@@ -1,11 +1,11 @@
-"""Array aliases and the one signature through which everything outside models/ sees a network."""
+"""Names the array types, and the one signature through which all code outside models/ sees a network."""
 
 from typing import Any, Protocol
 
 from jaxtyping import Array, Float, Int, PyTree
 
 Params = PyTree[Float[Array, "..."]]
-"""Network weights: any pytree of float arrays."""
+"""A network's parameters: any pytree of float arrays."""
 
 Images = Float[Array, "B *shape"]
 """A batch of images, NHWC, pixels in [-1, 1] when clean; *shape is (H, W, C)."""
@@ -15,10 +15,9 @@ Timesteps = Int[Array, ""] | Int[Array, "B"]
 
 
 class ApplyFn(Protocol):
-    """A network as a pure function.
+    """Computes a network's prediction, which has the shape of x, as a pure function.
 
-    t is [B] in 1..T, integer or real; cond is a pytree whose leaves have a leading axis B, or None. The prediction has
-    the shape of x.
+    t is in 1..T, integer or real; cond is a pytree whose leaves have a leading axis B, or None.
     """
 
     def __call__(self, params: Params, x: Images, t: Float[Array, "B"], cond: Any = None) -> Images: ...

@@ -1,6 +1,6 @@
-"""Data sets, in memory as uint8 or read from files while training, and the batches that training makes of them.
+"""Loads data sets, held in memory as uint8 or read from files during training, and makes batches of them.
 
-NumPy only; streaming.py alone imports grain.
+It needs only NumPy; of its modules just streaming.py imports grain.
 """
 
 from diffusion.data import cifar10, digits, images
@@ -13,24 +13,27 @@ from diffusion.errors import InputError, nearest
 __all__ = ["DATASETS", "Batch", "Batches", "Dataset", "ImageFiles", "batch_indices", "batches", "fingerprint", "load"]
 
 DATASETS = {"digits": digits.load, "cifar10": cifar10.load, "images": images.load}
-"""Each is (path, split, size, channels) -> Dataset, images takes max_memory too; "" and 0: the source's own choice."""
+"""Loaders (path, split, size, channels) -> Dataset by name; "" and 0 leave a choice to the source.
+
+"images" also takes max_memory.
+"""
 
 
 def load(
     name: str, *, path: str = "", split: str = "", size: int = 0, channels: int = 0, max_memory: float = 4.0
 ) -> Dataset:
-    """Loads a data set by name; the modules of this package say what each source allows.
+    """Loads a data set by name; the module of that name says which arguments its source allows.
 
     Args:
       name: a key of DATASETS.
-      path: where the files are, for sources that read some.
-      split: which part of it, for example "train".
+      path: where the files are, for sources that read files.
+      split: which part of the set, for example "train".
       size: height and width of the images in pixels.
       channels: 1 (grey) or 3 (RGB).
-      max_memory: GiB; larger sets of image files are read while training. The other sources are small, always held.
+      max_memory: GiB; a larger set of image files is read during training. The other sources are small and always held.
 
     Raises:
-      InputError: an unknown name, or an argument that the source does not allow; nothing is ignored in silence.
+      InputError: the name is unknown, or the source does not allow an argument; nothing is ignored in silence.
     """
     if name not in DATASETS:
         raise InputError(f"unknown data set {name!r}; set config.data.name ({nearest(name, DATASETS)})")

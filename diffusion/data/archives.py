@@ -1,4 +1,4 @@
-"""A folder, a zip and a tar as one thing: the names of its files, and a function that reads one."""
+"""Reads a folder, a zip and a tar in one way: as the names of its files, and a function that reads one of them."""
 
 import functools
 import gzip
@@ -20,7 +20,7 @@ from diffusion.errors import InputError
 
 
 class Folder:
-    """Files below a folder. names are relative to it, with "/" between folders, in no particular order."""
+    """Reads the files below a folder; `names` are relative to it, with "/" between folders, in no particular order."""
 
     reopens = True
 
@@ -29,26 +29,34 @@ class Folder:
         self.names = names
 
     def read(self, i: int) -> bytes:
-        """File number i, from any thread or process."""
+        """Returns the content of file number i; any thread or process may call it."""
         return (self._path / self.names[i]).read_bytes()
 
     def take(self, chosen: Sequence[int]) -> "Folder":
-        """The same with these files alone, in this order."""
+        """Returns a Folder of only the chosen files, in the order given."""
         return Folder(self._path, [self.names[i] for i in chosen])
 
 
 class Archive:
-    """Files in an archive, read at known places, so that neither threads nor processes need to wait or list it again.
+    """Reads files of an archive at known offsets, so that threads do not wait and processes do not list it again.
 
     Attributes:
-      names: of the files in it, with "/" between folders, in no particular order.
-      reopens: whether it can be pickled and read by other processes.
+      names: the files in it, with "/" between folders, in no particular order.
+      reopens: whether other processes can read it after it was pickled.
     """
 
     def __init__(
         self, path: Path, names: Sequence[str], places: np.ndarray, read_at: Callable, unpacked: BinaryIO | None = None
     ):
-        """places: for each name the arguments of read_at after the file; unpacked: an open file to read instead."""
+        """Takes the list of files as the openers below make it.
+
+        Args:
+          path: the archive.
+          names: the files in it.
+          places: int64 [N, k], for each name the arguments that read_at takes after the file descriptor.
+          read_at: (file descriptor, *place) -> content.
+          unpacked: an open file to read instead of the archive.
+        """
         self.names = names
         self.reopens = unpacked is None
         self._path = path
@@ -64,12 +72,14 @@ class Archive:
         return {name: value for name, value in vars(self).items() if name != "_file"}
 
     def read(self, i: int) -> bytes:
-        """File number i, from any thread or process."""
-        file = self._file  # held until the end: a thread that opens it at the same moment closes the other's
+        """Returns the content of file number i; any thread or process may call it."""
+        # Keep a reference to the file: another thread may open it at the same moment and replace it in the cache,
+        # which would close it here.
+        file = self._file
         return self._read_at(file.fileno(), *self._places[i].tolist())
 
     def take(self, chosen: Sequence[int]) -> "Archive":
-        """The same with these files alone, in this order."""
+        """Returns an Archive of only the chosen files, in the order given."""
         names = [self.names[i] for i in chosen]
         return Archive(self._path, names, self._places[np.asarray(chosen, np.int64)], self._read_at, self._unpacked)
 
@@ -81,7 +91,7 @@ def open_files(path: str) -> Files:
     """Lists a folder or a .zip, .tar, .tar.gz or .tgz archive.
 
     Raises:
-      InputError: the path does not exist, has another suffix, or its listing cannot be read.
+      InputError: the path does not exist, has another suffix, or cannot be listed.
     """
     location = Path(path).expanduser()
     openers = [opener for suffix, opener in ARCHIVES.items() if location.name.lower().endswith(suffix)]
@@ -97,12 +107,12 @@ def open_files(path: str) -> Files:
 
 def _open_folder(folder: Path) -> Folder:
     def fail(error: OSError) -> None:
-        raise error  # os.walk would leave out in silence what it may not list
+        raise error  # without this, os.walk silently skips folders that it may not list
 
     names, seen = [], set()
     for top, below, found in os.walk(folder, followlinks=True, onerror=fail):
         status = os.stat(top)
-        if (status.st_dev, status.st_ino) in seen:  # links in a circle, or twice to one folder
+        if (status.st_dev, status.st_ino) in seen:  # links can lead back here: visit each folder once
             below.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -126,7 +136,8 @@ def _open_zip(path: Path) -> Archive:
 
 
 def _read_zipped(fd: int, offset: int, size: int, crc: int) -> bytes:
-    """Reads what zipfile would, which knows a member only after it has listed the whole archive."""
+    """Reads one member of a zip as zipfile would, which would first have to list the whole archive."""
+    # The list at the archive's end does not say where the content starts; the member's own header does.
     header = struct.Struct("<4s5H3I2H")
     signature, _, flags, method, *_, name_bytes, extra_bytes = header.unpack(os.pread(fd, header.size, offset))
     if signature != b"PK\3\4":
@@ -135,6 +146,8 @@ def _read_zipped(fd: int, offset: int, size: int, crc: int) -> bytes:
         raise zipfile.BadZipFile("it is encrypted")
     if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise zipfile.BadZipFile(f"it is packed by method {method}, only store and deflate can be read")
+
+    # Read the content, and check it as zipfile does.
     content = os.pread(fd, size, offset + header.size + name_bytes + extra_bytes)
     if method == zipfile.ZIP_DEFLATED:
         content = zlib.decompress(content, -zlib.MAX_WBITS)
@@ -149,8 +162,9 @@ def _open_tar(path: Path) -> Archive:
 
 
 def _open_tar_gz(path: Path) -> Archive:
-    # A gzip stream cannot be read out of order; an unnamed file can, needs no memory, and vanishes when closed.
-    plain = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the archive
+    # A gzip stream cannot be read out of order, so it is unpacked into an unnamed file, which needs no memory and
+    # vanishes when it is closed.
+    plain = tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the archive
     with gzip.open(path) as packed:
         shutil.copyfileobj(packed, plain, 1 << 20)
     plain.seek(0)
@@ -159,7 +173,7 @@ def _open_tar_gz(path: Path) -> Archive:
 
 def _list_tar(archive: tarfile.TarFile) -> dict[str, tuple[int, int]]:
     members = {posixpath.normpath(m.name): (m.offset_data, m.size) for m in archive if m.isfile()}
-    # tarfile takes a cut or a damaged header for the end; the true end is a block of zeros.
+    # tarfile takes a cut or damaged header for the end of the archive; the true end is a block of zeros.
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"it breaks off after {len(members):,} files")
@@ -171,4 +185,4 @@ def _read_plain(fd: int, offset: int, size: int) -> bytes:
 
 
 ARCHIVES = {".zip": _open_zip, ".tar": _open_tar, ".tar.gz": _open_tar_gz, ".tgz": _open_tar_gz}
-"""How a file is opened, by its suffix in lower case."""
+"""Functions that open an archive, by its suffix in lower case."""

@@ -1,4 +1,4 @@
-"""The batches of a training run: number k is a pure function of (seed, k, data), whoever loads it and however."""
+"""Makes the batches of a training run: batch k depends only on (seed, k, data), not on who loads it or how."""
 
 import atexit
 import dataclasses
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from diffusion.data import order
 from diffusion.data.dataset import Dataset
@@ -16,10 +17,10 @@ from diffusion.errors import InputError, require_range
 
 
 class Batch(NamedTuple):
-    """images: uint8[b, H, W, C]; labels: int32[b], or None where the data has no classes."""
+    """Holds the examples of one step: images 0..255, and their labels or None where the data has no classes."""
 
-    images: np.ndarray
-    labels: np.ndarray | None
+    images: UInt8[np.ndarray, "b H W C"]
+    labels: Int32[np.ndarray, "b"] | None
 
 
 def batches(
@@ -32,42 +33,43 @@ def batches(
     rows: slice | range | None = None,
     workers: int = 0,
 ) -> "Batches":
-    """Batches number start, start + 1, ... without end; or some rows of each, for a process that loads a share.
+    """Returns batches number start, start + 1, ... without end, or only some rows of each.
 
-    Batch k holds the examples `batch_indices(N, batch_size, seed, k)`. A run resumed at step k starts here at k and
+    Batch k holds the examples `batch_indices(N, batch_size, seed, k)`. A run resumed at step k passes start=k and
     needs nothing else. Data in memory is gathered when a batch is asked for; ImageFiles are read ahead.
 
     Args:
       dataset: images and labels.
-      batch_size: of the global batch, at least 1; may exceed the data.
-      seed: of the order and of flip, at least 0.
+      batch_size: examples in the global batch, at least 1; may exceed the data set.
+      seed: decides the order and which images are mirrored, at least 0.
       start: number of the first batch.
-      flip: mirror each image left to right in each epoch with probability 1/2, by (seed, epoch, image) alone.
-      rows: places in the global batch to load, in order, at least one; None is all of them. Process p of n takes
+      flip: mirror each image left to right with probability 1/2 in each epoch; depends only on (seed, epoch, image).
+      rows: places in the global batch to load, in order, at least one; None loads all. Process p of n takes its share,
         range(p * batch_size // n, (p + 1) * batch_size // n).
-      workers: processes that read ImageFiles; 0 stands for threads of this one. Scripts that start processes need an
-        `if __name__ == "__main__"`.
+      workers: processes that read ImageFiles; with 0, threads of this process read them. A script that starts
+        processes needs an `if __name__ == "__main__"`.
 
     Raises:
-      InputError: an argument out of its range; from the iterator: an image that cannot be read, or a worker that died.
+      InputError: an argument is out of its range. The iterator raises it if an image cannot be read or a worker died.
     """
     order.check(len(dataset.images), batch_size, seed, start)
     require_range("config.data.workers", workers, 0)
     steps = Steps(dataset, batch_size, seed, start, flip, _rows(rows, batch_size))
     if isinstance(dataset.images, np.ndarray):
         return Batches(map(steps.__getitem__, itertools.count()))
-    from diffusion.data import streaming  # grain takes a second to import, which data in memory should not pay
+    from diffusion.data import streaming  # slow, and data in memory does not need it
 
     return Batches(streaming.read_ahead(steps, workers))
 
 
 class Batches(Iterator[Batch]):
-    """An endless iterator that stays dead once it has failed or is closed; `with` closes it and stops its workers."""
+    """Yields batches without end, but none after it failed or was closed; `with` closes it and stops its workers."""
 
     def __init__(self, iterator: Iterator[Batch]):
         self._iterator = iterator
         self._end: BaseException | None = None
-        # Called by close, when this is dropped, and at exit, where weakref's own hook may come after multiprocessing's.
+        # Runs at close, when this object is dropped, and at exit. atexit calls it too, as weakref's own hook for the
+        # exit may come after multiprocessing's.
         self._release = weakref.finalize(self, getattr(iterator, "close", lambda: None))
         atexit.register(self._release)
 
@@ -76,7 +78,7 @@ class Batches(Iterator[Batch]):
             raise self._end
         try:
             return next(self._iterator)
-        except BaseException as error:  # after any, Ctrl-C too, a batch may be lost, and the next one not be the next
+        except BaseException as error:  # after any error, Ctrl-C too, a batch may be lost and the order broken
             self._end = error
             self._release()
             raise
@@ -95,7 +97,7 @@ class Batches(Iterator[Batch]):
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """A sequence of batches, each made when it is asked for; item i is batch number start + i."""
+    """Makes each batch when it is asked for, as a sequence: item i is batch number start + i."""
 
     dataset: Dataset
     batch_size: int
@@ -118,11 +120,11 @@ class Steps:
 
 
 def _rows(rows: slice | range | None, batch_size: int) -> range:
-    """rows as a range in 0..batch_size-1; raises InputError where it is empty or goes beyond."""
+    """Returns rows as a range within 0..batch_size-1; raises InputError if it is empty or goes beyond."""
     if rows is None:
         return range(batch_size)
-    if isinstance(rows, slice):  # not range(batch_size)[rows], which cuts off in silence what goes beyond
+    if isinstance(rows, slice):  # range(batch_size)[rows] would silently cut off rows beyond the batch
         rows = range(rows.start or 0, batch_size if rows.stop is None else rows.stop, rows.step or 1)
     if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
-        raise InputError(f"rows are {rows}; give at least one of a batch's, which are 0..{batch_size - 1}")
+        raise InputError(f"rows are {rows}; give at least one row, all within 0..{batch_size - 1}")
     return rows

@@ -1,4 +1,4 @@
-"""CIFAR-10 from its official binary archive, which unlike the pickled one runs no code when it is read."""
+"""Loads CIFAR-10 from its official binary archive, which unlike the pickled one runs no code when it is read."""
 
 import hashlib
 import sys
@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from diffusion.data.dataset import Dataset, require
 from diffusion.errors import InputError
@@ -23,17 +24,17 @@ CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "
 
 
 def load(path: str = "", split: str = "", size: int = 0, channels: int = 0) -> Dataset:
-    """CIFAR-10: images uint8[N, 32, 32, 3], labels 0..9; N is 50,000 (train) or 10,000 (test).
+    """Loads CIFAR-10: images uint8[N, 32, 32, 3], labels 0..9; N is 50,000 (train) or 10,000 (test).
 
     Args:
-      path: the official cifar-10-binary.tar.gz, or a folder that holds its .bin files or its cifar-10-batches-bin;
-        "" downloads the archive (162 MiB) once into the user's cache.
+      path: the official cifar-10-binary.tar.gz, or a folder with its .bin files or with cifar-10-batches-bin; ""
+        downloads the archive (162 MiB) once into the user's cache.
       split: "train" (also "") or "test".
       size: 0 or 32.
       channels: 0 or 3.
 
     Raises:
-      InputError: any other argument, a failed download, a missing or damaged file.
+      InputError: an argument has another value, the download fails, or a file is missing or damaged.
     """
     split = split or "train"
     require("cifar10", "split", split, SPLITS)
@@ -50,14 +51,21 @@ def load(path: str = "", split: str = "", size: int = 0, channels: int = 0) -> D
     return Dataset(np.concatenate(images), np.concatenate(labels), CLASS_NAMES)
 
 
-def parse_records(content: bytes, name: str, num_records: int) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes one .bin file: records of one label byte, then 32x32 red, green and blue planes.
+def parse_records(
+    content: bytes, name: str, num_records: int
+) -> tuple[UInt8[np.ndarray, "num_records 32 32 3"], Int32[np.ndarray, "num_records"]]:
+    """Decodes one .bin file, whose records are a label byte and then 32x32 planes of red, green and blue.
+
+    Args:
+      content: of the file.
+      name: what errors call the file.
+      num_records: how many records it must have.
 
     Returns:
-      images uint8[num_records, 32, 32, 3] and labels int32[num_records] in 0..9.
+      The images, 0..255, and their labels, 0..9.
 
     Raises:
-      InputError: another number of records, or a label above 9; name says which file.
+      InputError: the number of records differs, or a label is above 9.
     """
     if len(content) != num_records * RECORD_BYTES:
         raise InputError(
@@ -85,7 +93,7 @@ def _download() -> Path:
                 progressbar=sys.stderr.isatty(),
             )
         )
-    except (OSError, ValueError) as error:  # no network or no space; a wrong hash
+    except (OSError, ValueError) as error:  # OSError: no network or no space; ValueError: a wrong hash
         reason = " ".join(str(error).split())
         raise InputError(f"CIFAR-10 could not be downloaded ({reason}); {REMEDY}") from error
 
@@ -110,7 +118,7 @@ def _check_archive(archive: Path) -> None:
 def _read_archive(archive: Path, names: tuple[str, ...]) -> list[tuple[str, bytes]]:
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            # In the archive's order, not ours: going back in a gzip stream would decompress it again from the start.
+            # Read in the archive's order, not ours: to go back in a gzip stream is to decompress it from the start.
             content = {m.name: tar.extractfile(m).read() for m in tar if m.name.removeprefix(f"{FOLDER}/") in names}
         return [(f"{archive}:{name}", content[f"{FOLDER}/{name}"]) for name in names]
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:

@@ -1,35 +1,38 @@
-"""What every data source returns, and the one check they share."""
+"""Defines what every data source returns, and the one check that they share."""
 
 import hashlib
 from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from diffusion.data.decoding import ImageFiles
 from diffusion.errors import InputError
 
 
 class Dataset(NamedTuple):
-    """A data set.
+    """Holds the images of a data set and their classes.
 
-    images: uint8[N, H, W, C], NHWC, 0..255: an array, or ImageFiles that are read whenever they are indexed.
-    labels: int32[N] in 0..len(class_names)-1, or None where the source has no classes.
-    class_names: one name per class; () where labels is None.
-    files: identity of the files the images come from, where pixels are none (see `fingerprint`); "" elsewhere.
+    Attributes:
+      images: pixels 0..255, as an array, or as ImageFiles that are read whenever they are indexed.
+      labels: 0..len(class_names)-1, or None where the source has no classes.
+      class_names: one name per class; () where labels is None.
+      files: identity of the image files, which stands in for their pixels (see `fingerprint`); "" for other sources.
     """
 
-    images: np.ndarray | ImageFiles
-    labels: np.ndarray | None
+    images: UInt8[np.ndarray, "N H W C"] | ImageFiles
+    labels: Int32[np.ndarray, "N"] | None
     class_names: tuple[str, ...]
     files: str = ""
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A SHA-256 that tells data sets apart, as 64 hex digits: the same on other machines, in archives and folders.
+    """Returns a SHA-256, as 64 hex digits, that tells data sets apart and is the same on every machine.
 
-    Of the shape, labels, class names and the pixels; of sets above 64 MiB the pixels of 1,000 images spread over the
-    set; of image files, held in memory or not, their names and the content of 100, see `ImageFiles.digest`.
+    It covers the shape, labels, class names and pixels; in sets above 64 MiB only the pixels of 1,000 images spread
+    over the set. For image files, held in memory or not, in a folder or an archive, it covers in place of pixels their
+    names and the content of 100 files, see `ImageFiles.digest`.
     """
     images, labels = dataset.images, dataset.labels
     digest = hashlib.sha256(repr((images.shape, dataset.class_names, dataset.files)).encode())

@@ -1,4 +1,4 @@
-"""Image files as arrays: one decoded, all decoded at once, or each when it is asked for."""
+"""Decodes image files to arrays: one of them, all at once, or each when it is asked for."""
 
 import contextlib
 import hashlib
@@ -10,24 +10,25 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from diffusion.data.archives import Files
 from diffusion.errors import InputError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow's others include PostScript, which is a program
-BLOCK = 32  # images per task of the thread pool
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # not all that Pillow reads: a PostScript file, for one, is a program
+BLOCK = 32  # images that one task of the thread pool decodes
 
 
 class ImageFiles:
-    """The images of some files, decoded when they are asked for; in place of an array uint8[N, H, W, C].
+    """Stands in for an array uint8[N, H, W, C], and decodes its images from files when they are asked for.
 
-    Has its shape, dtype and length, and is indexed like it along N: by a number, a slice, or integers int[b], which
-    give new arrays of shape [H, W, C] or [b, H, W, C]. Can be pickled; may be used by several threads at once.
+    It has the array's shape, dtype and length, and is indexed along N by a number, a slice, or integers int[b], which
+    give new arrays of shape [H, W, C] or [b, H, W, C]. It can be pickled, and several threads may use it at once.
 
     Raises:
-      InputError: where an image cannot be read; it is named.
+      InputError: an image cannot be read; the message names it.
     """
 
     dtype = np.dtype(np.uint8)
@@ -40,7 +41,7 @@ class ImageFiles:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
+    def __getitem__(self, index: int | slice | np.ndarray) -> UInt8[np.ndarray, "*b H W C"]:
         if isinstance(index, slice):
             index = range(len(self))[index]
         if np.ndim(index) == 0:
@@ -51,13 +52,13 @@ class ImageFiles:
         return images
 
     def digest(self, inner_names: list[str]) -> str:
-        """Identity of the files: a SHA-256 of their names and of the content of 100 of them.
+        """Returns the identity of the files: a SHA-256 of their names and of the content of 100 of them.
 
-        Not of pixels, which differ a little between versions of JPEG decoders; not of sizes, which cost an access to
-        each file of a folder.
+        It leaves out the pixels, which differ a little between versions of JPEG decoders, and the files' sizes, as
+        asking for each takes long in a large folder.
 
         Args:
-          inner_names: the names, without the folders around all of them.
+          inner_names: the files' names, without the folders that hold them all.
         """
         digest = hashlib.sha256("\0".join(inner_names).encode(errors="surrogateescape"))
         for i in sorted({k * (len(self) - 1) // 99 for k in range(100)}):
@@ -70,8 +71,8 @@ class ImageFiles:
             return decode(self.files.read(i), *self.shape[2:])
 
 
-def read_all(images: ImageFiles) -> np.ndarray:
-    """All of them, uint8[N, H, W, C]; of several that cannot be read, the first is named."""
+def read_all(images: ImageFiles) -> UInt8[np.ndarray, "N H W C"]:
+    """Returns all the images as one array; if some cannot be read, the error names the first."""
     result = np.empty(images.shape, np.uint8)
 
     def decode_block(start: int) -> int:
@@ -80,27 +81,32 @@ def read_all(images: ImageFiles) -> np.ndarray:
             result[i] = images[i]
         return len(block)
 
-    # Threads decode at the same time only while Pillow has released the interpreter's lock; for tiny files, around
-    # 64x64 pixels and less, they hold it most of the time and wait for each other.
+    # Threads decode at the same time only while Pillow has released the interpreter's lock. For tiny files, around
+    # 64x64 pixels and less, they hold the lock most of the time and would only wait for each other.
     with _naming(images.files.names[0]):
         threads = 1 if len(images.files.read(0)) < 4096 else os.cpu_count()
-    show = None if len(images) > 5000 else True  # None: only on a terminal
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(images), desc="reading images", disable=show) as bar:
+    hidden = None if len(images) > 5000 else True  # tqdm takes None as "hidden unless on a terminal"
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(images), desc="reading images", disable=hidden) as bar:
         for count in pool.map(decode_block, range(0, len(images), BLOCK)):
             bar.update(count)
     return result
 
 
-def decode(content: bytes, size: int, channels: int) -> np.ndarray:
-    """Decodes one image file to uint8[size, size, channels], upright, on white where it is transparent.
+def decode(content: bytes, size: int, channels: int) -> UInt8[np.ndarray, "{size} {size} {channels}"]:
+    """Decodes one image file, turns it upright, and puts white behind what is transparent.
 
-    The largest centred square is resized with Pillow's antialiased bicubic filter. A JPEG is first shrunk by its
-    decoder, a power of two at most, to no less than twice the size: much faster, and the same to the eye.
+    The largest centred square is resized with Pillow's antialiased bicubic filter. A JPEG's decoder first shrinks it by
+    a power of two, to no less than twice the size: this is much faster, and looks the same.
+
+    Args:
+      content: of the file, one of FORMATS.
+      size: height and width of the result in pixels.
+      channels: 1 (grey) or 3 (RGB).
     """
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     image.draft(None, (2 * size, 2 * size))
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert would clip or cut, by its version
+    if image.mode.startswith("I"):  # 16-bit grey; depending on its version, Pillow's convert would clip it or cut bits
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -114,8 +120,8 @@ def decode(content: bytes, size: int, channels: int) -> np.ndarray:
 def _naming(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a damaged file makes the decoders raise nearly anything
-        reason = " ".join(re.sub(r"<.*?>", "", str(error)).split())  # without the repr of a buffer
+    except Exception as error:  # a damaged file makes the decoders raise nearly any exception
+        reason = " ".join(re.sub(r"<.*?>", "", str(error)).split())  # "<_io.BytesIO object at ...>" says nothing
         raise InputError(
             f"image {name} cannot be read ({reason}); put a good copy in its place, or remove it before a run starts"
         ) from error

@@ -1,4 +1,4 @@
-"""Batches read ahead by threads or by worker processes. Grain starts them and keeps their order."""
+"""Reads batches ahead in threads or worker processes, which grain starts and keeps in order."""
 
 import multiprocessing
 import os
@@ -14,32 +14,34 @@ from absl import flags
 
 from diffusion.errors import InputError
 
-MAX_THREADS = 16  # more wait for the interpreter's lock; more workers help then
+MAX_THREADS = 16  # more would only wait for the interpreter's lock; then workers help
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 def read_ahead(steps: Sequence, workers: int) -> Iterator:
-    """The items of steps in order; closing or dropping the iterator stops what reads them.
+    """Yields the items of steps in order; closing or dropping the iterator stops the threads or processes.
 
     Args:
-      steps: named tuples of arrays (or None), made by indexing; pickled to the workers, if any.
-      workers: processes that share the items among them; 0 reads them in threads of this one.
+      steps: makes a named tuple of arrays (or None) when it is indexed; is pickled to the workers, if there are any.
+      workers: processes that read, each its share of the items; with 0, threads of this process read them.
 
     Raises:
-      InputError: a worker died. What indexing raises comes in its turn, after the items before it.
+      InputError: a worker died. An error in making an item is raised in its turn, after the items before it.
     """
-    if not flags.FLAGS.is_parsed():  # in a notebook; grain reads flags of its own
+    if not flags.FLAGS.is_parsed():  # as in a notebook; grain asks for absl flags of its own
         flags.FLAGS.mark_as_parsed()
-    grain.config.update("py_traceback_filtering", "off")  # which adds lines to the one line of an InputError
+    grain.config.update("py_traceback_filtering", "off")  # it would add lines to the one line of an InputError
     iterator = iter(_pipeline(steps, workers))
     try:
-        # Ctrl-C and a cluster's SIGTERM reach all processes of a job, but a run that stops in order still needs
-        # batches, and stops its workers itself. So they inherit the blocked signals of the thread that starts them.
+        # Ctrl-C and a cluster's SIGTERM reach all processes of a job, but the workers must not die of them: a run that
+        # stops in order still needs batches, and stops its workers itself. So a thread that blocks these signals
+        # starts the workers, which inherit that.
         _start_tracker()
         with ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, SIGNALS)) as starter:
             item = starter.submit(next, iterator).result()
+
         while True:
-            # Copied out of the shared memory in which it came, so that this is freed at once, whoever holds on to it.
+            # Items come in shared memory. Copy them, so that it is freed at once however long the caller keeps them.
             item = type(item)(*(None if array is None else np.array(array) for array in item))
             yield item
             item = next(iterator)
@@ -47,18 +49,18 @@ def read_ahead(steps: Sequence, workers: int) -> Iterator:
         if "terminated unexpectedly" not in str(error):
             raise
         raise InputError(
-            f"a process that reads images has died ({str(error).split('. ')[0]}); 1 has its error printed above, -9 is "
-            "mostly a lack of memory, -7 of shared memory (docker run --shm-size): lower config.data.workers"
+            f"a process that reads images has died ({str(error).split('. ')[0]}); for 1 see the error above, -9 mostly "
+            "means too little memory, -7 too little shared memory (docker run --shm-size): lower config.data.workers"
         ) from error
     finally:
         iterator.close()
 
 
 def _start_tracker() -> None:
-    """Starts the process that frees what others leave in shared memory, quietly.
+    """Starts the process that frees what others leave in shared memory, and keeps it quiet.
 
-    It would start with the first worker, unblock the signals on its way, and later tell the user of each batch that it
-    freed after workers had to be killed.
+    Otherwise it would start with the first worker and unblock the signals on its way; and after workers had to be
+    killed, it would warn the user of each batch that it freed.
     """
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [before, "ignore:resource_tracker:UserWarning"]))
@@ -70,6 +72,7 @@ def _start_tracker() -> None:
 
 
 def _pipeline(steps, workers):
+    """Returns grain's iterable of the items, with no more threads than are of use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = 1 if workers else min(cores, MAX_THREADS)
     items = grain.MapDataset.source(steps).to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads))
@@ -81,6 +84,6 @@ def _prepare_worker(index: int, count: int) -> None:
 
 
 def _end_with_parent() -> None:
-    # A process that was killed cannot stop its workers; they would wait for it for ever.
+    # A process that is killed cannot stop its workers, and they would wait for it for ever.
     multiprocessing.parent_process().join()
     os._exit(1)

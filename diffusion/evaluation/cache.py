@@ -1,4 +1,4 @@
-"""Results kept in files: made once, checked when they are read, and made again where that fails."""
+"""Keeps results in files: makes each once, checks it when it is read, and makes it again if the check fails."""
 
 import os
 import warnings
@@ -17,19 +17,19 @@ def cached(
     make: Callable[[], Result],
     save: Callable[[Path, Result], None],
 ) -> Result:
-    """What the file holds; or else what make returns, which is saved there.
+    """Returns the result that the file holds, or else makes it and saves it there.
 
-    A file that load refuses is replaced with a warning. One that cannot be written is no error: the result is of use
-    without it.
+    A file that `load` refuses is replaced, with a warning. If the file cannot be written there is a warning and no
+    error, as the result is of use without it.
 
     Args:
       path: the file; its folder is made if it is not there.
-      load: raises InputError for a file that is damaged or not the one wanted.
-      make: takes long.
+      load: reads the file; raises InputError if it is damaged or not the one wanted.
+      make: computes the result, which takes long.
       save: writes the file whole or not at all.
 
     Raises:
-      InputError: the folder cannot be made; and what make raises.
+      InputError: the folder cannot be made. Whatever `make` raises comes through as well.
     """
     path = Path(path)
     try:

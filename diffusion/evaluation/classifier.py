@@ -1,6 +1,6 @@
-"""A small classifier trained on the labelled data at hand: a space of features that needs no download.
+"""Trains a small classifier on the labelled data at hand: a feature space that needs no download.
 
-What it measures depends on its training, so figures are comparable among samples judged by the same file alone.
+What it measures depends on its training, so figures can be compared only if the same file judged the samples.
 """
 
 import importlib.metadata
@@ -27,11 +27,11 @@ from diffusion.errors import InputError, require_range
 from diffusion.files import digest, write_atomically
 
 WIDTH = 32
-"""Channels of the first stage; each of the others has twice those before it, at most four times these."""
+"""Channels of the first stage; each later one has twice as many as the one before, up to four times WIDTH."""
 
 NUM_FEATURES = 128
 HELD_OUT = 0.2
-"""Share of the data that is kept from training, for the accuracy."""
+"""Share of the data that is kept from training, to measure the accuracy on."""
 
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
@@ -40,11 +40,11 @@ _FORMAT, _ENTRY = "jax-fast-diffusion classifier 1", "classifier"
 
 
 class Outputs(NamedTuple):
-    """What the classifier says of images.
+    """Holds what the classifier says of images.
 
     Attributes:
-      features: [N, 128] of the last hidden layer, not below 0.
-      logits: [N, K].
+      features: the last hidden layer, at least 0.
+      logits: one for each of the K classes.
     """
 
     features: Float[Array, "N 128"]
@@ -52,15 +52,15 @@ class Outputs(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """A trained classifier.
+    """Holds a trained classifier and the facts of its training.
 
     Attributes:
-      params: its weights.
-      image_shape: (H, W, C) of what it judges.
-      num_classes: K.
-      accuracy: share of right answers on the images it was not trained on, 0..1.
-      data: `diffusion.data.fingerprint` of the data it was trained on.
-      seed, epochs: of its training.
+      params: the network's parameters.
+      image_shape: (H, W, C) of the images that it judges.
+      num_classes: number of classes K.
+      accuracy: share of right answers on the images that it was not trained on, 0..1.
+      data: `diffusion.data.fingerprint` of the data that it was trained on.
+      seed, epochs: as given to `train`.
     """
 
     params: dict[str, Any]
@@ -72,23 +72,26 @@ class Classifier(NamedTuple):
     epochs: int
 
     def sha256(self) -> str:
-        """Identity of the weights, as 64 hex digits."""
+        """Returns the identity of the parameters, as 64 hex digits."""
         return digest(self.params)
 
 
 class Network(nn.Module):
-    """Stages of two convolutions, halved in size until 4 pixels or fewer are left; [N, H, W, C] in [-1, 1]."""
+    """Classifies [N, H, W, C] in [-1, 1] by stages of two convolutions, with the size halved until it is at most 4."""
 
     num_classes: int
 
     @nn.compact
     def __call__(self, x, dropout_key=None):
+        # Convolutions, with the image halved between stages.
         stages = max(1, math.ceil(math.log2(min(x.shape[1:3]) / 4)) + 1)
         for stage in range(stages):
             width = WIDTH * min(2**stage, 4)
             x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME") if stage else x
             for _ in range(2):
                 x = nn.relu(nn.GroupNorm(num_groups=8)(nn.Conv(width, (3, 3), use_bias=False)(x)))
+
+        # The hidden layer whose values are the features, and in training dropout before the logits.
         features = nn.relu(nn.Dense(NUM_FEATURES, name="features")(x.reshape(len(x), -1)))
         kept = features
         if dropout_key is not None:
@@ -98,22 +101,23 @@ class Network(nn.Module):
 
 @partial(jax.jit, static_argnames="num_classes")
 def apply(params: dict[str, Any], images: UInt8[Array, "N H W C"], num_classes: int) -> Outputs:
-    """Features and logits of images 0..255."""
+    """Returns features and logits of images with pixels 0..255."""
     return Network(num_classes).apply({"params": params}, _scale(images))
 
 
 def train(dataset: Dataset, *, epochs: int = 20, seed: int = 0) -> Classifier:
-    """Trains a classifier on four fifths of the data, by (data, epochs, seed) alone, and measures it on the rest.
+    """Trains a classifier on four fifths of the data, and measures its accuracy on the rest.
 
-    The digits take seconds on a CPU and give about 99 %; CIFAR-10 wants a GPU.
+    The result depends only on (data, epochs, seed). The digits take seconds on a CPU and give about 99 %; CIFAR-10
+    wants a GPU.
 
     Args:
-      dataset: labelled images, held in memory, at least ten and of at least two classes.
+      dataset: labelled images, held in memory: at least ten, of at least two classes.
       epochs: passes over the training part, at least 1.
-      seed: of the division, the first weights, the order and dropout; at least 0.
+      seed: decides the division, the initial parameters, the order and dropout; at least 0.
 
     Raises:
-      InputError: an argument out of its range, or data without labels.
+      InputError: an argument is out of its range, or the data has no labels.
     """
     require_range("epochs", epochs, 1)
     require_range("seed", seed, 0)
@@ -175,7 +179,7 @@ def _scale(images):
 
 
 def save(path: str | os.PathLike, classifier: Classifier) -> None:
-    """Writes the weights and all that is known of them as one .safetensors file, whole or not at all."""
+    """Writes the classifier and the facts of its training as one .safetensors file, whole or not at all."""
     arrays = flax.traverse_util.flatten_dict(classifier.params, sep="/")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
     facts = {"format": _FORMAT, "sha256": classifier.sha256(), **classifier._asdict()}
@@ -185,7 +189,7 @@ def save(path: str | os.PathLike, classifier: Classifier) -> None:
 
 
 def load(path: str | os.PathLike) -> Classifier:
-    """What `save` wrote.
+    """Reads a classifier that `save` wrote.
 
     Raises:
       InputError: there is no such file, it is damaged, or holds something else.
@@ -203,6 +207,6 @@ def load(path: str | os.PathLike) -> Classifier:
         raise InputError(f"{path} is no classifier of this version; remove it, and train again")
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
     if digest(params) != facts["sha256"]:
-        raise InputError(f"{path} is damaged: its weights are not those that were written; remove it, and train again")
+        raise InputError(f"{path} is damaged: its parameters are not what was written; remove it, and train again")
     known = {name: facts[name] for name in Classifier._fields if name != "params"}
     return Classifier(params=params, **known | {"image_shape": tuple(known["image_shape"])})

@@ -1,6 +1,6 @@
-"""What is known of a real set in a space of features, and the figures of samples against it.
+"""Keeps what is known of a real set in a feature space, and measures samples against it.
 
-A figure is named after its space: a distance is FID, and a score the Inception Score, in Inception's space alone.
+A figure is named after its space: only in Inception's space is a distance called FID, or a score the Inception Score.
 """
 
 import hashlib
@@ -48,22 +48,22 @@ __all__ = [
 
 METRICS = ("frechet", "kernel", "score", "prdc")
 INCEPTION_NAMES = {"frechet": "fid", "kernel": "kid", "score": "is"}
-"""What three of them are called in Inception's space, and in no other."""
+"""What three of the metrics are called in Inception's space, and in no other."""
 
 MAX_VECTORS = 10_000
-"""Vectors of either set, drawn at random from larger ones, that the kernel distance and prdc use."""
+"""The kernel distance and prdc use at most so many vectors of either set, drawn at random from a larger one."""
 
 _FORMAT, _CHUNK = "jax-fast-diffusion reference 1", 1000
 
 
 class Reference(NamedTuple):
-    """What is known of a real set in a feature space.
+    """Holds what is known of a real set in a feature space.
 
     Attributes:
-      moments: of all its `identity["count"]` images.
-      vectors: of all, or of 10,000 drawn at random.
-      identity: "space", "key", "image_shape", "split", "count" and "data", for reports; figures against references
-        of other identities are not comparable.
+      moments: mean and covariance over all its `identity["count"]` images.
+      vectors: features of all these images, or of 10,000 drawn at random.
+      identity: "space", "key", "image_shape", "split", "count" and "data", for reports; figures can be compared only
+        if they are against references of the same identity.
     """
 
     moments: Moments
@@ -74,21 +74,23 @@ class Reference(NamedTuple):
 def make_reference(
     space: FeatureSpace, dataset: Dataset, cache_folder: str | os.PathLike, *, split: str = "", count: int = 0
 ) -> Reference:
-    """The real set's features, from the cache if they are there; a damaged or foreign file is replaced with a warning.
+    """Returns what is known of the real set, from the cache if it is there.
+
+    A cached file that is damaged, or of another set or space, is replaced with a warning.
 
     Args:
       space: from `pixels`, `classifier` or `inception`.
       dataset: the real set.
-      cache_folder: made if it is not there.
-      split: the data's, for the record and the cache's key.
-      count: images, drawn at random but always the same; 0 takes all.
+      cache_folder: where files of references lie; made if it is not there.
+      split: name of the part of the data, for the record and the cache's key.
+      count: how many images to use, drawn at random but always the same; 0 takes all.
 
     Raises:
-      InputError: count exceeds the set or is 1, images that the space does not take, or the folder cannot be made.
+      InputError: count exceeds the set or is 1, the space does not take such images, or the folder cannot be made.
     """
     total = len(dataset.images)
     if not is_whole(count) or count == 1 or not 0 <= count <= total:
-        raise InputError(f"count is {count}; the set has {total:,} images: give 2 to as many, or 0 for all")
+        raise InputError(f"count is {count}; the set has {total:,} images: give 2 to {total}, or 0 for all")
     shape = [int(n) for n in dataset.images.shape[1:]]
     facts = {"format": _FORMAT, "space": space.name, "key": space.key, "image_shape": shape, "split": split}
     facts |= {"count": int(count) or total, "data": fingerprint(dataset)}
@@ -109,7 +111,7 @@ def _make(space, dataset, facts):
 
 
 def _draw(total, count):
-    """In order; always the same."""
+    """Returns up to count places in 0..total-1, drawn at random but always the same, in ascending order."""
     return np.sort(np.random.default_rng(0).permutation(total)[:count])
 
 
@@ -122,10 +124,10 @@ def _save(path, reference):
 
 def _load(path, facts):
     try:
-        with np.load(path, allow_pickle=False) as file:  # a zip, which has a checksum of every array
+        with np.load(path, allow_pickle=False) as file:  # a zip, so it checks every array's checksum
             identity = json.loads(str(file["identity"]))
             found = Reference(Moments(file["mean"], file["cov"]), file["vectors"], identity)
-    except Exception as error:  # damaged files make it raise nearly anything
+    except Exception as error:  # damaged files make it raise nearly any exception
         raise InputError(f"it is damaged ({' '.join(str(error).split())[:100]})") from error
     if identity != facts or found.vectors.shape[1:] != found.moments.mean.shape:
         raise InputError("it is of another set or space")
@@ -133,13 +135,13 @@ def _load(path, facts):
 
 
 def measure(reference: Reference, features: Features, metrics: Sequence[str] = METRICS) -> dict[str, float]:
-    """Figures of samples against the real set.
+    """Returns figures of samples measured against the real set.
 
     Args:
       reference: the real set.
-      features: of the samples, in the same space; quantise them to uint8 as files would be.
+      features: of the samples, in the same space; quantise samples to uint8 first, as image files are.
       metrics: "frechet", "kernel", "score", "prdc"; in Inception's space also "fid", "kid" and "is" for the first
-        three. See `metrics` for what each means; kernel and prdc see 10,000 vectors of either set at most.
+        three. See `metrics` for what each means; kernel and prdc use at most 10,000 vectors of either set.
 
     Returns:
       "frechet_<space>", "kernel_<space>", "kernel_<space>_std", "score_<space>", "score_<space>_std" and
@@ -147,14 +149,14 @@ def measure(reference: Reference, features: Features, metrics: Sequence[str] = M
       "is_std", "precision", "recall", "density" and "coverage".
 
     Raises:
-      InputError: an unknown metric, one of Inception's in another space, the score in a space without classes,
-        features of another size, or too few of them for a metric.
+      InputError: a metric is unknown or needs Inception's space, the score is asked for in a space without classes,
+        features have another size, or are too few for a metric.
     """
     space, result = reference.identity["space"], {}
     if features.vectors.ndim != 2 or features.vectors.shape[1:] != reference.moments.mean.shape:
         raise InputError(
-            f"features have shape {features.vectors.shape}, the reference {reference.moments.mean.shape[0]} dimensions "
-            f"of the space {space!r}; extract both in one space"
+            f"features have shape {features.vectors.shape}, and the reference has "
+            f"{reference.moments.mean.shape[0]} dimensions in the space {space!r}; extract both in one space"
         )
     for metric in plain_names(metrics, space):
         result |= zip(figure_names(metric, space), _figures(metric, reference, features, space), strict=True)
@@ -162,10 +164,10 @@ def measure(reference: Reference, features: Features, metrics: Sequence[str] = M
 
 
 def plain_names(metrics: Sequence[str], space: str) -> list[str]:
-    """The metrics without repetitions, each by its name in METRICS.
+    """Returns the metrics without repetitions, each by its name in METRICS.
 
     Raises:
-      InputError: there is none, an unknown one, one of Inception's in another space, or the score of pixels.
+      InputError: none is named, one is unknown or needs Inception's space, or the score is asked for in pixel space.
     """
     if not metrics:
         raise InputError(f"no metric is named; valid: {', '.join(METRICS)}")
@@ -173,7 +175,7 @@ def plain_names(metrics: Sequence[str], space: str) -> list[str]:
 
 
 def figure_names(metric: str, space: str) -> list[str]:
-    """What `measure` calls the figures of one of METRICS."""
+    """Returns the names that `measure` gives the figures of a metric, one of METRICS."""
     if metric == "prdc":
         return [name if space == "inception" else f"{name}_{space}" for name in Manifolds._fields]
     name = INCEPTION_NAMES[metric] if space == "inception" else f"{metric}_{space}"
@@ -185,7 +187,7 @@ def _plain_name(name, space):
         if name == special and space == "inception":
             return plain
         if name == special:
-            raise InputError(f"{name!r} exists in Inception's space alone; in the space {space!r} ask for {plain!r}")
+            raise InputError(f"{name!r} exists only in Inception's space; in the space {space!r} ask for {plain!r}")
     if name not in METRICS:
         raise InputError(f"unknown metric {name!r}; {nearest(name, (*METRICS, *INCEPTION_NAMES.values()))}")
     if name == "score" and space == "pixels":
@@ -194,7 +196,7 @@ def _plain_name(name, space):
 
 
 def _figures(metric, reference, features, space):
-    """The values that figure_names names."""
+    """Returns the values of a metric, in the order of `figure_names`."""
     fake = features.vectors[_draw(len(features.vectors), MAX_VECTORS)]
     if metric == "prdc":
         return prdc(reference.vectors, fake)
@@ -208,15 +210,15 @@ def _figures(metric, reference, features, space):
 
 
 def too_few(reference: Reference, features: Features) -> str:
-    """A sentence to warn with where a set has no more vectors than dimensions; else "".
+    """Returns a sentence to warn with if either set has no more vectors than dimensions, or else "".
 
-    The Frechet distance is then biased up and by how much depends on the numbers, so that it can be compared with
-    figures of the same numbers alone.
+    The Frechet distance is then biased up. How much depends on the numbers of vectors, so it can be compared only with
+    figures for the same numbers.
     """
     dim, real, fake = len(reference.moments.mean), reference.identity["count"], len(features.vectors)
     if min(real, fake) > dim:
         return ""
     return (
         f"the Frechet distance of {fake:,} samples to {real:,} real images in {dim:,} dimensions is biased up; "
-        f"take more than {dim:,} of each, and compare it with figures of the same numbers alone"
+        f"take more than {dim:,} of each, or compare it only with figures for the same numbers"
     )

@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of feature vectors, or between their means and covariances."""
+"""Measures the Frechet distance between two sets of feature vectors, or between their means and covariances."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ from diffusion.errors import InputError
 
 
 class Moments(NamedTuple):
-    """What the Frechet distance knows of a set of feature vectors.
+    """Holds what the Frechet distance uses of a set of feature vectors.
 
     Attributes:
-      mean: [D], float64.
-      cov: [D, D], float64, unbiased (divided by N - 1).
+      mean: float64.
+      cov: covariance, float64, unbiased (divided by N - 1).
     """
 
     mean: Float[np.ndarray, "D"]
@@ -21,10 +21,10 @@ class Moments(NamedTuple):
 
 
 def moments(features: Float[np.ndarray, "N D"]) -> Moments:
-    """Mean and covariance of at least two vectors, in float64.
+    """Returns the mean and covariance of at least two vectors, in float64.
 
     Raises:
-      InputError: another shape, fewer vectors, or a value that is not finite.
+      InputError: the shape is another, there are fewer vectors, or a value is not finite.
     """
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
@@ -35,27 +35,27 @@ def moments(features: Float[np.ndarray, "N D"]) -> Moments:
 
 
 def frechet_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> float:
-    """Squared 2-Wasserstein distance of the two Gaussians with the sets' means and covariances.
+    """Returns the squared 2-Wasserstein distance of the two Gaussians with the sets' means and covariances.
 
-    With fewer vectors than dimensions a covariance is singular and the distance biased up; it is defined nevertheless.
+    With fewer vectors than dimensions a covariance is singular and the distance biased up, but still defined.
 
     Args:
-      a, b: one feature vector a row, at least two rows each; the result has the features' unit squared.
+      a, b: one feature vector per row, at least two rows each; the result has the features' unit squared.
 
     Raises:
-      InputError: shapes that do not fit, or a value that is not finite.
+      InputError: the shapes do not fit, or a value is not finite.
     """
     return frechet_between(moments(a), moments(b))
 
 
 def frechet_between(a: Moments, b: Moments) -> float:
-    """The same from means and covariances.
+    """Returns the Frechet distance of two sets whose means and covariances are given.
 
     |mu_a - mu_b|^2 + tr(A + B - 2 (A^{1/2} B A^{1/2})^{1/2}) (Heusel et al., arXiv:1706.08500, Eq. 6), in float64 by
     eigendecompositions of symmetric matrices, which exist where a general matrix square root fails.
 
     Raises:
-      InputError: moments of another number of dimensions.
+      InputError: the numbers of dimensions differ.
     """
     if a.mean.shape != b.mean.shape or not a.cov.shape == b.cov.shape == a.mean.shape * 2:
         raise InputError(
@@ -63,6 +63,7 @@ def frechet_between(a: Moments, b: Moments) -> float:
             "give two sets of the same feature space"
         )
     mean = a.mean - b.mean
+    # A^{1/2}, and then the trace of (A^{1/2} B A^{1/2})^{1/2}; eigenvalues can round below zero.
     values, vectors = np.linalg.eigh(a.cov)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b.cov @ root), 0)).sum()

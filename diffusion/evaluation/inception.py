@@ -1,7 +1,7 @@
-"""The Inception network of FID, KID and the Inception Score: TensorFlow's of 2015-12-05, not torchvision's.
+"""Runs the Inception network of FID, KID and the Inception Score: TensorFlow's of 2015-12-05, not torchvision's.
 
-Its structure as pytorch-fid has it: averages that leave out the padding, and a maximum in the last block, where the
-paper has an average. Batch normalisation is folded into the convolutions.
+It is built as in pytorch-fid: averages leave out the padding, and the last block has a maximum where the paper has an
+average. Batch normalisation is folded into the convolutions.
 """
 
 import hashlib
@@ -36,12 +36,12 @@ BATCH_NORM_EPSILON = 1e-3
 
 
 class Outputs(NamedTuple):
-    """What the network says of images.
+    """Holds what the network says of images.
 
     Attributes:
-      pool: the 2,048 averages of the last block, the features of FID and KID.
-      logits: of 1,008 classes without the bias of the last layer, as the first code of the Inception Score has them
-        (openai/improved-gan) and all published scores with it.
+      pool: the 2,048 averages of the last block, which are the features of FID and KID.
+      logits: for 1,008 classes, without the last layer's bias, since the first code of the Inception Score
+        (openai/improved-gan) left it out, and all published scores follow that.
     """
 
     pool: Float[Array, "N 2048"]
@@ -49,7 +49,7 @@ class Outputs(NamedTuple):
 
 
 class BasicConv(nn.Module):
-    """Convolution and rectifier, [N, H, W, C] -> [N, H', W', features]; in full float32 on every device."""
+    """Convolves and rectifies, [N, H, W, C] -> [N, H', W', features]; in full float32 on every device."""
 
     features: int
     kernel: tuple[int, int]
@@ -59,18 +59,19 @@ class BasicConv(nn.Module):
     @nn.compact
     def __call__(self, x):
         strides = (self.stride, self.stride)
-        # A GPU's default rounds to 10 bits of mantissa, which shows in the distance.
+        # By default a GPU rounds to 10 bits of mantissa, which shows in the distance.
         full = jax.lax.Precision.HIGHEST
         return nn.relu(nn.Conv(self.features, self.kernel, strides, self.padding, precision=full, name="conv")(x))
 
 
 def _conv(x, name, features, kernel=1, stride=1):
-    """Padded where the stride is 1."""
+    """Applies a BasicConv, with padding if the stride is 1."""
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     return BasicConv(features, kernel, stride, "SAME" if stride == 1 else "VALID", name=name)(x)
 
 
 def _chain(x, *layers):
+    """Applies one convolution after another; each of layers holds the arguments of `_conv` after x."""
     for layer in layers:
         x = _conv(x, *layer)
     return x
@@ -85,7 +86,7 @@ def _shrink(x):
 
 
 class BlockA(nn.Module):
-    """35 x 35 pixels, to 224 + pool_features channels."""
+    """Maps 35 x 35 pixels to 224 + pool_features channels."""
 
     pool_features: int
 
@@ -98,7 +99,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """35 x 35 to 17 x 17 pixels, 480 channels more."""
+    """Shrinks 35 x 35 to 17 x 17 pixels and adds 480 channels."""
 
     @nn.compact
     def __call__(self, x):
@@ -108,7 +109,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """17 x 17 pixels, to 768 channels."""
+    """Maps 17 x 17 pixels to 768 channels."""
 
     width: int
 
@@ -123,7 +124,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """17 x 17 to 8 x 8 pixels, 512 channels more."""
+    """Shrinks 17 x 17 to 8 x 8 pixels and adds 512 channels."""
 
     @nn.compact
     def __call__(self, x):
@@ -134,7 +135,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8 x 8 pixels, to 2,048 channels; the last one pools by the maximum."""
+    """Maps 8 x 8 pixels to 2,048 channels; the last block pools by the maximum instead of the average."""
 
     last: bool
 
@@ -150,15 +151,18 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """[N, 299, 299, 3] in [-1, 1] -> Outputs."""
+    """Computes the Outputs of images [N, 299, 299, 3] in [-1, 1]."""
 
     @nn.compact
     def __call__(self, x):
+        # The stem: plain convolutions, down to 35 x 35 pixels.
         x = BasicConv(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
         x = BasicConv(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3")(x)
         x = _shrink(BasicConv(64, (3, 3), name="Conv2d_2b_3x3")(x))
         x = BasicConv(80, (1, 1), name="Conv2d_3b_1x1")(x)
         x = _shrink(BasicConv(192, (3, 3), 1, "VALID", name="Conv2d_4a_3x3")(x))
+
+        # Inception blocks at 35 x 35, 17 x 17 and 8 x 8 pixels.
         for name, pool_features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             x = BlockA(pool_features, name=name)(x)
         x = BlockB(name="Mixed_6a")(x)
@@ -166,6 +170,8 @@ class Inception(nn.Module):
             x = BlockC(width, name=name)(x)
         x = BlockD(name="Mixed_7a")(x)
         x = BlockE(last=True, name="Mixed_7c")(BlockE(last=False, name="Mixed_7b")(x))
+
+        # The features, and from them the logits.
         pool = x.mean(axis=(1, 2))
         full = jax.lax.Precision.HIGHEST
         return Outputs(pool, nn.Dense(NUM_CLASSES, use_bias=False, precision=full, name="fc")(pool))
@@ -173,33 +179,33 @@ class Inception(nn.Module):
 
 @jax.jit
 def apply(params: dict[str, Any], images: UInt8[Array, "N H W 3"]) -> Outputs:
-    """Features and logits of images 0..255 of any size, which are resized to 299 x 299.
+    """Returns features and logits of images of any size, which are first resized to 299 x 299.
 
-    Bilinear between pixel centres without smoothing, as torch's interpolate with align_corners=False: it is part of
-    the definition of FID as pytorch-fid has it.
+    The resizing is bilinear between pixel centres, without smoothing, like torch's interpolate with
+    align_corners=False: it belongs to the definition of FID that pytorch-fid follows.
 
     Args:
       params: from `load` or `convert`.
-      images: RGB.
+      images: RGB, 0..255.
     """
     return Inception().apply({"params": params}, prepare(images))
 
 
 def prepare(images: UInt8[Array, "N H W 3"]) -> Float[Array, "N 299 299 3"]:
-    """What the network is given: resized, in [-1, 1]."""
+    """Returns images as the network takes them: resized, in [-1, 1]."""
     shape = (images.shape[0], SIZE, SIZE, images.shape[3])
     return jax.image.resize(images.astype(jnp.float32) / 127.5 - 1, shape, "bilinear", antialias=False)
 
 
 def load(path: str | os.PathLike | None = None) -> dict[str, Any]:
-    """The weights.
+    """Returns the network's parameters, read from a weights file.
 
     Args:
-      path: pytorch-fid's .pth, or a .safetensors with the same names; None downloads the former (91 MiB) once into the
+      path: pytorch-fid's .pth, or a .safetensors with the same names; None downloads the .pth (91 MiB) once into the
         user's cache and checks its SHA-256. A .pth with another SHA-256 is taken with a warning.
 
     Raises:
-      InputError: a failed download, a missing or damaged file, or weights of another network.
+      InputError: the download fails, or the file is missing, damaged or of another network.
     """
     path = Path(path).expanduser() if path else _download()
     if not path.is_file():
@@ -222,26 +228,27 @@ def _download() -> Path:
     options = {"fname": FILE, "path": pooch.os_cache("diffusion"), "progressbar": sys.stderr.isatty()}
     try:
         return Path(pooch.retrieve(URL, known_hash=f"sha256:{SHA256}", **options))
-    except (OSError, ValueError) as error:  # no network or no space; a wrong hash
+    except (OSError, ValueError) as error:  # OSError: no network or no space; ValueError: a wrong hash
         reason = " ".join(str(error).split())
         raise InputError(f"the Inception network could not be downloaded ({reason}); {REMEDY}") from error
 
 
 def convert(state: dict[str, np.ndarray]) -> dict[str, Any]:
-    """pytorch-fid's state dict as params; batch normalisation, whose statistics are fixed, becomes scale and bias.
+    """Turns pytorch-fid's state dict into params; each batch normalisation becomes part of its convolution.
 
     Raises:
-      InputError: entries missing, of another shape, or that the network has no use for.
+      InputError: entries are missing, have another shape, or are of no use to the network.
     """
+    # `rest` loses each entry that is used, so that what is left at the end does not belong here.
     rest = {name: value for name, value in state.items() if not name.endswith(".num_batches_tracked")}
     flat = {}
     for name, shape in _shapes().items():
         if name.endswith("/bias"):
-            continue  # comes with its kernel
+            continue  # made together with its kernel
         prefix = name.replace("/", ".").removesuffix(".kernel")
         if name == "fc/kernel":
             arrays = {name: _take(rest, "fc.weight").T}
-            rest.pop("fc.bias", None)  # no part of the Inception Score
+            rest.pop("fc.bias", None)  # the Inception Score leaves it out, see Outputs
         else:
             arrays = _fold(rest, prefix, name.removesuffix("kernel"))
         for key, array in arrays.items():
@@ -249,18 +256,19 @@ def convert(state: dict[str, np.ndarray]) -> dict[str, Any]:
                 raise InputError(f"{prefix} has shape {array.shape} or is not finite; it needs {shape}; {REMEDY}")
             flat[key] = np.ascontiguousarray(array, np.float32)
     if rest:
-        raise InputError(f"the weights have {len(rest)} entries too many, as {min(rest)}; {REMEDY}")
+        raise InputError(f"the weights have {len(rest)} entries too many, such as {min(rest)}; {REMEDY}")
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _fold(state, prefix, target):
+    """Returns the kernel and bias of a convolution whose fixed batch normalisation is folded into it."""
     block = prefix.removesuffix(".conv")
     kernel, *norm = (_take(state, f"{block}.{name}") for name in ("conv.weight", *(f"bn.{n}" for n in _NORM)))
     scale, shift, mean, variance = norm
     gain = scale / np.sqrt(variance + BATCH_NORM_EPSILON)
     if kernel.ndim != 4 or any(array.shape != kernel.shape[:1] for array in norm):
         raise InputError(f"{block} has shapes that do not fit; {REMEDY}")
-    kernel = (kernel * gain[:, None, None, None]).transpose(2, 3, 1, 0)
+    kernel = (kernel * gain[:, None, None, None]).transpose(2, 3, 1, 0)  # torch's OIHW to HWIO
     return {f"{target}kernel": kernel, f"{target}bias": shift - mean * gain}
 
 
@@ -274,5 +282,6 @@ def _take(state, name):
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each of the network's parameters by its name."""
     shapes = jax.eval_shape(partial(Inception().init, jax.random.key(0)), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     return {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}

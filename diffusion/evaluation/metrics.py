@@ -1,6 +1,6 @@
-"""Distances and scores of sets of feature vectors; which features they are is the caller's affair.
+"""Measures distances and scores of sets of feature vectors; the caller chooses the features.
 
-NumPy in float64. The Frechet distance has its own file.
+All is NumPy in float64. The Frechet distance has its own file.
 """
 
 from typing import NamedTuple
@@ -24,14 +24,14 @@ __all__ = [
 ]
 
 SUBSET_SIZE = 1000
-"""Of the kernel distance, as in the paper's code, where both sets are as large."""
+"""Vectors in a subset for the kernel distance, as in the paper's code, if both sets have so many."""
 
 BLOCK_VALUES = 2**24
-"""Distances held at a time: 128 MiB."""
+"""At most so many distances are held in memory at a time: 128 MiB."""
 
 
 class Estimate(NamedTuple):
-    """A mean over parts of the samples, and the standard deviation (divided by their number) between the parts."""
+    """Holds a mean over parts of the samples, and the standard deviation between parts (divided by their number)."""
 
     mean: float
     std: float
@@ -45,20 +45,20 @@ def kernel_distance(
     subset_size: int | None = None,
     seed: int = 0,
 ) -> Estimate:
-    """Squared maximum mean discrepancy under the kernel (x . y / D + 1)^3, unbiased, over random subsets.
+    """Returns the squared maximum mean discrepancy under the kernel (x . y / D + 1)^3, over random subsets.
 
-    Demystifying MMD GANs (arXiv:1801.01401), section 4; KID where the features are Inception's. It has no bias at any
-    number of samples, and so may be slightly below zero for equal distributions.
+    Demystifying MMD GANs (arXiv:1801.01401), section 4; it is KID if the features are Inception's. It is unbiased at
+    any number of samples, so for equal distributions it may be slightly below zero.
 
     Args:
-      a, b: one feature vector a row.
-      subsets: pairs of subsets, at least 1. Where a subset is a whole set they differ less, and std says little.
-      subset_size: vectors in each, drawn without replacement, 2 to the size of the smaller set; None is 1,000, or the
-        smaller set where that has fewer. The mean's expectation does not depend on it.
-      seed: which subsets, at least 0.
+      a, b: one feature vector per row.
+      subsets: number of pairs of subsets, at least 1. If a subset is a whole set, they differ less and std says little.
+      subset_size: vectors in each, drawn without replacement, from 2 to the size of the smaller set; None is 1,000, or
+        the smaller set if it has fewer. The mean's expectation does not depend on it.
+      seed: decides the subsets, at least 0.
 
     Raises:
-      InputError: an argument out of its range, shapes that do not fit, or a value that is not finite.
+      InputError: an argument is out of its range, shapes do not fit, or a value is not finite.
     """
     a, b = _check(a, b)
     smaller = min(len(a), len(b))
@@ -71,10 +71,10 @@ def kernel_distance(
 
 
 def _mmd(x, y):
-    """The unbiased estimate (Gretton et al., JMLR 13, 2012, Eq. 3) from as many vectors of each."""
+    """Returns the unbiased estimate (Gretton et al., JMLR 13, 2012, Eq. 3) from two sets of equal size."""
     size, dim = x.shape
 
-    def within(v):
+    def within(v):  # mean kernel over pairs of different vectors
         kernel = (v @ v.T / dim + 1) ** 3
         return (kernel.sum() - np.trace(kernel)) / (size * (size - 1))
 
@@ -82,18 +82,18 @@ def _mmd(x, y):
 
 
 def class_score(probabilities: Float[np.ndarray, "N K"], splits: int = 10) -> Estimate:
-    """exp of the mean KL divergence of p(class | image) from the mean p(class), over consecutive parts of the set.
+    """Returns exp of the mean KL divergence of p(class | image) from the mean p(class), over parts of the set.
 
-    Improved Techniques for Training GANs (arXiv:1606.03498), section 4; the Inception Score where the classifier is
-    Inception. Between 1 (all images are of the same classes) and K (sure of each image, all classes alike). A part
-    of n images can reach at most n. Images in the order of their classes make parts of few classes: mix them first.
+    Improved Techniques for Training GANs (arXiv:1606.03498), section 4; it is the Inception Score if the classifier is
+    Inception. It lies between 1 (the same for every image) and K (sure of each image, all classes equally frequent); a
+    part of n images can reach at most n. Parts are consecutive, so images sorted by class must be mixed first.
 
     Args:
-      probabilities: of K classes, a row an image, each summing to 1.
+      probabilities: of K classes, one row per image, each summing to 1.
       splits: number of parts, 1 to N.
 
     Raises:
-      InputError: probabilities that are none, or splits out of range.
+      InputError: the rows are not probabilities, or splits is out of range.
     """
     p = np.asarray(probabilities, np.float64)
     if p.ndim != 2 or 0 in p.shape or not np.all(p >= 0) or not np.allclose(p.sum(axis=1), 1, atol=1e-4):
@@ -101,19 +101,20 @@ def class_score(probabilities: Float[np.ndarray, "N K"], splits: int = 10) -> Es
     _require_whole("splits", splits, 1, len(p))
     scores = []
     for part in np.array_split(p, splits):
+        # p(class | image) / p(class); a class of probability 0 adds nothing to the divergence.
         ratio = np.divide(part, part.mean(axis=0, keepdims=True), out=np.ones_like(part), where=part > 0)
         scores.append(np.exp((part * np.log(ratio)).sum(axis=1).mean()))
     return Estimate(float(np.mean(scores)), float(np.std(scores)))
 
 
 class Manifolds(NamedTuple):
-    """How two sets cover each other, by balls that reach from each vector to its k-th neighbour in its own set.
+    """Says how two sets cover each other, by balls that reach from each vector to its k-th neighbour in its own set.
 
     Attributes:
-      precision: share of the fakes in a real one's ball; 0..1, quality.
-      recall: share of the reals in a fake one's ball; 0..1, diversity.
-      density: balls of reals that a fake lies in, divided by k; about 1 for equal distributions, may exceed it.
-      coverage: share of the reals whose ball holds a fake; 0..1. Even for equal distributions it is about 1 - 2^-k.
+      precision: share of the fake vectors that lie in some real one's ball, 0..1; measures quality.
+      recall: share of the real vectors that lie in some fake one's ball, 0..1; measures diversity.
+      density: mean number of real balls that a fake lies in, divided by k; about 1 for equal distributions, or above.
+      coverage: share of the real vectors whose ball holds a fake, 0..1; about 1 - 2^-k even for equal distributions.
     """
 
     precision: float
@@ -123,22 +124,24 @@ class Manifolds(NamedTuple):
 
 
 def prdc(real: Float[np.ndarray, "N D"], fake: Float[np.ndarray, "M D"], k: int = 5) -> Manifolds:
-    """Precision and recall (arXiv:1904.06991, Eq. 1-3), density and coverage (arXiv:2002.09797, Eq. 4-5).
+    """Returns precision and recall (arXiv:1904.06991, Eq. 1-3), density and coverage (arXiv:2002.09797, Eq. 4-5).
 
-    All depend on the sizes of the sets: compare figures of the same N, M and k alone. Distances are computed in blocks.
+    All depend on the sizes of the sets: compare only figures for the same N, M and k.
 
     Args:
-      real, fake: one feature vector a row.
-      k: which neighbour, 1 to one less than the smaller set; a vector is not its own neighbour.
+      real, fake: one feature vector per row.
+      k: which neighbour a ball reaches, 1 to one less than the smaller set; a vector is not its own neighbour.
 
     Raises:
-      InputError: k out of range, shapes that do not fit, or a value that is not finite.
+      InputError: k is out of range, shapes do not fit, or a value is not finite.
     """
     real, fake = _check(real, fake)
     _require_whole("k", k, 1, min(len(real), len(fake)) - 1)
-    # Distances do not change by a common shift, but their rounding does.
+    # A common shift leaves the distances as they are, but makes their rounding errors smaller.
     center = real.mean(axis=0, keepdims=True)
     real, fake = real - center, fake - center
+
+    # Squared distances of all pairs, in blocks of rows to save memory: who lies in whose ball?
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     balls, recalled, covered = np.zeros(len(fake), np.int64), [], []
     for rows in _blocks(real, fake):
@@ -152,11 +155,11 @@ def prdc(real: Float[np.ndarray, "N D"], fake: Float[np.ndarray, "M D"], k: int 
 
 
 def _radii(x, k):
-    """Squared distance of each vector to its k-th neighbour."""
+    """Returns the squared distance of each vector to its k-th neighbour."""
     radii = np.empty(len(x))
     for rows in _blocks(x, x):
         distances = _squared_distances(x[rows], x)
-        # A copy of the vector is a neighbour, the vector itself is not.
+        # A vector comes first in its own row, before even its copies, so that the k-th after it is a true neighbour.
         np.put_along_axis(distances, np.arange(len(x))[rows, None], -1.0, axis=1)
         radii[rows] = np.partition(distances, k, axis=1)[:, k]
     return radii
@@ -164,7 +167,7 @@ def _radii(x, k):
 
 def _squared_distances(x, y):
     squares = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1)[None, :]
-    return np.maximum(squares - 2 * (x @ y.T), 0)
+    return np.maximum(squares - 2 * (x @ y.T), 0)  # which can round below zero
 
 
 def _blocks(rows, columns):

@@ -1,4 +1,4 @@
-"""Spaces of features: ways to turn images into vectors, from the pixels themselves to FID's Inception."""
+"""Turns images into vectors of features in one of several spaces, from the pixels themselves to FID's Inception."""
 
 import dataclasses
 import os
@@ -18,15 +18,15 @@ from diffusion.evaluation.cache import cached
 from diffusion.files import digest
 
 MAX_PIXELS = 16
-"""Largest height and width in the space of pixels."""
+"""Largest height and width of images in the space of pixels."""
 
 
 class Features(NamedTuple):
-    """What a space says of images.
+    """Holds what a space says of images.
 
     Attributes:
-      vectors: one row an image.
-      probabilities: of the classes of the space's classifier, or None where it has none.
+      vectors: one row per image.
+      probabilities: of the classes that the space's network knows, or None if it has none.
     """
 
     vectors: Float[np.ndarray, "N D"]
@@ -35,14 +35,14 @@ class Features(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpace:
-    """A way to turn images into vectors.
+    """Turns images into vectors by its `extract`, and says which space the vectors are in.
 
     Attributes:
       name: "pixels", "classifier" or "inception"; part of the names of figures.
-      key: identity of the weights; vectors of other keys are not comparable.
+      key: identity of the network's parameters; only vectors of equal keys can be compared.
       extract: uint8 images [N, H, W, C], N >= 1, -> Features in float32. Raises InputError for images that the space
         does not take.
-      facts: what a report should say of the space, as the classifier's accuracy on images held out.
+      facts: what a report should say of the space, such as the classifier's accuracy on images held out.
     """
 
     name: str
@@ -52,10 +52,10 @@ class FeatureSpace:
 
 
 def pixels() -> FeatureSpace:
-    """The pixels in [0, 1]; for images of at most 16 x 16.
+    """Returns the space whose vectors are the pixels, scaled to [0, 1]; for images of at most 16 x 16.
 
-    The covariance of larger images' pixels, 3,072 dimensions for 32 x 32 in colour, says little of how they look and
-    takes many thousand images to estimate.
+    For larger images the covariance of pixels, with 3,072 dimensions for 32 x 32 in colour, says little of how they
+    look and takes many thousand images to estimate.
     """
 
     def extract(images):
@@ -73,15 +73,15 @@ def pixels() -> FeatureSpace:
 def classifier(
     dataset: Dataset, cache_folder: str | os.PathLike, *, epochs: int = 20, seed: int = 0, batch_size: int = 256
 ) -> FeatureSpace:
-    """The last hidden layer and the classes of a small classifier, trained on the data unless the folder has it.
+    """Returns the space of a small classifier, trained on the data unless the folder already has it.
 
-    Real images that it was trained on look a little surer to it than others.
+    The vectors are its last hidden layer. It is a little surer of real images that it was trained on than of others.
 
     Args:
       dataset: labelled images, as for `classifier.train`.
-      cache_folder: for the file of weights; made if it is not there. A damaged file is replaced, with a warning.
-      epochs, seed: of the training.
-      batch_size: images at a time; changes nothing but memory and speed.
+      cache_folder: where the weights file lies; made if it is not there. A damaged file is replaced, with a warning.
+      epochs, seed: as for `classifier.train`.
+      batch_size: images at a time; changes only memory and speed.
 
     Raises:
       InputError: the data cannot train a classifier, or the folder cannot be made.
@@ -108,11 +108,11 @@ def classifier(
 
 
 def inception(path: str | os.PathLike | None = None, *, batch_size: int = 32) -> FeatureSpace:
-    """The 2,048 features and 1,008 classes of FID's Inception; grey images become RGB.
+    """Returns the space of FID's Inception, with 2,048 features and 1,008 classes; grey images become RGB.
 
     Args:
-      path: its weights, see `inception.load`; None downloads them once.
-      batch_size: images at a time, about 20 MiB each; changes nothing but memory and speed.
+      path: its weights file, see `inception.load`; None downloads it once.
+      batch_size: images at a time, about 20 MiB each; changes only memory and speed.
     """
     params = jax.device_put(inceptions.load(path))
 
@@ -130,10 +130,10 @@ def _check_images(images):
 
 
 def _in_batches(apply, images, batch_size):
-    """The network's two outputs, vectors and logits; every batch has the one shape that is compiled."""
+    """Returns Features from a network `apply` of images -> (vectors, logits), which is compiled for one batch size."""
     vectors, probabilities = [], []
     for start in range(0, len(images), batch_size):
-        # The last batch is filled up with its last image.
+        # Fill the last batch up with its last image, so that it has the shape that is already compiled.
         found = apply(images[np.minimum(np.arange(start, start + batch_size), len(images) - 1)])
         count = min(batch_size, len(images) - start)
         vectors.append(np.asarray(found[0])[:count])

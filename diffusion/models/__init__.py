@@ -1,4 +1,4 @@
-"""Networks, in Flax Linen. Everything outside this folder sees them as an `ApplyFn` alone."""
+"""Holds the networks, written in Flax Linen; code outside this folder sees each as an `ApplyFn` and no more."""
 
 import dataclasses
 import functools
@@ -12,11 +12,12 @@ __all__ = ["UNet", "as_apply_fn"]
 
 
 def as_apply_fn(model: nn.Module) -> ApplyFn:
-    """The model as a pure function (params, x, t, cond); equal models give the same function, so nothing recompiles.
+    """Returns the model as a pure function (params, x, t, cond).
 
-    For training it also takes dropout_keys, typed JAX keys [B]: the masks of a sample follow from its own key alone.
+    Equal models give the same function, so nothing recompiles. In training it also takes dropout_keys, typed JAX keys
+    [B]: a sample's dropout depends only on its own key.
     """
-    # JSON and configs have lists, which cannot be hashed.
+    # The cache below needs fields that can be hashed, and lists, as JSON and configs have them, cannot.
     lists = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ("parent", "name")}
     return _as_apply_fn(model.clone(**{name: tuple(v) for name, v in lists.items() if isinstance(v, list)}))
 

@@ -1,25 +1,27 @@
-"""Layers of the UNet: group norm, dropout, residual block, self-attention, resampling, time embedding."""
+"""Defines the UNet's layers: group norm, dropout, residual block, self-attention, resampling, time embedding."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float, Key
 
-# DDPM's initialisation; the last layer of every residual branch starts at zero.
+from diffusion.types import Timesteps
+
+# DDPM's initialisation. The last layer of a residual branch starts at zero, so that at first the branch adds nothing.
 INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 ZERO = nn.initializers.zeros
 
 
-def sinusoidal_embedding(t, dim: int):
-    """Sines and cosines of t at dim // 2 frequencies from 1 down to 1e-4 (DDPM, arXiv:2006.11239, appendix B).
+def sinusoidal_embedding(t: Float[Array, "B"] | Timesteps, dim: int) -> Float[Array, "B dim"]:
+    """Returns sines and cosines of t at dim // 2 frequencies from 1 down to 1e-4, in float32.
+
+    Source: DDPM, arXiv:2006.11239, appendix B.
 
     Args:
-      t: float or int [B], timesteps in 1..T.
+      t: [B], timesteps in 1..T, whole or real.
       dim: even width of the embedding, at least 4.
-
-    Returns:
-      float32 [B, dim].
     """
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
@@ -28,18 +30,18 @@ def sinusoidal_embedding(t, dim: int):
 
 
 def num_groups(channels: int, max_groups: int = 32) -> int:
-    """As many groups of at least four channels as there are, at most max_groups.
+    """Returns the number of groups to normalise in: as many as have at least four channels, at most max_groups.
 
-    A group of one channel would take out exactly what the timestep adds to it: a constant over its pixels.
+    A group of one channel would remove exactly what the timestep adds to that channel: a constant over its pixels.
     """
     return max(1, min(max_groups, channels // 4))
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation of [B, ..., C] with float32 statistics, returned in x's dtype.
+    """Normalises [B, ..., C] within groups of channels, with float32 statistics; returns x's dtype.
 
-    Per-channel sums are taken first and grouped after, so that x is read once for the statistics and once for one fused
-    multiply-add: on CPU about twice as fast as normalising a reshaped array.
+    Sums are taken for each channel and only then for each group, so that x is read once for the statistics and once for
+    one fused multiply-add: on a CPU this is about twice as fast as normalising a reshaped array.
     """
 
     max_groups: int = 32
@@ -54,13 +56,14 @@ class GroupNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         pixels = tuple(range(1, x.ndim - 1))
 
-        def group_mean(per_channel):
+        def group_mean(per_channel):  # [B, C] -> [B, C]; each channel gets the mean of its group
             grouped = per_channel.reshape(-1, groups, channels // groups).mean(axis=-1, keepdims=True)
             return jnp.broadcast_to(grouped, (*grouped.shape[:2], channels // groups)).reshape(-1, channels)
 
         mean = group_mean(x32.mean(axis=pixels))
-        # E[x^2] - E[x]^2 can round below zero where x is constant.
+        # The variance is E[x^2] - E[x]^2, which can round below zero where x is constant.
         variance = jnp.maximum(group_mean(jnp.square(x32).mean(axis=pixels)) - jnp.square(mean), 0.0)
+        # One multiply-add both normalises and applies the learned scale and bias.
         gain = scale[None, :] * jax.lax.rsqrt(variance + self.epsilon)
         shift = bias[None, :] - mean * gain
         per_sample = (-1, *([1] * len(pixels)), channels)
@@ -68,7 +71,7 @@ class GroupNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """A square convolution with bias and "SAME" padding, [B, H, W, C] -> [B, H', W', features]."""
+    """Convolves with a square kernel, a bias and "SAME" padding, [B, H, W, C] -> [B, H', W', features]."""
 
     features: int
     kernel: int = 3
@@ -88,20 +91,17 @@ class Conv(nn.Module):
         return out + bias[None, None, None, :]
 
 
-def dropout(keys, layer: int, rate: float, x):
+def dropout(keys: Key[Array, "B"] | None, layer: int, rate: float, x: Float[Array, "B *s"]) -> Float[Array, "B *s"]:
     """Zeroes each element of x with probability rate and divides the others by 1 - rate.
 
-    The mask of sample i follows from keys[i] and the layer's number alone, so it is the same in any batch and on any
+    The mask of sample i depends only on keys[i] and the layer's number, so it is the same in any batch and on any
     number of devices.
 
     Args:
-      keys: typed JAX keys [B], or None for no dropout.
+      keys: typed JAX keys, one for each sample, or None for no dropout.
       layer: a number that no other layer has.
       rate: from 0 to below 1; 0 draws nothing.
-      x: float [B, ...].
-
-    Returns:
-      float [B, ...].
+      x: activations of any shape.
     """
     if keys is None or rate == 0:
         return x
@@ -110,9 +110,10 @@ def dropout(keys, layer: int, rate: float, x):
 
 
 class ResidualBlock(nn.Module):
-    """DDPM's block: norm, swish, conv, + time, norm, swish, dropout, conv, + x; [B, H, W, C] -> [B, H, W, features].
+    """Adds to x what DDPM's block makes of it and the timestep; [B, H, W, C] -> [B, H, W, features].
 
-    `layer` is the block's number, by which its dropout masks differ from other blocks'.
+    The branch is norm, swish, conv, + time, norm, swish, dropout, conv. The block's number `layer` makes its dropout
+    masks differ from other blocks'.
     """
 
     features: int
@@ -133,7 +134,10 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """norm, scaled dot-product attention over all H * W positions, projection, + x; keeps the shape [B, H, W, C]."""
+    """Lets all H * W positions of x attend to each other; keeps the shape [B, H, W, C].
+
+    The branch is norm, scaled dot-product attention, projection; x is added to it.
+    """
 
     num_heads: int
     dtype: jnp.dtype
@@ -153,7 +157,7 @@ class SelfAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a convolution; [B, H, W, C] -> [B, 2H, 2W, C]."""
+    """Doubles height and width by repeating pixels, then convolves; [B, H, W, C] -> [B, 2H, 2W, C]."""
 
     dtype: jnp.dtype
 

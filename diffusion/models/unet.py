@@ -1,11 +1,11 @@
-"""The UNet of DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B)."""
+"""Defines the UNet of DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B)."""
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
 
 from diffusion.errors import InputError, require_range
 from diffusion.models.layers import (
@@ -26,22 +26,22 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class UNet(nn.Module):
     """Predicts eps, x_0, v or a flow velocity from a noisy image and its timestep.
 
-    With width 128, multipliers (1, 2, 2, 2), two blocks a level and attention at 16 it is DDPM's CIFAR-10 network of
+    With width 128, multipliers (1, 2, 2, 2), two blocks per level and attention at 16 it is DDPM's CIFAR-10 network of
     35,746,307 parameters.
 
     Attributes:
-      width: channels at full resolution; even, at least 4. Every level has width * multiplier channels, a multiple of
-        its number of normalisation groups: a quarter of them, at most 32.
-      multipliers: one for each resolution; every level but the last halves the image.
-      num_blocks: residual blocks a level on the way down; one more on the way up.
-      attention_resolutions: image heights at which every block is followed by self-attention. The middle always has it.
+      width: channels at full resolution; even, at least 4. A level has width * multiplier channels, which must be a
+        multiple of num_heads and of the number of normalisation groups (a quarter of the channels, at most 32).
+      multipliers: one factor for each resolution; every level but the last ends by halving the image.
+      num_blocks: residual blocks per level on the way down; the way up has one more.
+      attention_resolutions: image heights at which self-attention follows every block. The middle always has it.
       num_heads: attention heads.
-      dropout: rate inside the residual blocks, used where dropout_keys are given.
-      num_classes: 0 for an unconditional model; else cond holds int labels [B], where num_classes itself is "no class".
-      out_channels: 0 for as many as the input has.
+      dropout: rate inside the residual blocks, used only where dropout_keys are given.
+      num_classes: 0 for an unconditional model; otherwise cond holds labels, and num_classes itself means "no class".
+      out_channels: channels of the prediction; 0 for as many as the input has.
       dtype: "float32" or "bfloat16" for the arithmetic; parameters and normalisation stay in float32.
-      remat: keep only the inputs of each residual and attention block for the backward pass and compute the rest of it
-        again there: less memory for about a third more time. The parameters and gradients are the same.
+      remat: whether to keep only the inputs of each residual and attention block for the backward pass, and to compute
+        the rest again there: less memory for about a third more time. The parameters and gradients are the same.
     """
 
     width: int = 128
@@ -56,71 +56,90 @@ class UNet(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x, t, cond: Any = None, *, dropout_keys: Any = None):
-        """The prediction, float32 [B, H, W, out_channels].
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Float[Array, "B"] | Int[Array, "B"],
+        cond: Int[Array, "B"] | None = None,
+        *,
+        dropout_keys: Key[Array, "B"] | None = None,
+    ) -> Float[Array, "B H W out_channels"]:
+        """Returns the prediction in float32.
 
         Args:
-          x: float [B, H, W, C].
-          t: [B] in 1..T.
-          cond: int [B] labels, or None.
-          dropout_keys: typed JAX keys [B], one for each sample, in training; None for no dropout.
+          x: noisy images.
+          t: timesteps in 1..T, whole or real.
+          cond: labels in 0..num_classes, or None.
+          dropout_keys: typed JAX keys in training, one for each sample; None for no dropout.
         """
         self._check(x, cond)
         dtype = DTYPES[self.dtype]
         levels = [self.width * m for m in self.multipliers]
-        embedding = self._embed(t, cond, dtype)
-        residual_block, self_attention = (
-            nn.remat(layer) if self.remat else layer for layer in (ResidualBlock, SelfAttention)
-        )
-        layers = itertools.count()
-
-        def residual(h, features, name):
-            module = residual_block(features, self.dropout, next(layers), dtype, name=name)
-            return module(h, embedding, dropout_keys)
-
-        def attention(h, name):
-            return self_attention(self.num_heads, dtype, name=f"{name}_attention")(h)
+        residual, attention = self._layers(self._embed(t, cond, dtype), dropout_keys, dtype)
 
         def block(h, features, name):
             h = residual(h, features, name)
             return attention(h, name) if h.shape[1] in self.attention_resolutions else h
 
+        # The way down: every result is kept, for the way up to use at the same resolution.
         h = Conv(self.width, dtype=dtype, name="conv_in")(x.astype(dtype))
         skips = [h]
         for level, features in enumerate(levels):
             for i in range(self.num_blocks):
                 h = block(h, features, f"down_{level}_block_{i}")
                 skips.append(h)
+            # A convolution of stride 2 halves the image before the next level.
             if level < len(levels) - 1:
                 h = Conv(features, stride=2, dtype=dtype, name=f"down_{level}_downsample")(h)
                 skips.append(h)
 
+        # The middle, at the lowest resolution: here every pixel can see all others.
         h = residual(h, levels[-1], "middle_block_0")
         h = attention(h, "middle")
         h = residual(h, levels[-1], "middle_block_1")
 
+        # The way up: each block takes the newest result that is still kept as extra channels, until none is left.
         for level, features in reversed(list(enumerate(levels))):
             for i in range(self.num_blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), features, f"up_{level}_block_{i}")
             if level > 0:
                 h = Upsample(dtype, name=f"up_{level}_upsample")(h)
 
+        # The last convolution starts at zero, so an untrained network predicts zero.
         h = nn.swish(GroupNorm(name="norm_out")(h))
-        return Conv(self.out_channels or x.shape[-1], dtype=dtype, kernel_init=ZERO, name="conv_out")(h).astype(
-            jnp.float32
+        out = Conv(self.out_channels or x.shape[-1], dtype=dtype, kernel_init=ZERO, name="conv_out")
+        return out(h).astype(jnp.float32)
+
+    def _layers(self, embedding, dropout_keys, dtype):
+        """Returns two functions: (h, features, name) -> h adds a residual block, (h, name) -> h adds self-attention."""
+        residual_block, self_attention = (
+            nn.remat(layer) if self.remat else layer for layer in (ResidualBlock, SelfAttention)
         )
+        # Residual blocks are numbered in the order of their calls; dropout masks differ by this number.
+        numbers = itertools.count()
+
+        def residual(h, features, name):
+            module = residual_block(features, self.dropout, next(numbers), dtype, name=name)
+            return module(h, embedding, dropout_keys)
+
+        def attention(h, name):
+            return self_attention(self.num_heads, dtype, name=f"{name}_attention")(h)
+
+        return residual, attention
 
     def _embed(self, t, cond, dtype):
-        """Timestep (and class) embedding, [B, 4 * width]."""
+        """Returns the embedding of the timestep, to which a class adds its own, [B, 4 * width]."""
         embedding = sinusoidal_embedding(t, self.width)
         embedding = nn.Dense(4 * self.width, dtype=dtype, kernel_init=INIT, name="time_1")(embedding)
         embedding = nn.Dense(4 * self.width, dtype=dtype, kernel_init=INIT, name="time_2")(nn.swish(embedding))
         if self.num_classes:
-            labels = jnp.full(t.shape, self.num_classes) if cond is None else cond
+            labels = jnp.full(t.shape, self.num_classes) if cond is None else cond  # num_classes means "no class"
             embedding += nn.Embed(self.num_classes + 1, 4 * self.width, dtype=dtype, name="class")(labels)
         return embedding
 
     def _check(self, x, cond):
+        """Raises InputError if the fields allow no network, or x or cond do not suit it."""
+        # Each field by itself.
         if self.dtype not in DTYPES:
             raise InputError(f"model.dtype is {self.dtype!r}; valid: {', '.join(DTYPES)}")
         if self.width < 4 or self.width % 2:
@@ -135,6 +154,8 @@ class UNet(nn.Module):
         require_range("model.dropout", self.dropout, 0, 1, open_ends="high")
         if not all(isinstance(resolution, int) for resolution in self.attention_resolutions):
             raise InputError(f"model.attention_resolutions are {self.attention_resolutions}; give image heights, or 0")
+
+        # Fields that depend on each other, and on the input.
         for features in (self.width * m for m in self.multipliers):
             if features % num_groups(features) or features % self.num_heads:
                 raise InputError(

@@ -1,10 +1,11 @@
-"""Exact solutions of the probability flow: what a solver with ever more steps ends at."""
+"""Solves the probability flow exactly, which is what a solver tends to with more and more steps."""
 
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from scipy.integrate import solve_ivp
 
 from diffusion import predictions
@@ -15,11 +16,13 @@ from diffusion.testbeds.denoisers import moments
 from diffusion.types import ApplyFn, Images, Params
 
 _LAST_RATIO = 1e-6
-"""The noise / signal from which `ode_solution` ends with the denoised estimate."""
+"""The ratio noise / signal below which `ode_solution` takes the denoised estimate for x_0."""
 
 
-def gaussian_flow(schedule: NoiseSchedule, mean, variance, x, t_start: float, t_end: float = 0.0) -> np.ndarray:
-    """The exact probability flow of Gaussian data, an affine map of x.
+def gaussian_flow(
+    schedule: NoiseSchedule, mean, variance, x: Images, t_start: float, t_end: float = 0.0
+) -> Float[np.ndarray, "B *shape"]:
+    """Returns x carried from t_start to t_end by the exact probability flow of Gaussian data, an affine map of x.
 
     x_s = a_s m + sqrt((a_s^2 v + n_s^2) / (a_t^2 v + n_t^2)) (x_t - a_t m): a pixel stays as many standard deviations
     away from its mean.
@@ -49,28 +52,29 @@ def ode_solution(
     prediction: str = "eps",
     cond: Any = None,
     tolerance: float = 1e-8,
-) -> np.ndarray:
-    """The probability flow through x, by an adaptive Runge-Kutta method of order 8 in float64 (SciPy's DOP853).
+) -> Float[np.ndarray, "B *shape"]:
+    """Follows the probability flow from x, by an adaptive Runge-Kutta method of order 8 in float64 (SciPy's DOP853).
 
     Solves d(x / a) / d log(n / a) = x / a - D (Song et al., arXiv:2011.13456, Eq. 13, in the variable of EDM,
-    arXiv:2206.00364) on the host, for testbeds and for networks of any kind; a network's own arithmetic limits what is
-    reached. From n / a = 1e-6 to t = 0 D is the solution: an error of 1e-12 / (2 v) where the data has variance v.
+    arXiv:2206.00364) on the host, for testbeds and for networks of any kind; a network's own arithmetic limits the
+    accuracy. From n / a = 1e-6 to t = 0, D is taken as the solution: an error of 1e-12 / (2 v) for data of variance v.
 
     Args:
       apply_fn, params, prediction, cond: the network, as for `diffusion.sample`.
       schedule: the noise schedule.
       x: [B, *shape] at t_start.
       t_start, t_end: real times, T >= t_start > t_end >= 0.
-      tolerance: of each step, relative and absolute, of x / a, as a root mean square over all samples. Over the whole
-        way the error of well-posed flows has this order (tested against closed forms); near the border of two images'
-        basins it grows.
+      tolerance: error allowed in x / a at each step, relative and absolute, as a root mean square over all samples. The
+        total error of a well-posed flow has this order (tested against closed forms); near the border between the
+        basins of two images it grows.
 
     Returns:
       x at t_end, float64.
 
     Raises:
-      InputError: an unknown prediction, times out of order, or zero signal at t_start.
-      ArithmeticError: the network gave what is not finite, or steps became too small.
+      InputError: the prediction is unknown, the tolerance out of range, the times are out of order, or the signal at
+        t_start is zero.
+      ArithmeticError: the network returned values that are not finite, or steps became too small.
     """
     predictions.check_known(prediction)
     require_range("tolerance", tolerance, 1e-13, 0.1)
@@ -79,6 +83,8 @@ def ode_solution(
     first, last = schedule.half_log_snr([t_start, t_end])
     if np.isinf(first):
         raise InputError(f"the signal is zero at t = {t_start}, where x / a is not finite; start lower")
+
+    # Integrate y = x / a over log(n / a), from the start to t_end or to where the denoised estimate takes over.
     shape, ends = np.shape(x), (-first, max(-last, min(np.log(_LAST_RATIO), -first)))
     with jax.enable_x64(True):
 

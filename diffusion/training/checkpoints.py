@@ -1,8 +1,8 @@
-"""Checkpoints: all that touches orbax stands here.
+"""Writes and reads checkpoints; all that uses orbax stands here.
 
-One folder a step holds an item for each EMA, the weights that samples are drawn with, and `train`, the rest of the
-state. The config travels in the checkpoint's metadata. A save is written beside, gets its SHA-256 manifest, and appears
-under its number by one rename; so every folder with a number was complete once, and what has changed since is found.
+Each step has a folder with one item for each EMA, the params that samples are drawn with, and `train`, the rest of the
+state. The config travels in the checkpoint's metadata. A save is written under another name, gets its SHA-256 manifest,
+and then its number by one renaming. So every folder with a number was complete once, and any later change is found.
 """
 
 import json
@@ -31,11 +31,11 @@ class CheckpointWriter:
     """Saves the train state in the background. Leaving the context waits for the last save.
 
     Args:
-      folder: of all steps. Remains of saves that were cut short are removed from it.
-      keep: how many of the newest steps stay; older ones go when a newer one is complete.
-      keep_best: how many of the steps with the lowest loss stay besides.
-      begin: the step that the run goes on from. Later ones, which are damaged (see `newest_good`), are set aside as
-        damaged-<step>, so that they do not count as the newest. None sets none aside.
+      folder: where the folders of all steps lie. Remains of saves that were cut short are removed from it.
+      keep: how many of the newest steps stay; older ones are removed when a newer one is complete.
+      keep_best: how many of the steps with the lowest loss stay as well.
+      begin: the step that the run goes on from. Later ones, which are damaged (see `newest_good`), are renamed to
+        damaged-<step>, so that they do not count as the newest. None renames none.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int, keep_best: int = 0, begin: int | None = None):
@@ -54,16 +54,16 @@ class CheckpointWriter:
                     os.rename(self._folder / str(step), aside)
 
     def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], loss: float = math.nan) -> None:
-        """Starts to save; an error of the save before is raised here.
+        """Starts to save in the background, after the save before; raises the error of that save if it had one.
 
         Args:
-          step: number of steps made, more than in any save before.
+          step: number of training steps made, more than in any save before.
           state: may be donated as soon as this returns.
-          metadata: what JSON can hold.
-          loss: by which keep_best ranks; one that is not finite is never the best.
+          metadata: a mapping that JSON can hold.
+          loss: what keep_best ranks steps by; one that is not finite is never the best.
 
         Raises:
-          InputError: the disk is full or cannot be written; checkpoints already there are whole.
+          InputError: the disk is full or cannot be written; checkpoints that are already there stay whole.
         """
         self.wait()
         temporary = self._folder / f"{_UNFINISHED}{step}"
@@ -76,7 +76,7 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._finish, saving, temporary, step, loss)
 
     def wait(self) -> None:
-        """Returns when the last save is on disk."""
+        """Waits until the last save is on disk."""
         pending, self._pending = self._pending, None
         try:
             if pending is not None:
@@ -94,6 +94,7 @@ class CheckpointWriter:
             self._thread.shutdown()
 
     def _finish(self, saving, temporary, step, loss):
+        # Every process waits for its own part, and the first then completes the checkpoint.
         saving.result()
         if jax.process_index() > 0:
             return
@@ -109,7 +110,7 @@ class CheckpointWriter:
         kept = {*saved[-self._keep :], *(step for _, step in best[: self._keep_best])}
         for step in saved:
             if step not in kept:
-                # Under another name first: a kill in between leaves no half of a checkpoint.
+                # Renamed first, so that a kill in the middle of removing leaves no half of a checkpoint.
                 removed = self._folder / f"{_UNFINISHED}removal-{step}"
                 os.rename(self._folder / str(step), removed)
                 shutil.rmtree(removed)
@@ -124,7 +125,7 @@ class CheckpointWriter:
 
 
 def steps(folder: str | os.PathLike) -> list[int]:
-    """The steps of all checkpoints in a folder, ascending; whether they are whole, `newest_good` finds out."""
+    """Returns the steps of all checkpoints in a folder, ascending; `newest_good` finds out which are whole."""
     return sorted(int(path.name) for path in Path(folder).glob("*") if _is_step(path))
 
 
@@ -133,17 +134,17 @@ def _is_step(path):
 
 
 def newest_commit(folder: str | os.PathLike) -> float:
-    """When the newest checkpoint was written, in seconds since the epoch; -inf if there is none."""
+    """Returns when the newest checkpoint was written, in seconds since 1970; -inf if there is none."""
     saved = steps(folder)
     return (Path(folder) / str(saved[-1])).stat().st_mtime if saved else -math.inf
 
 
 class DamagedError(InputError):
-    """A checkpoint is not what was written."""
+    """Reports a checkpoint that is not what was written."""
 
 
 def verified(folder: str | os.PathLike, step: int) -> int:
-    """The step, if its files are all as they were written.
+    """Returns the step if its files are all as they were written.
 
     Raises:
       DamagedError: they are not.
@@ -157,19 +158,20 @@ def verified(folder: str | os.PathLike, step: int) -> int:
         manifest.verify(path)
     except (ValueError, FileNotFoundError) as error:
         raise DamagedError(f"checkpoint {path} is damaged ({_first_line(error)})") from error
-    except OSError as error:  # a network file system that is away for a moment
+    except OSError as error:  # no damage: a network file system may be away for a moment
         raise InputError(f"checkpoint {path} cannot be read now ({error.strerror}); start again when it can") from error
     return step
 
 
 def newest_good(folder: str | os.PathLike) -> int | None:
-    """The newest step whose files are all as they were written, or None where there is no checkpoint.
+    """Returns the newest step whose files are all as they were written, or None if there is no checkpoint.
 
     Each damaged one is named on stderr.
 
     Raises:
       InputError: there are checkpoints, and all are damaged; or one cannot be read now, which is no damage.
     """
+    # Newest first, to read no more than is needed; damaged ones are named once it is known what replaces them.
     damage = {}
     for step in reversed(steps(folder)):
         try:
@@ -183,6 +185,8 @@ def newest_good(folder: str | os.PathLike) -> int | None:
                 file=sys.stderr,
             )
         return step
+
+    # All are damaged, and the user must decide: a copy may exist elsewhere, and training anew may cost days.
     if not damage:
         return None
     reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
@@ -190,7 +194,7 @@ def newest_good(folder: str | os.PathLike) -> int | None:
 
 
 def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:
-    """What was given to `save` as metadata.
+    """Returns the metadata that was given to `save`.
 
     Raises:
       InputError: there is no readable checkpoint of this step.
@@ -206,13 +210,13 @@ def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:
 
 
 def load_ema(folder: str | os.PathLike, step: int, name: str, like: Params) -> Params:
-    """One EMA of a step.
+    """Loads one EMA of a step.
 
     Args:
-      folder: the folder of all steps.
+      folder: where the folders of all steps lie.
       step: one of `steps(folder)`.
       name: a key of TrainState.ema_params.
-      like: tree of arrays or ShapeDtypeStructs with shardings.
+      like: a tree of arrays or ShapeDtypeStructs with the shapes and shardings wanted.
 
     Raises:
       InputError: the checkpoint is of another model (the first differing fields are named), or cannot be loaded.
@@ -221,12 +225,13 @@ def load_ema(folder: str | os.PathLike, step: int, name: str, like: Params) -> P
 
 
 def load_state(folder: str | os.PathLike, step: int, like: TrainState) -> TrainState:
-    """The whole state of a step, laid out as `like`, an array tree; raises as `load_ema`."""
+    """Loads the whole state of a step, laid out over devices like the arrays of `like`; raises as `load_ema` does."""
     items = _load(folder, step, _items(like))
     return items["train"].replace(ema_params={name: items[_ema_item(name)] for name in like.ema_params})
 
 
 def _items(state):
+    """Returns the parts of a state that are stored, and can be loaded, by themselves."""
     return {_ema_item(name): params for name, params in state.ema_params.items()} | {
         "train": state.replace(ema_params=None)
     }
@@ -246,21 +251,22 @@ def _load(folder, step, items):
         return ocp.load_checkpointables(path, abstract)
     except InputError:
         raise
-    except Exception as error:  # orbax raises errors of many kinds, tensorstore's own among them
+    except Exception as error:  # orbax raises many kinds of errors, some of them tensorstore's
         raise InputError(
             f"checkpoint {path} cannot be loaded ({_first_line(error.__cause__ or error)}); its files are as they were "
-            "written, so it is memory, or a version of a package, see environment.json"
+            "written, so look for too little memory, or another version of a package, see environment.json"
         ) from error
 
 
 def _leaves(tree):
-    """{"a/b": "float32 (3, 3)"} of any tree whose leaves have shape and dtype."""
+    """Describes a tree by its leaves that have a shape and dtype, as {"a/b": "float32 (3, 3)"}."""
     named = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in named}
     return {name: f"{x.dtype} {tuple(x.shape)}" for name, x in leaves.items() if hasattr(x, "shape")}
 
 
 def _check_same(path, stored, wanted):
+    """Raises InputError, with the first five differences, if two results of `_leaves` differ."""
     different = [
         f"{name}: checkpoint has {stored.get(name, 'nothing')}, model has {wanted.get(name, 'nothing')}"
         for name in sorted(stored | wanted)
@@ -272,6 +278,7 @@ def _check_same(path, stored, wanted):
 
 
 def _loss(folder, step):
+    """Returns the loss that was saved with a step, or None if there is none or it cannot be read."""
     try:
         return manifest.read(folder / str(step))["loss"]
     except _REASONS:
@@ -279,7 +286,7 @@ def _loss(folder, step):
 
 
 def _sync(folder):
-    """Puts the folder on disk before it gets its name, for a machine that loses power."""
+    """Puts all of a folder on disk before it gets its number, in case the machine loses power."""
     for path in [*folder.rglob("*"), folder]:
         _sync_one(path)
 

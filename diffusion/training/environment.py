@@ -1,4 +1,4 @@
-"""Where a run was trained: versions, commit, machine."""
+"""Records where a run was trained: versions, commit, machine."""
 
 import importlib.metadata
 import json
@@ -19,7 +19,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def describe(mesh: Mesh, step: int) -> dict[str, Any]:
-    """What JSON can hold about this start of a run, which begins at a step."""
+    """Describes this start of a run, which begins at `step`, by a dict that JSON can hold."""
     return {
         "step": step,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -35,7 +35,7 @@ def describe(mesh: Mesh, step: int) -> dict[str, Any]:
 
 
 def append(path: Path, start: dict[str, Any]) -> None:
-    """Adds a start to the list in a JSON file; a file that holds no list is begun anew."""
+    """Adds a start to the list in a JSON file; a file that holds no list is replaced by a new one."""
     try:
         starts = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -45,7 +45,7 @@ def append(path: Path, start: dict[str, Any]) -> None:
 
 
 def _git(folder: Path) -> dict[str, Any] | None:
-    """The commit of the code and whether files were changed since; None outside a git clone."""
+    """Returns the commit of the code, and whether files were changed since; None outside a git clone."""
 
     def git(*args):
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""SHA-256 manifests: which files a folder holds, and whether they are still what was written."""
+"""Writes and checks SHA-256 manifests: which files a folder holds, and whether they are still what was written."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ NAME = "manifest.json"
 
 
 def write(folder: Path, **facts: Any) -> None:
-    """Lists the size and SHA-256 of every file below the folder, with other facts, in its manifest.json."""
+    """Writes the size and SHA-256 of every file below the folder, with other facts, to its manifest.json."""
     content = {"files": {name: _describe(folder / name) for name in _names(folder)}, **facts}
     # The manifest protects itself: its last line is the SHA-256 of the lines before.
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -17,7 +17,7 @@ def write(folder: Path, **facts: Any) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `write` wrote.
+    """Returns what `write` wrote: the facts, and "files" with the size and SHA-256 of each.
 
     Raises:
       ValueError: there is no manifest, or it is damaged.
@@ -34,11 +34,11 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Compares every file with the manifest, and returns that.
+    """Compares every file with the folder's manifest, and returns the manifest.
 
     Raises:
-      ValueError: a file is missing, was added or changed; it is named.
-      OSError: one cannot be read now.
+      ValueError: a file is missing, was added or changed; the message names it.
+      OSError: a file cannot be read now.
     """
     content = read(folder)
     expected, found = content["files"], set(_names(folder))

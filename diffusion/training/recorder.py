@@ -1,7 +1,7 @@
-"""Metrics on disk: files that are the record, and TensorBoard events for looking at.
+"""Writes metrics to disk: files that are the record of a run, and TensorBoard events to look at.
 
 metrics.csv and skipped.jsonl hold what the seed and the config determine: a run that was killed and resumed writes the
-same bytes. speed.csv holds what the machine does.
+same bytes. speed.csv holds what depends on the machine.
 """
 
 import csv
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -22,13 +23,13 @@ from diffusion.training.step import TENTHS
 
 
 class Row(NamedTuple):
-    """One row of metrics.csv: means over the steps since the last multiple of config.train.log_every.
+    """Holds one row of metrics.csv: means over the steps since the last multiple of config.train.log_every.
 
     Attributes:
-      step: number of steps made.
+      step: number of training steps made.
       loss, grad_norm: means over the steps that were not skipped.
       learning_rate: of the last step.
-      skipped: steps skipped so far, as their gradient was not finite.
+      skipped: number of steps skipped so far because their gradient was not finite.
       errors: mean squared error of the network for each tenth of the timesteps, NaN where there was no sample.
     """
 
@@ -40,14 +41,14 @@ class Row(NamedTuple):
     errors: tuple[float, ...]
 
     def flat(self) -> list[float]:
-        """In the order of COLUMNS."""
+        """Returns the row's numbers in the order of COLUMNS."""
         return [*self[:-1], *self.errors]
 
 
 class Speed(NamedTuple):
-    """One row of speed.csv: pace since the last row, seconds in the loop so far, peak memory in GiB.
+    """Holds one row of speed.csv: pace since the last row, seconds in the loop so far, peak memory in GiB.
 
-    Compilation and grids do not count as time.
+    Time spent on compiling and on drawing sheets of samples does not count.
     """
 
     step: int
@@ -60,16 +61,16 @@ COLUMNS = (*Row._fields[:-1], *(f"error_tenth_{k}" for k in range(1, TENTHS + 1)
 
 
 class Recorder:
-    """Appends to the record a row at a time, flushed, so that a killed run loses none; a context manager.
+    """Appends rows to the record and flushes each, so that a killed run loses none; a context manager.
 
-    Rows after `step` are dropped when it opens: a run resumed at `step` writes them again.
+    Rows after `step` are dropped at the start: a run resumed at `step` writes them again.
 
     Args:
       folder: the run folder.
       step: the step the run starts from.
 
     Raises:
-      InputError: a file there is not one of ours.
+      InputError: a file of that name is there, but is no such record.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -85,24 +86,24 @@ class Recorder:
         self._events = _Events(folder, step)
 
     def scalars(self, row: Row, images_per_second: float, seconds: float, memory_gib: float) -> None:
-        """Writes one row to each file. seconds are those since the last row."""
+        """Writes one row to each file; `seconds` is the time since the last row."""
         self._seconds += seconds
         speed = Speed(row.step, images_per_second, self._seconds, memory_gib)
         self._metrics.write(_line(row.flat()))
         self._speed.write(_line(speed))
         for name, value in [*zip(COLUMNS, row.flat(), strict=True), *zip(Speed._fields, speed, strict=True)]:
-            if name != "step" and math.isfinite(value):  # TensorBoard has no place for others
+            if name != "step" and math.isfinite(value):  # TensorBoard cannot draw NaN or infinity
                 self._events.add(summary.scalar(name, value), row.step)
         self._events.flush()
 
     def skipped(self, step: int, **facts: Any) -> None:
-        """Adds a line on a skipped step to skipped.jsonl."""
+        """Adds a line about a skipped step to skipped.jsonl."""
         if self._skipped is None:
             self._open_skipped()
         self._skipped.write(_json({"step": step, **facts}))
 
-    def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """image: uint8 [H, W, C]."""
+    def image(self, name: str, image: UInt8[np.ndarray, "H W C"], step: int) -> None:
+        """Adds an image to TensorBoard's events."""
         self._events.add(summary.image(name, image, dataformats="HWC"), step)
 
     def __enter__(self):
@@ -118,12 +119,15 @@ class Recorder:
 
 
 class _Events:
-    """TensorBoard's file, written at once: SummaryWriter's thread ends in silence on a full disk, and then its queue
-    holds up training for ever."""
+    """Writes TensorBoard's file at once.
+
+    SummaryWriter would write it in a thread, which ends in silence on a full disk, and then its queue holds up training
+    for ever.
+    """
 
     def __init__(self, folder, step):
         self._writer = EventsWriter(str(folder / "events"))
-        if step:  # TensorBoard forgets what an earlier start wrote from here on
+        if step:  # tells TensorBoard to forget what an earlier start wrote after this step
             self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, what, step):
@@ -140,7 +144,7 @@ class _Events:
 
 
 class Silent:
-    """Takes the place of a Recorder in all processes of a run but the first."""
+    """Takes the place of a Recorder in all processes of a run but the first, and writes nothing."""
 
     def scalars(self, *_): ...
 
@@ -155,16 +159,17 @@ class Silent:
 
 
 def _reopen(path, rows, line):
-    """The file with these rows, open for more."""
+    """Writes the file anew with these rows, and returns it open for more."""
     write_atomically(path, "".join(map(line, rows)).encode())
     return open(path, "a", newline="", buffering=1)
 
 
 def _read_csv(path, columns, last_step):
-    """Rows up to last_step; a last line that a kill cut short is left out."""
+    """Returns the rows up to last_step, without a last line that a kill cut short."""
     if not path.exists():
         return []
     try:
+        # Check the header and the length of each row, then turn text into numbers.
         header, *lines = list(csv.reader(_whole_lines(path))) or [list(columns)]
         if tuple(header) != columns:
             raise ValueError(f"its columns are not {', '.join(columns)}")

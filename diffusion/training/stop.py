@@ -1,4 +1,4 @@
-"""Signals: how a run is asked to stop, and what it answers."""
+"""Lets signals ask a run to stop, and decides the exit codes with which it answers."""
 
 import concurrent.futures
 import signal
@@ -7,15 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start me again
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, which asks a cluster to start the run again
 
 
 class Stopped(BaseException):
-    """A stop was asked for while there was nothing to save. No Exception, so that nothing takes it for an error."""
+    """Reports that a stop was asked for while there was nothing to save.
+
+    It is no Exception, so that nothing takes it for an error.
+    """
 
 
 class StopRequest:
-    """Hears Ctrl-C and SIGTERM. A context manager, for the main thread.
+    """Listens for Ctrl-C and SIGTERM; a context manager for the main thread.
 
     At first a signal raises `Stopped`, since nothing can be lost. After `defer` it only sets `received`, so that the
     step in progress ends and is saved; a second Ctrl-C interrupts at once.
@@ -27,23 +30,25 @@ class StopRequest:
 
     @property
     def received(self) -> bool:
-        """Whether a signal has come."""
+        """Says whether a signal has come."""
         return self._signal is not None
 
     @property
     def exit_code(self) -> int:
-        """For the process that a signal has stopped; PREEMPTED also where another process of the run got the signal."""
+        """Returns the exit code after a stop; it is PREEMPTED also if another process of the run got the signal."""
         return INTERRUPTED if self._signal == signal.SIGINT else PREEMPTED
 
     def defer(self) -> None:
-        """From now on a signal waits for the end of the step."""
+        """Makes signals wait for the end of the step from now on."""
         self._deferred = True
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """function(*args) in another thread: XLA compiles for minutes, in which the main thread could hear nothing.
+        """Returns function(*args), called in another thread so that this one can answer signals meanwhile.
+
+        XLA compiles for minutes, during which the thread that called it hears no signal.
 
         Raises:
-          Stopped: a signal came before it was done; it goes on, and must be left to the end of the process.
+          Stopped: a signal came first; the function goes on running, and must be left to do so until the process ends.
         """
         future: concurrent.futures.Future = concurrent.futures.Future()
 
@@ -61,7 +66,7 @@ class StopRequest:
         return future.result()
 
     def __enter__(self):
-        # What a shell starts in the background ignores Ctrl-C; leave that as it is.
+        # A process that a shell starts in the background ignores Ctrl-C, and should go on doing so.
         heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
         self._before = {s: signal.signal(s, self._receive) for s in heard}
         return self
