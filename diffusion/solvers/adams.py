@@ -12,7 +12,7 @@ p - 1 steps ago.
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from diffusion.errors import InputError, nearest
 from diffusion.schedules import NoiseSchedule
@@ -28,8 +28,9 @@ from diffusion.solvers.forms import (
     eps_weight,
     first_order,
     levels,
+    step_orders,
 )
-from diffusion.solvers.integrals import lagrange_integrals
+from diffusion.solvers.integrals import NODES, WEIGHTS, lagrange_integrals
 from diffusion.solvers.table import SamplerTable
 
 ADAMS_BASHFORTH = {
@@ -40,12 +41,9 @@ ADAMS_BASHFORTH = {
 }
 """Classical weights of a uniform grid, the newest evaluation first."""
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
-_NODES, _WEIGHTS = (1 + _NODES) / 2, _WEIGHTS / 2
-
 _COORDINATES = {
     "lambda": lambda level: level.half_log_snr,
-    "rho": lambda level: level.noise / level.signal,
+    "rho": lambda level: level.rho,
     "t": lambda level: level.t,
 }
 
@@ -74,8 +72,7 @@ def deis(
         raise InputError(f"basis is {basis!r}; {nearest(str(basis), _COORDINATES)}")
     name = f"deis(order={order}, basis={basis})"
     grid = eps_levels(name, schedule, tau)
-    orders = _orders(len(grid) - 1, order, lower_order_final)
-    orders[-1] = 1
+    orders = step_orders(grid, order, 4, lower_order_final)
     return _adams(name, tau, grid, orders, lambda nodes, to: _integrals(schedule, basis, nodes, to))
 
 
@@ -94,7 +91,7 @@ def lms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool = 
     order = check_order(order, 4)
     name = f"lms(order={order})"
     grid = eps_levels(name, schedule, tau)
-    orders = _orders(len(grid) - 1, order, lower_order_final)
+    orders = step_orders(grid, order, 4, lower_order_final, full_at_zero=True)
     return _adams(name, tau, grid, orders, lambda nodes, to: _integrals(schedule, "rho", nodes, to))
 
 
@@ -116,7 +113,8 @@ def ipndm(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool 
     order = check_order(order, 4)
     name = f"ipndm(order={order})"
     grid = eps_levels(name, schedule, tau)
-    return _adams(name, tau, grid, _orders(len(grid) - 1, order, lower_order_final), _classical)
+    orders = step_orders(grid, order, 4, lower_order_final, full_at_zero=True)
+    return _adams(name, tau, grid, orders, _classical)
 
 
 def plms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool = False) -> SamplerTable:
@@ -142,7 +140,7 @@ def plms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool =
     steps = len(grid) - 1
     x, *past, D, _ = columns(min(order, steps))
     stages = []
-    for i, p in enumerate(_orders(steps, order, lower_order_final)):
+    for i, p in enumerate(step_orders(grid, order, 4, lower_order_final, full_at_zero=True)):
         stages.append(_multistep(grid[i - p + 1 : i + 2], x, past, D, _classical))
         if i == 0 and steps > 1:
             # Register 0 already holds the step with eps_0 alone.
@@ -173,7 +171,7 @@ def pndm(schedule: NoiseSchedule, tau, lower_order_final: bool = False) -> Sampl
     registers = starts + 3 if starts else 1
     unit = columns(registers)
     stages = []
-    for i, p in enumerate(_orders(steps, 4, lower_order_final)):
+    for i, p in enumerate(step_orders(grid, 4, 4, lower_order_final, full_at_zero=True)):
         if i < starts:
             half = levels(schedule, [(grid[i].t + grid[i + 1].t) / 2])[0]
             stages += _pseudo_runge_kutta(grid[i], half, grid[i + 1], registers)
@@ -201,12 +199,6 @@ def _pseudo_runge_kutta(at, half, to, registers):
         Stage(half, [begun + c * change(half), *past, begun + added + c / 3 * change(half)]),
         Stage(to, [begun + c / 6 * change(to), *past]),
     ]
-
-
-def _orders(steps: int, order: int, lower_order_final: bool) -> Int[np.ndarray, "S"]:
-    """The order of each step: what history there is, and with lower_order_final no more than the steps left."""
-    orders = np.minimum(order, np.arange(1, steps + 1))
-    return np.minimum(orders, np.arange(steps, 0, -1)) if lower_order_final else orders
 
 
 def _adams(name, tau, grid, orders, weigh):
@@ -238,11 +230,11 @@ def _integrals(schedule, basis, nodes: Sequence[Level], to: Level) -> Float[np.n
     at, coordinate = nodes[0], _COORDINATES[basis]
     length = coordinate(to) - coordinate(at)
     if basis == "rho":
-        v, measure = _NODES, eps_weight(at, to) * _WEIGHTS
+        v, measure = NODES, eps_weight(at, to) * WEIGHTS
     else:
         h = to.half_log_snr - at.half_log_snr
-        measure = -to.signal * at.noise / at.signal * h * np.exp(-h * _NODES) * _WEIGHTS
-        passed = at.half_log_snr + h * _NODES
-        v = _NODES if basis == "lambda" else (schedule.time_of(passed) - at.t) / length
+        measure = -to.signal * at.rho * h * np.exp(-h * NODES) * WEIGHTS
+        passed = at.half_log_snr + h * NODES
+        v = NODES if basis == "lambda" else (schedule.time_of(passed) - at.t) / length
     knots = np.array([(coordinate(node) - coordinate(at)) / length for node in nodes])
     return lagrange_integrals(knots, measure @ v[:, None] ** np.arange(len(nodes)))

@@ -69,7 +69,7 @@ def edm(
         raise InputError(f"s_noise is {s_noise}; it must be finite and above 0")
     name = f"edm(s_churn={s_churn:g}, s_min={s_min:g}, s_max={s_max:g}, s_noise={s_noise:g})"
     grid = eps_levels(name, schedule, tau)
-    sigma = np.array([at.noise / at.signal for at in grid[:-1]])
+    sigma = np.array([at.rho for at in grid[:-1]])
     gamma = np.where((s_min <= sigma) & (sigma <= s_max), min(s_churn / sigma.size, 2**0.5 - 1), 0.0)
     starts = _raised(name, schedule, grid, sigma, gamma)
     added = s_noise * sigma * np.sqrt(gamma * (2 + gamma))  # sqrt(sigma_hat^2 - sigma^2)

@@ -22,10 +22,8 @@ from diffusion.solvers.forms import (
     levels,
     runge_kutta,
 )
+from diffusion.solvers.integrals import NODES, WEIGHTS
 from diffusion.solvers.table import SamplerTable
-
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
-_NODES, _WEIGHTS = (1 + _NODES) / 2, _WEIGHTS / 2
 
 INNER = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}
 """r of the inner evaluations by order, as published."""
@@ -103,4 +101,4 @@ def _weight(order, basis, to, r, share, h):
         # The published 2 and 2S put half the weight of F held for the integral of its change: equal to second order.
         return scale * np.expm1(z) / (2 * r)
     # (share / r) ((e^z - 1) / z - 1), an F linear in lambda, written as a sum of terms of one sign.
-    return scale * share / r * (_WEIGHTS @ np.expm1(z * _NODES))
+    return scale * share / r * (WEIGHTS @ np.expm1(z * NODES))

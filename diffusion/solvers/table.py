@@ -126,12 +126,6 @@ def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> S
     return SamplerTable(*arrays, name=name, log_variance=log_variance)
 
 
-def one_register(name: str, schedule, tau, keep, add, sigma) -> SamplerTable:
-    """The table of a one-step method x_s = keep x_t + add D + sigma z; each coefficient is [S]."""
-    signal, noise = schedule.at(tau[:-1])
-    return make_table(name, tau, tau[:-1], signal, noise, np.stack([keep, add, sigma], axis=-1)[:, None, :])
-
-
 def to_json(table: SamplerTable) -> str:
     """The table as JSON, every number to the last bit."""
     fields = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
