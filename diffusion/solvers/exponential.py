@@ -1,12 +1,12 @@
-"""DPM-Solver++ and UniPC: the linear part solved exactly, the denoised estimate as a polynomial in lambda.
+"""DPM-Solver++ and UniPC solve the linear part of the flow exactly and take D for a polynomial in lambda.
 
 In lambda = log(a / n) the reverse process from t to s with h = lambda_s - lambda_t is, for D known between,
 
-    x_s = (n_s / n_t) e^{-g h} x_t + a_s int_0^h (1 + g) e^{-(1 + g)(h - u)} D(u) du + n_s sqrt(1 - e^{-2 g h}) z
+    x_s = (n_s / n_t) e^{-g h} x_t + a_s int_0^h (1 + g) e^{-(1 + g)(h - u)} D(u) du + n_s sqrt(1 - e^{-2 g h}) z,
 
 where g = sde_eta scales the noise, 0 for the probability flow (DPM-Solver++, arXiv:2211.01095, sections 4 and 5). A
 multistep method puts in the polynomial through the last p estimates D. Exact integration of it is the exponential
-Adams-Bashforth method (a predictor), or Adams-Moulton where the polynomial also meets the D at the end of the step (a
+Adams-Bashforth method (a predictor), or Adams-Moulton if the polynomial also meets the D at the end of the step (a
 corrector). The published solvers are these methods with one moment of the kernel approximated.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from diffusion.errors import InputError, nearest
 from diffusion.schedules import NoiseSchedule
-from diffusion.solvers.forms import Level, Stage, build, columns, grid_levels, step_orders
+from diffusion.solvers.forms import Level, Stage, build, columns, grid_levels, newest, step_orders
 from diffusion.solvers.integrals import exponential_moments, lagrange_integrals
 from diffusion.solvers.table import SamplerTable
 
@@ -44,7 +44,7 @@ def dpm_solver_pp(
       tau: a grid from `diffusion.timesteps`.
       order: 1 (DDIM), 2 or 3; or a sequence that gives each step its order, and sets lower_order_final aside.
       sde_eta: g above, at least 0; 0 is deterministic and 1 the reverse SDE. At order 1 these are ddim with eta = 0 and
-        1; between, sde_eta is not DDIM's eta.
+        1; in between, sde_eta is not DDIM's eta.
       variant: "exact" is exponential Adams-Bashforth, of the stated order ("heun" of diffusers at order 2). "official"
         is the published 2M (Algorithm 2; "midpoint" of diffusers) at order 2, and at order 3 the published 3M, which
         halves the second difference and has order 2.
@@ -65,7 +65,7 @@ def dpm_solver_pp(
     for i, (p, (at, to)) in enumerate(zip(orders, pairwise(grid), strict=True)):
         gh = sde_eta * (to.half_log_snr - at.half_log_snr) if sde_eta else 0.0  # 0 * inf would be NaN
         kept, fresh = to.noise / at.noise * np.exp(-gh), to.noise * np.sqrt(-np.expm1(-2 * gh))
-        b = _weights(_newest_first(grid, i, p), to, moments, rate=1 + sde_eta)
+        b = _weights(newest(grid, i, p), to, moments, rate=1 + sde_eta)
         stages.append(Stage(at, [kept * x + to.signal * (b @ estimates[:p]) + fresh * z, *estimates[:-1]]))
     name = f"dpm_solver_pp(order={_label(order)}, sde_eta={sde_eta:g}, variant={variant})"
     return build(name, tau, stages, max(orders))
@@ -83,7 +83,8 @@ def unipc(
 
     The D at the end of a step first corrects that step (UniC-p), then takes part in predicting the next (UniP-p); it is
     not evaluated again at the corrected x. Both are linear, so one row does both. Registers: x as predicted; D of 1,
-    ..., order - 1 stages ago; and last, if a step is corrected, what that adds to x but for its term in the D to come.
+    ..., order - 1 stages ago; and last, if any step is corrected, what the correction adds to x, except for its term in
+    the D to come.
     Orders at the start and the end are as in `dpm_solver_pp`. The last step is not corrected, as in the authors' code
     and in diffusers, and neither is a step from zero signal.
 
@@ -96,7 +97,7 @@ def unipc(
         UniP-2 and UniC-1, where the authors fix the coefficient at 1/2; "exact" integrates there, too.
       lower_order_final: the last steps take the orders ..., 3, 2, 1. If False, only the last step is lowered.
       disable_corrector: steps, counted from 0, whose result is not corrected, as in diffusers; with all of them,
-        range(S), this is UniP-p alone.
+        range(S), this is UniP-p.
 
     Raises:
       InputError: an order, variant or step outside the above, or tau is not a grid of the schedule.
@@ -111,7 +112,7 @@ def unipc(
     stages, start = [], x
     for i, (p, (at, to)) in enumerate(zip(orders, pairwise(grid), strict=True)):
         # UniP: the step starts from the corrected x, or from the x that the network saw.
-        known, nodes = estimates[:p], _newest_first(grid, i, p)
+        known, nodes = estimates[:p], newest(grid, i, p)
         kept = to.noise / at.noise * start
         predicted = kept + to.signal * (_weights(nodes, to, moments) @ known)
         rows, start = [predicted, *estimates[:-1]], x
@@ -162,11 +163,6 @@ def _choose(variant, variants):
 
 
 # Weights
-
-
-def _newest_first(grid: Sequence[Level], i: int, p: int) -> list[Level]:
-    """Returns the levels of the p newest estimates in step i: grid[i], grid[i - 1], ...."""
-    return grid[i - p + 1 : i + 1][::-1]
 
 
 def _weights(

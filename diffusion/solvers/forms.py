@@ -197,6 +197,11 @@ def step_orders(
     return [int(p) for p in order]
 
 
+def newest(grid: Sequence[Level], i: int, p: int) -> Sequence[Level]:
+    """Returns the levels of the p newest evaluations in step i: grid[i], grid[i - 1], ...."""
+    return grid[i - p + 1 : i + 1][::-1]
+
+
 # Formulas that several solvers use
 
 
