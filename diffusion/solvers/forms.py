@@ -1,9 +1,9 @@
-"""How solvers are written here: each row of a table is a linear form, so the code reads like the paper's formula.
+"""A solver is written as formulas on unit vectors, which makes its code read like the paper and yields its table.
 
-A stage of a table makes the next registers from the columns (registers, D, z): x, whatever a solver keeps from earlier
-calls, the denoised estimate D, and fresh noise z. `columns` gives these columns as unit vectors. The formula of a
-paper, computed on the unit vectors, then yields the coefficients that the table stores. This is the deterministic DDIM
-in full, x_s = a_s D + n_s eps for a step from `at` (t) to `to` (s)::
+A stage of a table makes the next registers from the registers (x, and what the solver keeps from earlier calls), the
+denoised estimate D and fresh noise z. `columns` returns all of these as unit vectors. The formula of a paper, computed
+on them, is a linear form: the very row of coefficients that the table stores. This is the deterministic DDIM in full,
+x_s = a_s D + n_s eps for each step from `at` (t) to `to` (s)::
 
     from itertools import pairwise
 
@@ -17,9 +17,9 @@ in full, x_s = a_s D + n_s eps for a step from `at` (t) to `to` (s)::
             stages.append(Stage(at, [to.signal * D + to.noise * eps_of(at, x, D)]))
         return build("my_ddim", tau, stages, num_registers=1)
 
-A multistep method keeps earlier evaluations in further registers. The two-step method of Adams and Bashforth on
-d(x / a) = eps d rho, with rho = n / a, adds half of the last change of eps to the DDIM step. It is scaled by r, the
-ratio of the two steps, and the first step goes without::
+A multistep method keeps earlier evaluations in further registers. The two-step method of Adams and Bashforth solves
+d(x / a) = eps d rho, with rho = n / a: to the DDIM step it adds r / 2 times the last change of eps, where r is the
+ratio of this step in rho to the one before. The first step has none before it and takes r = 0::
 
     from itertools import pairwise
 
@@ -27,12 +27,13 @@ ratio of the two steps, and the first step goes without::
 
 
     def my_adams(schedule, tau):
-        x, old, D, z = columns(2)
-        stages, before = [], None
-        for at, to in pairwise(eps_levels("my_adams", schedule, tau)):
-            eps, r = eps_of(at, x, D), (to.rho - at.rho) / (at.rho - before.rho) if before else 0.0
+        x, old, D, z = columns(2)  # old is the eps of the step before
+        grid, stages = eps_levels("my_adams", schedule, tau), []
+        for i, (at, to) in enumerate(pairwise(grid)):
+            eps = eps_of(at, x, D)
+            r = (to.rho - at.rho) / (at.rho - grid[i - 1].rho) if i else 0.0
             new_x = first_order(at, to, x, D) + eps_weight(at, to) * r / 2 * (eps - old)
-            stages, before = [*stages, Stage(at, [new_x, eps])], at
+            stages.append(Stage(at, [new_x, eps]))
         return build("my_adams", tau, stages, num_registers=2)
 
 Most methods of this package are written as a DDIM step, exact where D is constant, plus weighted differences of
