@@ -25,7 +25,7 @@ SCHEDULES = {
 def examples():
     """The functions that the indented blocks of the manual define, by name, and the source of each block."""
     text = inspect.getdoc(manual)
-    blocks = re.findall(r"::\n\n((?:(?: {4}[^\n]*)?\n)+)", text)
+    blocks = re.findall(r":\n\n((?:(?: {4}[^\n]*)?\n)+)", text)
     found, sources = {}, []
     for block in map(textwrap.dedent, blocks):
         names = {}

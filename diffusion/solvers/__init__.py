@@ -22,6 +22,7 @@ from diffusion.solvers.forms import (
     first_order,
     grid_levels,
     levels,
+    newest,
     runge_kutta,
     step_orders,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "levels",
     "lms",
     "make_table",
+    "newest",
     "plms",
     "pndm",
     "reverse",

@@ -1,4 +1,4 @@
-"""DDPM and DDIM over a subsequence of the timesteps: one family with one knob."""
+"""DDPM and DDIM step over a subsequence of the timesteps; they are one family with one knob, eta."""
 
 from itertools import pairwise
 
@@ -63,7 +63,8 @@ def ddpm(schedule: NoiseSchedule, tau, variance: str = "small") -> SamplerTable:
     name = f"ddpm(variance={variance})"
     if variance != "learned":
         return build(name, tau, stages, num_registers=1)
-    # The log needs a beta_tilde above 0 in the last step. With one step there is none before it, and any will do.
+    # The log needs a beta_tilde above 0 in the last step. With one step there is none before it, and
+    # any value will do, because no noise is injected.
     large = stds[-1][1]
     stds[-1] = (stds[-2][0] if len(stds) > 1 else large, large)
     return build(name, tau, stages, num_registers=1, log_variance=2 * np.log(stds))

@@ -3,7 +3,7 @@
 A stage of a table makes the next registers from the registers (x, and what the solver keeps from earlier calls), the
 denoised estimate D and fresh noise z. `columns` returns all of these as unit vectors. The formula of a paper, computed
 on them, is a linear form: the very row of coefficients that the table stores. This is the deterministic DDIM in full,
-x_s = a_s D + n_s eps for each step from `at` (t) to `to` (s)::
+x_s = a_s D + n_s eps for each step from `at` (t) to `to` (s):
 
     from itertools import pairwise
 
@@ -18,8 +18,8 @@ x_s = a_s D + n_s eps for each step from `at` (t) to `to` (s)::
         return build("my_ddim", tau, stages, num_registers=1)
 
 A multistep method keeps earlier evaluations in further registers. The two-step method of Adams and Bashforth solves
-d(x / a) = eps d rho, with rho = n / a: to the DDIM step it adds r / 2 times the last change of eps, where r is the
-ratio of this step in rho to the one before. The first step has none before it and takes r = 0::
+d(x / a) = eps d rho, with rho = n / a: to the DDIM step it adds r / 2 times the last change of eps, weighed as eps is,
+where r is the ratio of this step in rho to the one before. The first step has none before it and takes r = 0:
 
     from itertools import pairwise
 

@@ -5,6 +5,7 @@ import numpy as np
 from diffusion.errors import InputError
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers.forms import (
+    Level,
     Stage,
     build,
     columns,
@@ -76,7 +77,7 @@ def edm(
     return _heun(name, tau, grid, starts, [*added, 0.0])
 
 
-def _raised(name, schedule, grid, sigma, gamma):
+def _raised(name: str, schedule: NoiseSchedule, grid: list[Level], sigma: np.ndarray, gamma: np.ndarray) -> list[Level]:
     """Finds the level at which each step starts, where the noise in units of the signal is sigma (1 + gamma)."""
     largest = np.exp(-schedule.half_log_snr(schedule.num_timesteps))
     for level, s, g in zip(grid, sigma, gamma, strict=False):
@@ -89,7 +90,7 @@ def _raised(name, schedule, grid, sigma, gamma):
     return [up if g > 0 else level for level, up, g in zip(grid, churned, gamma, strict=False)]
 
 
-def _heun(name, tau, grid, starts, added):
+def _heun(name: str, tau, grid: list[Level], starts: list[Level], added: list[float]) -> SamplerTable:
     """Builds Heun steps from starts[i] to grid[i + 1]; before step i noise of std added[i] is put on x / a."""
     registers = 2 if len(starts) > 1 else 1
     x, *_, D, z = columns(registers)

@@ -1,4 +1,4 @@
-"""Weights of quadratures over one step, in the share v = u / h of the step passed; NumPy float64."""
+"""Integrals over one step become weights here; v = u / h is the share of the step passed. NumPy float64."""
 
 import numpy as np
 from jaxtyping import Float

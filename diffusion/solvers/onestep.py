@@ -1,4 +1,4 @@
-"""One-step samplers under the names of other papers and libraries, and DDPM with the optimal variance."""
+"""One-step samplers go here by the names of other papers and libraries, with DDPM of optimal variance among them."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -82,13 +82,14 @@ _EPS = _Basis(eps_of, lambda to, h: (-to.noise, h))
 _X0 = _Basis(lambda at, x, D: D, lambda to, h: (-to.signal, -h))
 
 
-def _singlestep(name, schedule, tau, order, grid, basis):
+def _singlestep(name: str, schedule: NoiseSchedule, tau, order: int, grid: list[Level], basis: _Basis) -> SamplerTable:
     """Builds either solver: each step has the given order, or order 1 if its length in lambda is infinite."""
     steps = list(pairwise(grid))
     lengths = [to.half_log_snr - at.half_log_snr for at, to in steps]
     fractions = [[*INNER[order], 1.0] if np.isfinite(h) else [1.0] for h in lengths]
     registers = max(map(len, fractions))
     stages = []
+    # The network is called again at each share of the step in lambda, and each call improves the next target.
     for (at, to), h, shares in zip(steps, lengths, fractions, strict=True):
         inner = levels(schedule, schedule.time_of([at.half_log_snr + r * h for r in shares[:-1]]))
         targets = [*inner, to]
@@ -98,7 +99,7 @@ def _singlestep(name, schedule, tau, order, grid, basis):
     return build(name, tau, stages, registers)
 
 
-def _weight(order, basis, to, r, share, h):
+def _weight(order: int, basis: _Basis, to: Level, r: float, share: float, h: float) -> float:
     """Weighs F(lambda_t + r h) - F(lambda_t) in the solution at `to`, which lies at lambda_t + share h."""
     scale, z = basis.held(to, share * h)
     if order == 2:

@@ -193,7 +193,7 @@ def gaussian_moments(table: SamplerTable, mean, covariance, start=None):
     """Computes the exact mean and covariance of the samples when the data is Gaussian, with no sampling.
 
     For such data the ideal D is affine in x, D = mean + a C (a^2 C + n^2)^{-1} (x - a mean), so the registers stay
-    jointly Gaussian and their moments follow from the table alone, along each principal axis of C.
+    jointly Gaussian and the table determines their moments, along each principal axis of C.
 
     Args:
       table: any table without learned variance.
