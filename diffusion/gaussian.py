@@ -1,8 +1,8 @@
-"""The Gaussian diffusion process: forward noising, prediction conversions, posteriors, and DDIM's noise level.
+"""The Gaussian diffusion process in jitted functions: it noises, converts predictions and computes posteriors.
 
 Public functions are jitted and pure. They take a schedule, arrays in NHWC (or any shape with a leading axis B) and
 timesteps t > s as int scalars or int [B]. Traced code cannot raise, so a timestep outside 0..T or a step with s >= t
-gives NaN instead of a clamped value. Arithmetic holds for any (signal, noise) pair, not just a^2 + n^2 = 1.
+gives NaN instead of a clamped value. The formulas hold for any (signal, noise) pair, not just a^2 + n^2 = 1.
 """
 
 import jax
@@ -15,27 +15,27 @@ from diffusion.types import Images, Timesteps
 
 @jax.jit
 def q_sample(schedule: NoiseSchedule, x_0: Images, t: Timesteps, eps: Images) -> Images:
-    """Forward process in one jump: x_t = a_t x_0 + n_t eps (DDPM, arXiv:2006.11239, Eq. 4)."""
+    """Noises x_0 in one jump, x_t = a_t x_0 + n_t eps: the forward process (DDPM, arXiv:2006.11239, Eq. 4)."""
     return _signal(schedule, t, x_0) * x_0 + _noise(schedule, t, x_0) * eps
 
 
 @jax.jit
 def predict_x0(schedule: NoiseSchedule, x_t: Images, t: Timesteps, eps: Images) -> Images:
-    """x_0 = (x_t - n_t eps) / a_t (DDPM, Eq. 15); not finite where a_t = 0."""
+    """Computes x_0 = (x_t - n_t eps) / a_t from x_t and its noise (DDPM, Eq. 15); not finite where a_t = 0."""
     return (x_t - _noise(schedule, t, x_t) * eps) / _signal(schedule, t, x_t)
 
 
 @jax.jit
 def predict_eps(schedule: NoiseSchedule, x_t: Images, t: Timesteps, x_0: Images) -> Images:
-    """eps = (x_t - a_t x_0) / n_t, the inverse of predict_x0; not finite at t = 0."""
+    """Computes eps = (x_t - a_t x_0) / n_t, the inverse of predict_x0; not finite at t = 0."""
     return (x_t - _signal(schedule, t, x_t) * x_0) / _noise(schedule, t, x_t)
 
 
 @jax.jit
 def velocity(schedule: NoiseSchedule, x_0: Images, t: Timesteps, eps: Images) -> Images:
-    """v = a_t eps - n_t x_0 (Salimans & Ho, arXiv:2202.00512, appendix D).
+    """Computes v = a_t eps - n_t x_0 (Salimans & Ho, arXiv:2202.00512, appendix D).
 
-    Then x_0 = a_t x_t - n_t v where a_t^2 + n_t^2 = 1.
+    If a_t^2 + n_t^2 = 1, x_0 = a_t x_t - n_t v.
     """
     return _signal(schedule, t, x_0) * eps - _noise(schedule, t, x_0) * x_0
 
@@ -44,9 +44,9 @@ def velocity(schedule: NoiseSchedule, x_0: Images, t: Timesteps, eps: Images) ->
 def posterior(
     schedule: NoiseSchedule, x_t: Images, x_0: Images, t: Timesteps, s: Timesteps
 ) -> tuple[Images, Float[Array, ""] | Float[Array, "B"]]:
-    """q(x_s | x_t, x_0) of the respaced process, for any s < t (improved DDPM, arXiv:2102.09672, Eq. 19).
+    """Computes the posterior q(x_s | x_t, x_0) of the respaced process (improved DDPM, arXiv:2102.09672, Eq. 19).
 
-    The one-step alpha of the step is alpha_bar_t / alpha_bar_s, not the original alpha_t.
+    It holds for any s < t: the alpha of the step is alpha_bar_t / alpha_bar_s, not the original alpha_t.
 
     Returns:
       mean in x_t's shape; variance in t's shape, squared pixel units, 0 where s = 0.
@@ -60,7 +60,7 @@ def posterior(
 
 @jax.jit
 def ddim_sigma(schedule: NoiseSchedule, t: Timesteps, s: Timesteps, eta) -> Float[Array, ""] | Float[Array, "B"]:
-    """Std of the fresh noise added by one reverse step from t down to s.
+    """Computes the std of the fresh noise that one reverse step from t down to s adds.
 
     Denoising Diffusion Implicit Models (arXiv:2010.02502), Eq. 16, where the paper's alpha is our alpha_bar.
 
@@ -77,7 +77,7 @@ def ddim_sigma(schedule: NoiseSchedule, t: Timesteps, s: Timesteps, eta) -> Floa
 
 @jax.jit
 def split_noise(schedule: NoiseSchedule, t: Timesteps, s: Timesteps, eta):
-    """How DDIM splits the noise of x_s: eps_s = A eps_t + B z with A^2 + B^2 = 1.
+    """Splits the noise of x_s as DDIM does: eps_s = A eps_t + B z with A^2 + B^2 = 1.
 
     x_s = a_s x_0 + n_s (A eps_t + B z) keeps the marginal of x_s for every eta; ddim_sigma = n_s B (arXiv:2010.02502,
     Eq. 12).
@@ -100,9 +100,9 @@ def signal_noise(schedule: NoiseSchedule, t: Timesteps, x: Images) -> tuple[Imag
 
 
 def posterior_shares(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s):
-    """What the noise of x_s is made of in the posterior q(x_s | x_t, x_0): shares of its variance that add up to 1.
+    """Splits the variance of x_s's noise in the posterior q(x_s | x_t, x_0) into two shares, which add up to 1.
 
-    Plain arithmetic for NumPy and JAX alike, without cancellation.
+    It is plain arithmetic for NumPy and JAX alike, in which nothing cancels.
 
     Returns:
       (kept, fresh): the share that continues the noise of x_t, SNR_t / SNR_s, and the share that is drawn anew.
@@ -112,12 +112,12 @@ def posterior_shares(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s):
 
 
 def kept_noise(kept, eta):
-    """A = sqrt(1 - eta^2 (1 - kept)) of DDIM's split, written so that nothing cancels at eta = 1."""
+    """Computes A = sqrt(1 - eta^2 (1 - kept)) of DDIM's split, written so that nothing cancels at eta = 1."""
     return ((1 - eta) * (1 + eta) + eta**2 * kept) ** 0.5
 
 
 def _at(values, t):
-    """values[t] in t's shape; NaN where t lies outside 0..T (plain indexing would clamp or wrap)."""
+    """Looks up values[t] in t's shape; NaN where t lies outside 0..T, as plain indexing would clamp or wrap."""
     values, t = jnp.asarray(values), jnp.asarray(t)
     return values.at[jnp.where(t < 0, values.size, t)].get(mode="fill", fill_value=jnp.nan)
 
@@ -130,20 +130,22 @@ def _expand(coefficient, x):
 
 
 def _signal(schedule, t, x):
+    """Looks up a_t, shaped to multiply x."""
     return _expand(jnp.sqrt(_at(schedule.alpha_bar, t)), x)
 
 
 def _noise(schedule, t, x):
+    """Looks up n_t, shaped to multiply x."""
     return _expand(jnp.sqrt(_at(schedule.noise_var, t)), x)
 
 
 def _ratio(schedule, t, s):
-    """a_t / a_s."""
+    """Computes a_t / a_s."""
     return jnp.sqrt(_at(schedule.alpha_bar, t) / _at(schedule.alpha_bar, s))
 
 
 def _shares(schedule, t, s):
-    """posterior_shares of a step, NaN unless s < t."""
+    """Computes posterior_shares of a step from t to s; NaN unless s < t."""
     powers = [_at(values, time) for time in (t, s) for values in (schedule.alpha_bar, schedule.noise_var)]
     valid = jnp.asarray(s) < jnp.asarray(t)
     return tuple(jnp.where(valid, share, jnp.nan) for share in posterior_shares(*powers))

@@ -1,8 +1,8 @@
-"""Noise schedules: how much signal and noise x_t holds at each timestep.
+"""A noise schedule says how much signal and noise x_t holds at each timestep.
 
 Everything here is NumPy float64. A schedule meets JAX once, as an argument of a jitted function, where it is cast to
-the working precision; noise_var is stored beside alpha_bar because 1 - alpha_bar in float32 loses 2e-4 relative at t
-= 1.
+the working precision. That is why noise_var is stored beside alpha_bar: 1 - alpha_bar in float32 loses 2e-4 relative
+at t = 1.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from diffusion.errors import InputError, is_whole
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """x_t = sqrt(alpha_bar[t]) x_0 + sqrt(noise_var[t]) eps for t in 0..T, where t = 0 is clean data.
+    """A NoiseSchedule is x_t = sqrt(alpha_bar[t]) x_0 + sqrt(noise_var[t]) eps for t in 0..T; t = 0 is clean data.
 
-    A pytree of two arrays, so that it can be traced. Their ratio, the SNR, descends strictly; their sum is 1 in a
-    variance-preserving schedule. Between integers such a schedule is continued with log(alpha_bar) linear in t, and any
-    other with signal and noise linear in t.
+    It is a pytree of two arrays, so that it can be traced. Their ratio, the SNR, descends strictly; their sum is 1 in a
+    variance-preserving schedule. Between whole timesteps such a schedule continues with log(alpha_bar) linear in t, and
+    any other with signal and noise linear in t.
 
     Attributes:
       alpha_bar: signal power, float64 [T + 1], alpha_bar[0] = 1.
@@ -34,24 +34,24 @@ class NoiseSchedule:
 
     @property
     def num_timesteps(self) -> int:
-        """T."""
+        """Returns T."""
         return self.alpha_bar.shape[0] - 1
 
     @property
     def variance_preserving(self) -> bool:
-        """Whether signal and noise power add up to 1 at every timestep."""
+        """Tells whether signal and noise power add up to 1 at every timestep."""
         return bool(np.all(np.abs(self.alpha_bar + self.noise_var - 1) < 1e-9))
 
     @property
     def betas(self) -> Float[np.ndarray, "T"]:
-        """One-step forward variances; betas[t - 1] belongs to the step from t - 1 to t."""
+        """Computes the one-step forward variances; betas[t - 1] belongs to the step from t - 1 to t."""
         later, earlier = slice(1, None), slice(None, -1)
         return transition_var(
             self.alpha_bar[later], self.noise_var[later], self.alpha_bar[earlier], self.noise_var[earlier]
         )
 
     def powers(self, t) -> tuple[np.ndarray, np.ndarray]:
-        """Signal power alpha_bar_t and noise power 1 - alpha_bar_t at real times.
+        """Looks up signal power alpha_bar_t and noise power 1 - alpha_bar_t at real times.
 
         Args:
           t: any shape, 0 <= t <= T.
@@ -69,6 +69,7 @@ class NoiseSchedule:
         weight = t - lower
         between = _geometric if self.variance_preserving else _linear
         alpha_bar, noise_var = between(self, lower, weight)
+        # At whole times the stored values are returned, because interpolation would round them.
         ends = [(weight == 0, lower), (weight == 1, lower + 1)]
         for is_end, index in ends:
             alpha_bar = np.where(is_end, self.alpha_bar[index], alpha_bar)
@@ -76,18 +77,18 @@ class NoiseSchedule:
         return alpha_bar, noise_var
 
     def at(self, t) -> tuple[np.ndarray, np.ndarray]:
-        """Signal a_t and noise n_t at real times: the square roots of powers(t)."""
+        """Looks up signal a_t and noise n_t at real times: the square roots of powers(t)."""
         alpha_bar, noise_var = self.powers(t)
         return np.sqrt(alpha_bar), np.sqrt(noise_var)
 
     def half_log_snr(self, t) -> np.ndarray:
-        """lambda_t = log(a_t / n_t) at real times, float64 in t's shape: +inf at t = 0, strictly decreasing."""
+        """Computes lambda_t = log(a_t / n_t) at real times, float64 in t's shape; it descends from +inf at t = 0."""
         alpha_bar, noise_var = self.powers(t)
         with np.errstate(divide="ignore"):
             return 0.5 * (np.log(alpha_bar) - np.log(noise_var))
 
     def time_of(self, half_log_snr) -> np.ndarray:
-        """The real time at which lambda_t has the given value; the inverse of half_log_snr, float64 in 0..T.
+        """Finds the real time at which lambda_t has the given value: the inverse of half_log_snr, float64 in 0..T.
 
         Raises:
           InputError: no time has this value.
@@ -100,7 +101,7 @@ class NoiseSchedule:
 
 
 def _geometric(schedule, lower, weight):
-    """Powers between timesteps with log(alpha_bar) linear; alpha_bar itself where an interval ends at zero signal."""
+    """Interpolates with log(alpha_bar) linear in t, or alpha_bar where an interval ends at zero signal."""
     start, end = schedule.alpha_bar[lower], schedule.alpha_bar[lower + 1]
     with np.errstate(divide="ignore", invalid="ignore"):
         log_alpha_bar = (1 - weight) * np.log(start) + weight * np.log(end)
@@ -109,6 +110,7 @@ def _geometric(schedule, lower, weight):
 
 
 def _geometric_time(schedule, half_log_snr):
+    """Inverts `_geometric`: the time of each lambda."""
     with np.errstate(divide="ignore"):
         knots = -np.log(schedule.alpha_bar)  # ascending from 0; +inf at the end at zero terminal SNR
     # alpha_bar = sigmoid(log SNR), so -log(alpha_bar) = softplus(-log SNR).
@@ -120,36 +122,38 @@ def _geometric_time(schedule, half_log_snr):
 
 
 def _linear(schedule, lower, weight):
-    """Powers between timesteps with signal and noise linear."""
+    """Interpolates with signal and noise linear in t."""
     signal, noise = np.sqrt(schedule.alpha_bar), np.sqrt(schedule.noise_var)
     return tuple(((1 - weight) * v[lower] + weight * v[lower + 1]) ** 2 for v in (signal, noise))
 
 
 def _linear_time(schedule, half_log_snr):
+    """Inverts `_linear`: the time of each lambda."""
     signal, noise = np.sqrt(schedule.alpha_bar), np.sqrt(schedule.noise_var)
     with np.errstate(over="ignore"):
         ratio = np.exp(-half_log_snr)  # noise / signal
+    # The interval that holds the ratio, and the place in it where noise - ratio signal, linear in t, is 0.
     with np.errstate(divide="ignore"):
         lower = np.searchsorted(noise / signal, ratio, side="right") - 1
     lower = np.clip(lower, 0, schedule.num_timesteps - 1)
     d_signal, d_noise = signal[lower + 1] - signal[lower], noise[lower + 1] - noise[lower]
     with np.errstate(invalid="ignore"):
         time = lower + (ratio * signal[lower] - noise[lower]) / (d_noise - ratio * d_signal)
-    # No signal at all is the end; rounding must not pass it.
+    # Where there is no signal, t = T; rounding must not pass it.
     return np.where(np.isinf(ratio), schedule.num_timesteps, np.minimum(time, schedule.num_timesteps))
 
 
 def transition_var(alpha_bar_t, noise_var_t, alpha_bar_s, noise_var_s):
-    """Variance of q(x_t | x_s), in VP form 1 - alpha_bar_t / alpha_bar_s, for any (signal, noise) pair.
+    """Computes the variance of q(x_t | x_s), in VP form 1 - alpha_bar_t / alpha_bar_s, for any (signal, noise) pair.
 
-    Plain arithmetic for NumPy and JAX alike. Written with both powers, the difference is small against neither: at
-    small t noise_var is exact, at large t alpha_bar is.
+    It is plain arithmetic for NumPy and JAX alike. Written with both powers, the difference is small against neither:
+    at small t noise_var is exact, at large t alpha_bar is.
     """
     return (noise_var_t * alpha_bar_s - alpha_bar_t * noise_var_s) / alpha_bar_s
 
 
 def from_betas(betas) -> NoiseSchedule:
-    """The schedule with given one-step variances.
+    """Builds the schedule with given one-step variances.
 
     Args:
       betas: [T], 0 < beta < 1; the last one may be 1 (zero terminal SNR).
@@ -175,17 +179,17 @@ def from_betas(betas) -> NoiseSchedule:
 
 
 def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """beta_t linear in t (DDPM, arXiv:2006.11239, section 4). The two ends are not rescaled with num_timesteps."""
+    """Builds beta_t linear in t (DDPM, arXiv:2006.11239, section 4). The ends are not rescaled with num_timesteps."""
     return from_betas(np.linspace(beta_start, beta_end, _count(num_timesteps)))
 
 
 def scaled_linear(num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
-    """sqrt(beta_t) linear in t (latent diffusion, arXiv:2112.10752); the defaults are Stable Diffusion's."""
+    """Builds sqrt(beta_t) linear in t (latent diffusion, arXiv:2112.10752); the defaults are Stable Diffusion's."""
     return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, _count(num_timesteps)) ** 2)
 
 
 def cosine(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """alpha_bar a squared cosine of t (improved DDPM, arXiv:2102.09672, Eq. 17), with beta at most max_beta.
+    """Builds alpha_bar as a squared cosine of t (improved DDPM, arXiv:2102.09672, Eq. 17), beta at most max_beta.
 
     Args:
       num_timesteps: T.
@@ -202,8 +206,8 @@ def cosine(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0
 def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     """Shifts and scales sqrt(alpha_bar) so that x_T is pure noise (Lin et al., arXiv:2305.08891, algorithm 1).
 
-    sqrt(alpha_bar[1]) keeps its value and sqrt(alpha_bar[T]) becomes 0. An eps-model cannot be sampled from t = T then:
-    eps says nothing about x_0 there. Use v or x_0 prediction.
+    sqrt(alpha_bar[1]) keeps its value and sqrt(alpha_bar[T]) becomes 0. An eps-model cannot then be sampled from t = T,
+    because eps says nothing about x_0 there; use v or x_0 prediction.
     """
     if schedule.num_timesteps < 2 or not schedule.variance_preserving:
         raise InputError("zero_terminal_snr needs a variance-preserving schedule of at least 2 timesteps")
@@ -213,7 +217,7 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
 
 
 def from_signal_noise(signal, noise) -> NoiseSchedule:
-    """Any schedule x_t = signal[t] x_0 + noise[t] eps.
+    """Builds any schedule x_t = signal[t] x_0 + noise[t] eps.
 
     Args:
       signal, noise: [T + 1], not negative, from signal[0] = 1 and noise[0] = 0; signal / noise descends strictly.
@@ -233,9 +237,10 @@ def from_signal_noise(signal, noise) -> NoiseSchedule:
 
 
 def shifted_cosine(num_timesteps: int = 1000, image_size: int = 128, base_size: int = 64) -> NoiseSchedule:
-    """A cosine schedule whose SNR is lower by (base_size / image_size)^2 (simple diffusion, arXiv:2301.11093, Eq. 4).
+    """Builds a cosine schedule with (base_size / image_size)^2 of its SNR (simple diffusion, arXiv:2301.11093, Eq. 4).
 
-    More pixels average more noise away; the shift gives a large image as much of it as base_size pixels need.
+    The more pixels an image has, the more of its noise averages out. The shift adds noise to a large image until,
+    averaged to base_size, it has as much as an image of that size.
     """
     if not (is_whole(image_size) and is_whole(base_size)) or image_size < 1 or base_size < 1:
         raise InputError(f"image_size is {image_size}, base_size {base_size}; both must be whole and at least 1")
@@ -248,7 +253,7 @@ def shifted_cosine(num_timesteps: int = 1000, image_size: int = 128, base_size: 
 def edm(
     num_timesteps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> NoiseSchedule:
-    """EDM's noise levels with signal 1 (Karras et al., arXiv:2206.00364, Eq. 5), from sigma_min at 1 to sigma_max at T.
+    """Builds EDM's noise levels with signal 1 (arXiv:2206.00364, Eq. 5), from sigma_min at 1 to sigma_max at T.
 
     Use with prediction "edm", the paper's preconditioning, where the network sees log(sigma) / 4 and not t.
     """
@@ -260,7 +265,7 @@ def edm(
 
 
 def rectified_flow(num_timesteps: int = 1000) -> NoiseSchedule:
-    """x_t = (1 - t/T) x_0 + (t/T) eps (Liu et al., arXiv:2209.03003); use with prediction "flow"."""
+    """Builds x_t = (1 - t/T) x_0 + (t/T) eps (Liu et al., arXiv:2209.03003); use with prediction "flow"."""
     noise = np.arange(_count(num_timesteps) + 1) / num_timesteps
     return from_signal_noise(1 - noise, noise)
 
@@ -273,9 +278,11 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "edm": edm,
     "rectified_flow": rectified_flow,
 }
+"""The schedules by name."""
 
 
 def _count(num_timesteps: int) -> int:
+    """Returns the number of timesteps as an int if it is whole and at least 1."""
     if not is_whole(num_timesteps) or num_timesteps < 1:
         raise InputError(f"num_timesteps is {num_timesteps}; it must be a whole number of at least 1")
     return int(num_timesteps)

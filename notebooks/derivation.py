@@ -170,14 +170,17 @@ np.testing.assert_allclose(1 - linear.alpha_bar[1:] / linear.alpha_bar[:-1], lin
 
 
 def with_one_step_beta(schedule, tau):
-    """DDPM's update with the original beta_t in every step, as if s were t - 1."""
-    t, s = tau[:-1], tau[1:]
-    beta, alpha_bar_t = schedule.betas[t - 1], schedule.alpha_bar[t]
-    previous = alpha_bar_t / (1 - beta)  # alpha_bar of t - 1, which is not where x goes
-    keep = np.sqrt(1 - beta) * (1 - previous) / (1 - alpha_bar_t)
-    add = np.sqrt(previous) * beta / (1 - alpha_bar_t)
-    sigma = np.sqrt(beta * (1 - previous) / (1 - alpha_bar_t)) * (s > 0)
-    return solvers.one_register("one-step beta", schedule, tau, keep, add, sigma)
+    """Builds DDPM's update with the original beta_t in every step, as if s were t - 1."""
+    x, D, z = solvers.columns(1)
+    stages = []
+    for at, s in zip(solvers.grid_levels(schedule, tau), tau[1:], strict=False):
+        beta, alpha_bar_t = schedule.betas[int(at.t) - 1], at.signal**2
+        previous = alpha_bar_t / (1 - beta)  # alpha_bar of t - 1, which is not where x goes
+        keep = np.sqrt(1 - beta) * (1 - previous) / (1 - alpha_bar_t)
+        add = np.sqrt(previous) * beta / (1 - alpha_bar_t)
+        sigma = np.sqrt(beta * (1 - previous) / (1 - alpha_bar_t)) * (s > 0)
+        stages.append(solvers.Stage(at, [keep * x + add * D + sigma * z]))
+    return solvers.build("one-step beta", tau, stages, num_registers=1)
 
 
 steps = np.unique(np.geomspace(5, T, 12).astype(int))

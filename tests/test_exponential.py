@@ -405,21 +405,13 @@ def test_names_tell_the_options():
     assert unipc(LINEAR, tau, variant="bh1").name == "unipc(order=3, variant=bh1)"
 
 
-class UnitSignal:
-    """A variance-exploding pair, a = 1 and n = t, with the methods of a schedule that solvers call."""
-
-    num_timesteps = 80
-
-    def at(self, t):
-        return np.ones(np.shape(t)), np.asarray(t, float)
-
-
 def test_signal_and_noise_need_not_be_on_the_unit_circle():
     """Only lambda matters: where D is a function of x / a, samples at the same lambdas are the same."""
     noise = np.array([60.0, 30.0, 11.0, 4.0, 1.0, 0.3])
+    growing = schedules.from_signal_noise(np.ones(81), np.arange(81.0))  # a = 1 and n = t
     schedule = schedules.linear(beta_end=0.03)
     for solver in (dpm_solver_pp, unipc):
-        exploding = solver(UnitSignal(), np.append(noise, 0.0), 3)
+        exploding = solver(growing, np.append(noise, 0.0), 3)
         circle = solver(schedule, grid_at(-np.log(noise), schedule), 3)
         wanted = run(exploding, 60.0 * START)[-1]
         start = circle.signal[0] * 60.0 * START

@@ -1,15 +1,35 @@
-"""Solvers: functions (schedule, tau, options) -> SamplerTable, and what can be done with a table."""
+"""Solvers turn a schedule, a grid tau and options into a SamplerTable; here are all of them, and the tools to add one.
+
+`diffusion.solvers.forms` shows with two complete examples how a solver is written.
+"""
 
 from collections.abc import Callable
 
 from diffusion.solvers.adams import deis, ipndm, lms, plms, pndm
-from diffusion.solvers.ddim import ddim, ddpm
+from diffusion.solvers.ddim import ddim, ddpm, split_noise
 from diffusion.solvers.differentiable import differentiable
 from diffusion.solvers.exponential import dpm_solver_pp, unipc
+from diffusion.solvers.forms import (
+    Form,
+    Level,
+    Stage,
+    build,
+    check_order,
+    columns,
+    eps_levels,
+    eps_of,
+    eps_weight,
+    first_order,
+    grid_levels,
+    levels,
+    newest,
+    runge_kutta,
+    step_orders,
+)
 from diffusion.solvers.heun import edm, heun
 from diffusion.solvers.onestep import analytic_dpm, consistency, euler, euler_ancestral, sigma_hat
 from diffusion.solvers.singlestep import dpm_solver, dpm_solver_pp_singlestep
-from diffusion.solvers.table import SamplerTable, from_json, gaussian_moments, make_table, one_register, reverse
+from diffusion.solvers.table import SamplerTable, from_json, gaussian_moments, make_table, reverse
 
 SOLVERS: dict[str, Callable[..., SamplerTable]] = {
     "ddim": ddim,
@@ -30,7 +50,7 @@ SOLVERS: dict[str, Callable[..., SamplerTable]] = {
     "edm": edm,
     "consistency": consistency,
 }
-"""Solvers that need nothing but a schedule and a grid; options have defaults."""
+"""Solvers that need only a schedule and a grid; all their options have defaults."""
 
 ESTIMATED_SOLVERS: dict[str, Callable[..., SamplerTable]] = {"analytic_dpm": analytic_dpm}
 """Solvers that also need gamma, which `diffusion.learning.analytic` estimates from a network and its data."""
@@ -38,8 +58,14 @@ ESTIMATED_SOLVERS: dict[str, Callable[..., SamplerTable]] = {"analytic_dpm": ana
 __all__ = [
     "ESTIMATED_SOLVERS",
     "SOLVERS",
+    "Form",
+    "Level",
     "SamplerTable",
+    "Stage",
     "analytic_dpm",
+    "build",
+    "check_order",
+    "columns",
     "consistency",
     "ddim",
     "ddpm",
@@ -49,18 +75,27 @@ __all__ = [
     "dpm_solver_pp",
     "dpm_solver_pp_singlestep",
     "edm",
+    "eps_levels",
+    "eps_of",
+    "eps_weight",
     "euler",
     "euler_ancestral",
+    "first_order",
     "from_json",
     "gaussian_moments",
+    "grid_levels",
     "heun",
     "ipndm",
+    "levels",
     "lms",
     "make_table",
-    "one_register",
+    "newest",
     "plms",
     "pndm",
     "reverse",
+    "runge_kutta",
     "sigma_hat",
+    "split_noise",
+    "step_orders",
     "unipc",
 ]

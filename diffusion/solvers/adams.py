@@ -1,18 +1,18 @@
-"""Multistep solvers in the eps basis: DEIS, iPNDM, PLMS, PNDM and k-diffusion's LMS.
+"""DEIS, iPNDM, PLMS, PNDM and k-diffusion's LMS combine earlier evaluations of eps: multistep, in the eps basis.
 
 In rho = n / a the probability flow is d(x / a) = eps d rho. From t down to s
 
     x_s = (a_s / a_t) x_t + a_s sum_k eps_k int_t^s L_k d rho,      eps_k = (x_k - a_k D_k) / n_k,
 
-with eps_0 the newest and L_k the Lagrange polynomials through the last p times, in lambda, rho or t. The sum of the
-integrals is known, so this is the DDIM step plus weighted differences eps_k - eps_0. Registers: x, then eps of 1, ...,
-p - 1 steps ago.
+with eps_0 the newest and L_k the Lagrange polynomials through the last p times, in lambda, rho or t. The integrals sum
+to rho_s - rho_t, so this is the DDIM step plus weighted differences eps_k - eps_0. The registers hold x, then the eps
+of 1, ..., p - 1 steps ago.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from diffusion.errors import InputError, nearest
 from diffusion.schedules import NoiseSchedule
@@ -28,8 +28,10 @@ from diffusion.solvers.forms import (
     eps_weight,
     first_order,
     levels,
+    newest,
+    step_orders,
 )
-from diffusion.solvers.integrals import lagrange_integrals
+from diffusion.solvers.integrals import NODES, WEIGHTS, lagrange_integrals
 from diffusion.solvers.table import SamplerTable
 
 ADAMS_BASHFORTH = {
@@ -38,14 +40,14 @@ ADAMS_BASHFORTH = {
     3: np.array([23.0, -16.0, 5.0]) / 12,
     4: np.array([55.0, -59.0, 37.0, -9.0]) / 24,
 }
-"""Classical weights of a uniform grid, the newest evaluation first."""
+"""The classical weights, for a uniform grid, of each order; the newest evaluation comes first."""
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
-_NODES, _WEIGHTS = (1 + _NODES) / 2, _WEIGHTS / 2
+Weigh = Callable[[Sequence[Level], Level], Float[np.ndarray, "p"]]
+"""Gives the weight of each eps in a step: (levels of the evaluations, the newest first; level of the end) -> [p]."""
 
 _COORDINATES = {
     "lambda": lambda level: level.half_log_snr,
-    "rho": lambda level: level.noise / level.signal,
+    "rho": lambda level: level.rho,
     "t": lambda level: level.t,
 }
 
@@ -53,7 +55,7 @@ _COORDINATES = {
 def deis(
     schedule: NoiseSchedule, tau, order: int = 3, basis: str = "lambda", lower_order_final: bool = True
 ) -> SamplerTable:
-    """DEIS (arXiv:2204.13902): Adams-Bashforth with the polynomials integrated exactly; tAB-DEIS and rho-AB-DEIS.
+    """Builds DEIS (arXiv:2204.13902): Adams-Bashforth, polynomials integrated exactly; tAB-DEIS and rho-AB-DEIS.
 
     One call a step. The first steps have order 1, 2, ..., until enough evaluations exist; the last step has order 1 and
     returns D, as lambda = inf at t = 0.
@@ -74,13 +76,12 @@ def deis(
         raise InputError(f"basis is {basis!r}; {nearest(str(basis), _COORDINATES)}")
     name = f"deis(order={order}, basis={basis})"
     grid = eps_levels(name, schedule, tau)
-    orders = _orders(len(grid) - 1, order, lower_order_final)
-    orders[-1] = 1
+    orders = step_orders(grid, order, 4, lower_order_final)
     return _adams(name, tau, grid, orders, lambda nodes, to: _integrals(schedule, basis, nodes, to))
 
 
 def lms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool = False) -> SamplerTable:
-    """Linear multistep of k-diffusion (`sample_lms`): `deis(basis="rho")`, by default of full order to the very end.
+    """Builds k-diffusion's linear multistep (`sample_lms`): `deis(basis="rho")`, by default in full order to the end.
 
     Args:
       schedule: the noise schedule.
@@ -94,15 +95,15 @@ def lms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool = 
     order = check_order(order, 4)
     name = f"lms(order={order})"
     grid = eps_levels(name, schedule, tau)
-    orders = _orders(len(grid) - 1, order, lower_order_final)
+    orders = step_orders(grid, order, 4, lower_order_final, full_at_zero=True)
     return _adams(name, tau, grid, orders, lambda nodes, to: _integrals(schedule, "rho", nodes, to))
 
 
 def ipndm(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool = False) -> SamplerTable:
-    """iPNDM (arXiv:2204.13902): classical Adams-Bashforth weights on eps, in DDIM's step; one call a step.
+    """Builds iPNDM (arXiv:2204.13902): classical Adams-Bashforth weights on eps, in DDIM's step; one call a step.
 
-    Of the stated order only where the grid is uniform in rho; on other smooth grids of order 2, as PNDM's authors prove
-    for theirs, because the weights know nothing of the grid.
+    It has the stated order only where the grid is uniform in rho. On other smooth grids it has order 2, as PNDM's
+    authors prove for theirs, because the weights know nothing of the grid.
 
     Args:
       schedule: the noise schedule.
@@ -116,11 +117,12 @@ def ipndm(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool 
     order = check_order(order, 4)
     name = f"ipndm(order={order})"
     grid = eps_levels(name, schedule, tau)
-    return _adams(name, tau, grid, _orders(len(grid) - 1, order, lower_order_final), _classical)
+    orders = step_orders(grid, order, 4, lower_order_final, full_at_zero=True)
+    return _adams(name, tau, grid, orders, _classical)
 
 
 def plms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool = False) -> SamplerTable:
-    """PLMS as in latent diffusion and in diffusers (PNDM with skip_prk_steps): `ipndm` with a second-order start.
+    """Builds PLMS as in latent diffusion and diffusers (PNDM with skip_prk_steps): `ipndm` with a second-order start.
 
     PNDM, arXiv:2202.09778. The first step is made with eps_0, then made again with the mean of eps_0 and the eps found
     at its end, which enters no later step. So S + 1 calls; 1 where S = 1, as the network cannot be called at t = 0.
@@ -142,17 +144,17 @@ def plms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool =
     steps = len(grid) - 1
     x, *past, D, _ = columns(min(order, steps))
     stages = []
-    for i, p in enumerate(_orders(steps, order, lower_order_final)):
-        stages.append(_multistep(grid[i - p + 1 : i + 2], x, past, D, _classical))
+    for i, p in enumerate(step_orders(grid, order, 4, lower_order_final, full_at_zero=True)):
+        stages.append(_multistep(newest(grid, i, p), grid[i + 1], x, past, D, _classical))
         if i == 0 and steps > 1:
-            # Register 0 already holds the step with eps_0 alone.
+            # Register 0 holds the step made with eps_0, so only half of the change of eps is missing.
             half = eps_weight(grid[0], grid[1]) / 2
             stages.append(Stage(grid[1], [x + half * (eps_of(grid[1], x, D) - past[0]), *past]))
     return build(name, tau, stages, len(past) + 1)
 
 
 def pndm(schedule: NoiseSchedule, tau, lower_order_final: bool = False) -> SamplerTable:
-    """F-PNDM (arXiv:2202.09778): three pseudo Runge-Kutta steps of 4 calls, then `ipndm` of order 4.
+    """Builds F-PNDM (arXiv:2202.09778): three pseudo Runge-Kutta steps of 4 calls, then `ipndm` of order 4.
 
     S + 9 calls. For S < 4 the last step is a multistep one all the same, as a Runge-Kutta step would call the network
     at t = 0: 1, 5 and 9 calls for S = 1, 2 and 3. Half a step is half of the time t, so t need not be whole. The first
@@ -171,27 +173,28 @@ def pndm(schedule: NoiseSchedule, tau, lower_order_final: bool = False) -> Sampl
     steps = len(grid) - 1
     starts = min(3, steps - 1)
     registers = starts + 3 if starts else 1
-    unit = columns(registers)
-    stages = []
-    for i, p in enumerate(_orders(steps, 4, lower_order_final)):
+    x, *others, D, _ = columns(registers)
+    past, stages = others[:starts], []
+    for i, p in enumerate(step_orders(grid, 4, 4, lower_order_final, full_at_zero=True)):
         if i < starts:
             half = levels(schedule, [(grid[i].t + grid[i + 1].t) / 2])[0]
             stages += _pseudo_runge_kutta(grid[i], half, grid[i + 1], registers)
         else:
-            stages.append(_multistep(grid[i - p + 1 : i + 2], unit[0], unit[1 : starts + 1], unit[-2], _classical))
+            stages.append(_multistep(newest(grid, i, p), grid[i + 1], x, past, D, _classical))
     return build("pndm", tau, stages, registers)
 
 
-def _pseudo_runge_kutta(at, half, to, registers):
-    """The four stages of PNDM's pseudo Runge-Kutta step, as a DDIM step plus differences e_j - e_1.
+def _pseudo_runge_kutta(at: Level, half: Level, to: Level, registers: int) -> list[Stage]:
+    """Writes PNDM's pseudo Runge-Kutta step as four stages: a DDIM step plus differences e_j - e_1.
 
-    Registers: x, the history of e_1, the DDIM step from `at` to `to` (in the last stage the result but for e_4), and
-    what e_2 adds to the result.
+    Registers: x; the history of e_1; the DDIM step from `at` to `to`, in the last stage the result except for the term
+    of e_4; and what e_2 adds to the result.
     """
     x, *past, begun, added, D, _ = columns(registers)
     c, c_half = eps_weight(at, to), eps_weight(at, half)
 
     def change(level):
+        """Computes e_j - e_1, where e_j is found at this level."""
         return eps_of(level, x, D) - past[0]
 
     started = [first_order(at, half, x, D), eps_of(at, x, D), *past[:-1], first_order(at, to, x, D)]
@@ -203,46 +206,40 @@ def _pseudo_runge_kutta(at, half, to, registers):
     ]
 
 
-def _orders(steps: int, order: int, lower_order_final: bool) -> Int[np.ndarray, "S"]:
-    """The order of each step: what history there is, and with lower_order_final no more than the steps left."""
-    orders = np.minimum(order, np.arange(1, steps + 1))
-    return np.minimum(orders, np.arange(steps, 0, -1)) if lower_order_final else orders
-
-
-def _adams(name, tau, grid, orders, weigh):
-    """The table of a multistep method whose step i combines the last orders[i] evaluations."""
+def _adams(name: str, tau, grid: Sequence[Level], orders: Sequence[int], weigh: Weigh) -> SamplerTable:
+    """Builds a multistep method whose step i combines the last orders[i] evaluations."""
     x, *past, D, _ = columns(max(orders))
-    windows = [grid[i - p + 1 : i + 2] for i, p in enumerate(orders)]
-    return build(name, tau, [_multistep(window, x, past, D, weigh) for window in windows], len(past) + 1)
+    stages = [_multistep(newest(grid, i, p), grid[i + 1], x, past, D, weigh) for i, p in enumerate(orders)]
+    return build(name, tau, stages, len(past) + 1)
 
 
-def _multistep(window: Sequence[Level], x: Form, past: Sequence[Form], D: Form, weigh) -> Stage:
-    """The step between the last two levels of the window, whose evaluations are known at all but the last."""
-    *nodes, at, to = window
+def _multistep(nodes: Sequence[Level], to: Level, x: Form, past: Sequence[Form], D: Form, weigh: Weigh) -> Stage:
+    """Writes the step from nodes[0], where x is, to `to`; the past holds eps at the other nodes, the newest first."""
+    at = nodes[0]
     now = eps_of(at, x, D)
-    weights = weigh([at, *nodes[::-1]], to)[1:] if nodes else ()
+    weights = weigh(nodes, to)[1:] if len(nodes) > 1 else ()
     corrections = (w * (old - now) for w, old in zip(weights, past, strict=False))
     return Stage(at, [first_order(at, to, x, D) + sum(corrections), *[now, *past][: len(past)]])
 
 
 def _classical(nodes: Sequence[Level], to: Level) -> Float[np.ndarray, "p"]:
+    """Weighs the evaluations as on a uniform grid, whatever the grid is."""
     return eps_weight(nodes[0], to) * ADAMS_BASHFORTH[len(nodes)]
 
 
-def _integrals(schedule, basis, nodes: Sequence[Level], to: Level) -> Float[np.ndarray, "p"]:
-    """a_s int L_k d rho from nodes[0] to `to`, with L_k a polynomial in the basis variable; nodes newest first.
-
-    v in 0..1 is the share of the step passed in the basis variable. The integral runs over rho where the polynomial is
-    one in rho, and so is exact and reaches rho = 0; over lambda otherwise.
-    """
+def _integrals(schedule: NoiseSchedule, basis: str, nodes: Sequence[Level], to: Level) -> Float[np.ndarray, "p"]:
+    """Computes a_s int L_k d rho from nodes[0] to `to`, with L_k a polynomial in the basis variable."""
     at, coordinate = nodes[0], _COORDINATES[basis]
     length = coordinate(to) - coordinate(at)
+    # v in 0..1 is the share of the step passed in the basis variable, at the nodes of the quadrature.
     if basis == "rho":
-        v, measure = _NODES, eps_weight(at, to) * _WEIGHTS
+        # The integrand is a polynomial, so the quadrature is exact, and it reaches rho = 0.
+        v, measure = NODES, eps_weight(at, to) * WEIGHTS
     else:
+        # In lambda, where d rho = -rho d lambda.
         h = to.half_log_snr - at.half_log_snr
-        measure = -to.signal * at.noise / at.signal * h * np.exp(-h * _NODES) * _WEIGHTS
-        passed = at.half_log_snr + h * _NODES
-        v = _NODES if basis == "lambda" else (schedule.time_of(passed) - at.t) / length
+        measure = -to.signal * at.rho * h * np.exp(-h * NODES) * WEIGHTS
+        passed = at.half_log_snr + h * NODES
+        v = NODES if basis == "lambda" else (schedule.time_of(passed) - at.t) / length
     knots = np.array([(coordinate(node) - coordinate(at)) / length for node in nodes])
     return lagrange_integrals(knots, measure @ v[:, None] ** np.arange(len(nodes)))

@@ -1,20 +1,22 @@
-"""DDPM and DDIM over a subsequence of the timesteps: one family with one knob."""
+"""DDPM and DDIM step over a subsequence of the timesteps; they are one family with one knob, eta."""
 
-import dataclasses
+from itertools import pairwise
 
 import numpy as np
 
-from diffusion import timesteps
 from diffusion.errors import InputError, nearest
 from diffusion.gaussian import kept_noise, posterior_shares
 from diffusion.schedules import NoiseSchedule
-from diffusion.solvers.table import SamplerTable, one_register
+from diffusion.solvers.forms import Level, Stage, build, columns, eps_of, grid_levels
+from diffusion.solvers.table import SamplerTable
 
 VARIANCES = ("small", "large", "learned")
 
 
 def ddim(schedule: NoiseSchedule, tau, eta: float = 0.0) -> SamplerTable:
-    """Denoising Diffusion Implicit Models, arXiv:2010.02502, Eq. 12: x_s = a_s D + sqrt(n_s^2 - sigma^2) eps + sigma z.
+    """Builds Denoising Diffusion Implicit Models (arXiv:2010.02502, Eq. 12), from deterministic to DDPM's posterior.
+
+    x_s = a_s D + n_s (A eps + B z), where sigma = n_s B is the paper's std of the fresh noise.
 
     Args:
       schedule: the noise schedule.
@@ -24,14 +26,17 @@ def ddim(schedule: NoiseSchedule, tau, eta: float = 0.0) -> SamplerTable:
     Raises:
       InputError: eta lies outside 0..1, or tau is not a grid of the schedule.
     """
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta is {eta}; it must lie in 0..1")
-    kept, fresh = _shares(schedule, tau)
-    return _table(f"ddim(eta={eta:g})", schedule, tau, kept_noise(kept, eta), eta * schedule.at(tau[1:])[1] * fresh)
+    check_eta(eta)
+    x, D, z = columns(1)
+    stages = []
+    for at, to in pairwise(grid_levels(schedule, tau)):
+        A, B = split_noise(at, to, eta)
+        stages.append(Stage(at, [to.signal * D + to.noise * (A * eps_of(at, x, D) + B * z)]))
+    return build(f"ddim(eta={eta:g})", tau, stages, num_registers=1)
 
 
 def ddpm(schedule: NoiseSchedule, tau, variance: str = "small") -> SamplerTable:
-    """Ancestral sampling with the respaced posterior (DDPM, arXiv:2006.11239; improved DDPM, arXiv:2102.09672, Eq. 19).
+    """Builds ancestral sampling with the respaced posterior (arXiv:2006.11239; arXiv:2102.09672, Eq. 19).
 
     Args:
       schedule: the noise schedule.
@@ -46,28 +51,40 @@ def ddpm(schedule: NoiseSchedule, tau, variance: str = "small") -> SamplerTable:
     """
     if variance not in VARIANCES:
         raise InputError(f"variance is {variance!r}; {nearest(str(variance), VARIANCES)}")
-    kept, fresh = _shares(schedule, tau)
-    noise = schedule.at(tau)[1]
-    small, large = noise[1:] * fresh, noise[:-1] * fresh
-    sigma = {"small": small, "large": large, "learned": np.ones_like(small)}[variance]
-    sigma[-1] = 0.0
-    table = _table(f"ddpm(variance={variance})", schedule, tau, kept_noise(kept, 1.0), sigma)
+    x, D, z = columns(1)
+    stages, stds = [], []
+    for at, to in pairwise(grid_levels(schedule, tau)):
+        A, B = split_noise(at, to, eta=1.0)
+        small, large = to.noise * B, at.noise * B
+        # A learned variance scales z before its column does, hence 1. The last step has no noise to inject.
+        sigma = {"small": small, "large": large, "learned": 1.0}[variance] if to.t > 0 else 0.0
+        stages.append(Stage(at, [to.signal * D + to.noise * (A * eps_of(at, x, D)) + sigma * z]))
+        stds.append((small, large))
+    name = f"ddpm(variance={variance})"
     if variance != "learned":
-        return table
-    # With one step there is no step before the last; its noise counts for nothing.
-    small[-1] = small[-2] if len(small) > 1 else large[-1]
-    return dataclasses.replace(table, log_variance=2 * np.log(np.stack([small, large], axis=-1)))
+        return build(name, tau, stages, num_registers=1)
+    # The log needs a beta_tilde above 0 in the last step. With one step there is none before it, and
+    # any value will do, because no noise is injected.
+    large = stds[-1][1]
+    stds[-1] = (stds[-2][0] if len(stds) > 1 else large, large)
+    return build(name, tau, stages, num_registers=1, log_variance=2 * np.log(stds))
 
 
-def _shares(schedule, tau):
-    """(kept, fresh) of every step: `posterior_shares`, the second as a std: beta_tilde = (n_s fresh)^2; float64 [S]."""
-    alpha_bar, noise_var = schedule.powers(timesteps.check(schedule, tau))
-    kept, fresh = posterior_shares(alpha_bar[:-1], noise_var[:-1], alpha_bar[1:], noise_var[1:])
-    return kept, np.sqrt(fresh)
+def check_eta(eta: float) -> None:
+    """Refuses an eta outside 0..1.
+
+    Raises:
+      InputError: it lies outside.
+    """
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta is {eta}; it must lie in 0..1")
 
 
-def _table(name, schedule, tau, kept, sigma):
-    """x_s = a_s D + n_s kept eps + sigma z with eps = (x_t - a_t D) / n_t put in."""
-    signal, noise = schedule.at(tau)
-    keep = noise[1:] * kept / noise[:-1]
-    return one_register(name, schedule, tau, keep, signal[1:] - keep * signal[:-1], sigma)
+def split_noise(at: Level, to: Level, eta: float) -> tuple[float, float]:
+    """Splits the noise of x_s as DDIM does, eps_s = A eps_t + B z with A^2 + B^2 = 1: `gaussian.split_noise` by levels.
+
+    Returns:
+      (A, B), both in 0..1; eta = 0 gives (1, 0).
+    """
+    kept, fresh = posterior_shares(at.signal**2, at.noise**2, to.signal**2, to.noise**2)
+    return kept_noise(kept, eta), eta * np.sqrt(fresh)

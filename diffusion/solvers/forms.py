@@ -1,9 +1,44 @@
-"""What solvers with several registers or calls a step share: rows written the way papers write steps.
+"""A solver is written as formulas on unit vectors, which makes its code read like the paper and yields its table.
 
-A row of a table is a linear form in the columns (registers, D, z). With the columns as unit vectors,
-`x, *others, D, z = columns(R)`, an expression such as `first_order(at, to, x, D) + w * (old - eps_of(at, x, D))` IS the
-row. All methods here are a DDIM step, exact where D is constant, plus weighted differences of evaluations: no weight of
-size 1 / a_t is subtracted from another, and a constant D is reproduced whatever the weights.
+A stage of a table makes the next registers from the registers (x, and what the solver keeps from earlier calls), the
+denoised estimate D and fresh noise z. `columns` returns all of these as unit vectors. The formula of a paper, computed
+on them, is a linear form: the very row of coefficients that the table stores. This is the deterministic DDIM in full,
+x_s = a_s D + n_s eps for each step from `at` (t) to `to` (s):
+
+    from itertools import pairwise
+
+    from diffusion.solvers import Stage, build, columns, eps_of, grid_levels
+
+
+    def my_ddim(schedule, tau):
+        x, D, z = columns(1)
+        stages = []
+        for at, to in pairwise(grid_levels(schedule, tau)):
+            stages.append(Stage(at, [to.signal * D + to.noise * eps_of(at, x, D)]))
+        return build("my_ddim", tau, stages, num_registers=1)
+
+A multistep method keeps earlier evaluations in further registers. The two-step method of Adams and Bashforth solves
+d(x / a) = eps d rho, with rho = n / a: to the DDIM step it adds r / 2 times the last change of eps, weighed as eps is,
+where r is the ratio of this step in rho to the one before. The first step has none before it and takes r = 0:
+
+    from itertools import pairwise
+
+    from diffusion.solvers import Stage, build, columns, eps_levels, eps_of, eps_weight, first_order
+
+
+    def my_adams(schedule, tau):
+        x, old, D, z = columns(2)  # old is the eps of the step before
+        grid, stages = eps_levels("my_adams", schedule, tau), []
+        for i, (at, to) in enumerate(pairwise(grid)):
+            eps = eps_of(at, x, D)
+            r = (to.rho - at.rho) / (at.rho - grid[i - 1].rho) if i else 0.0
+            new_x = first_order(at, to, x, D) + eps_weight(at, to) * r / 2 * (eps - old)
+            stages.append(Stage(at, [new_x, eps]))
+        return build("my_adams", tau, stages, num_registers=2)
+
+Most methods of this package are written as a DDIM step, exact where D is constant, plus weighted differences of
+evaluations. Then no weight of size 1 / a_t is subtracted from another, and a constant D is reproduced whatever the
+weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,37 +53,84 @@ from diffusion.schedules import NoiseSchedule
 from diffusion.solvers.table import SamplerTable, make_table
 
 Form = Float[np.ndarray, "R+2"]
-"""A linear form in the columns of a table."""
+"""A linear form in the columns of a table: R registers, D and z."""
 
 
 class Level(NamedTuple):
-    """A time with its signal a, noise n and lambda = log(a / n)."""
+    """A Level holds a time with its signal a, noise n and lambda = log(a / n)."""
 
     t: float
     signal: float
     noise: float
     half_log_snr: float
 
+    @property
+    def rho(self) -> float:
+        """rho = n / a is the noise in units of the signal, the sigma of EDM and k-diffusion."""
+        return self.noise / self.signal
+
 
 class Stage(NamedTuple):
-    """One network call: where it is made, and the next registers; those not named become 0."""
+    """A Stage is one network call: the level where it is made, and the next registers; those not given become 0."""
 
     at: Level
     rows: Sequence[Form]
 
 
-def levels(schedule: NoiseSchedule, t) -> list[Level]:
-    """The levels at real times t, [K]."""
+def columns(num_registers: int) -> Float[np.ndarray, "R+2 R+2"]:
+    """Returns the registers, D and z as unit vectors, in this order, for formulas to be computed on."""
+    return np.eye(num_registers + 2)
+
+
+def build(
+    name: str,
+    tau,
+    stages: Sequence[Stage],
+    num_registers: int,
+    log_variance: Float[np.ndarray, "stages 2"] | None = None,
+) -> SamplerTable:
+    """Turns the stages of a solver into its checked table.
+
+    Args:
+      name: what to call the sampler.
+      tau: the grid, [S + 1].
+      stages: one for each network call, in order.
+      num_registers: R, the registers that the forms were made for with `columns(R)`.
+      log_variance: for a network that predicts its variance; see `SamplerTable`.
+
+    Raises:
+      InputError: an entry is not finite, as where a solver divides by a signal of zero.
+    """
+    update = np.zeros((len(stages), num_registers, num_registers + 2))
+    for matrix, stage in zip(update, stages, strict=True):
+        matrix[: len(stage.rows)] = stage.rows
+    t, signal, noise, _ = np.array([stage.at for stage in stages]).T
+    return make_table(name, tau, t, signal, noise, update, log_variance)
+
+
+# Levels
+
+
+def levels(schedule: NoiseSchedule, t: Float[np.ndarray, "K"]) -> list[Level]:
+    """Looks up the levels at real times t in 0..T."""
     return [Level(*map(float, values)) for values in zip(t, *schedule.at(t), schedule.half_log_snr(t), strict=True)]
 
 
 def grid_levels(schedule: NoiseSchedule, tau) -> list[Level]:
-    """The levels of a checked grid, from tau[0] to 0."""
+    """Checks the grid tau and looks up its levels, from tau[0] to 0; `pairwise` of them gives the steps.
+
+    Raises:
+      InputError: tau is not a grid of the schedule.
+    """
     return levels(schedule, timesteps.check(schedule, tau))
 
 
 def eps_levels(name: str, schedule: NoiseSchedule, tau) -> list[Level]:
-    """`grid_levels` for a solver in the eps basis, which cannot start where the signal is zero."""
+    """Does the same as `grid_levels` for a solver in the eps basis, which cannot start where the signal is zero.
+
+    Raises:
+      InputError: zero signal at tau[0], or tau is not a grid of the schedule.
+    """
     grid = grid_levels(schedule, tau)
     if grid[0].signal == 0:
         raise InputError(
@@ -58,34 +140,88 @@ def eps_levels(name: str, schedule: NoiseSchedule, tau) -> list[Level]:
     return grid
 
 
+# Orders
+
+
 def check_order(order: int, highest: int, lowest: int = 1) -> int:
-    """Returns the order if it is a whole number in lowest..highest."""
+    """Returns the order as an int if it is a whole number in lowest..highest.
+
+    Raises:
+      InputError: it is not.
+    """
     if order not in range(lowest, highest + 1):
         raise InputError(f"order is {order}; it must be a whole number in {lowest}..{highest}")
     return int(order)
 
 
-def columns(num_registers: int) -> Float[np.ndarray, "R+2 R+2"]:
-    """The registers, D and z as linear forms."""
-    return np.eye(num_registers + 2)
+def step_orders(
+    grid: Sequence[Level],
+    order: int | Sequence[int],
+    highest: int,
+    lower_order_final: bool,
+    full_at_zero: bool = False,
+) -> list[int]:
+    """Decides how many evaluations each step of a multistep method combines: at most `order`, fewer at both ends.
+
+    A step can use only the evaluations that exist by then. None at zero signal counts, where lambda is -inf, because no
+    polynomial reaches there; the orders begin again after it.
+
+    Args:
+      grid: the levels, S + 1 of them.
+      order: a whole number in 1..highest; or a sequence that gives each step its order, and sets lower_order_final
+        aside.
+      highest: the highest order that the method has.
+      lower_order_final: the last steps take the orders ..., 3, 2, 1.
+      full_at_zero: True for polynomials that reach t = 0, as those in rho do. Otherwise the last step, to lambda = inf,
+        has order 1.
+
+    Returns:
+      S orders.
+
+    Raises:
+      InputError: an order outside its range, or a sequence that is not of length S.
+    """
+    steps, lambdas = len(grid) - 1, np.array([level.half_log_snr for level in grid])
+    possible = np.clip(np.cumsum(np.isfinite(lambdas[:-1])), 1, highest)
+    if not full_at_zero:
+        possible[np.isinf(lambdas[1:])] = 1
+    if np.ndim(order) == 0:
+        wanted = np.full(steps, check_order(order, highest))
+        if lower_order_final:
+            wanted = np.minimum(wanted, np.arange(steps, 0, -1))
+        return np.minimum(wanted, possible).tolist()
+    if len(order) != steps:
+        raise InputError(f"order names {len(order)} steps and tau has {steps}; give one order for each step")
+    for i, (p, most) in enumerate(zip(order, possible, strict=True)):
+        if p not in range(1, most + 1):
+            raise InputError(f"order of step {i} is {p}; with the estimates known there it must lie in 1..{most}")
+    return [int(p) for p in order]
+
+
+def newest(grid: Sequence[Level], i: int, p: int) -> Sequence[Level]:
+    """Returns the levels of the p newest evaluations in step i: grid[i], grid[i - 1], ...."""
+    return grid[i - p + 1 : i + 1][::-1]
+
+
+# Formulas that several solvers use
+
+
+def eps_of(at: Level, x: Form, D: Form) -> Form:
+    """Computes eps = (x - a_t D) / n_t, the noise that x holds if x_0 is D."""
+    return (x - at.signal * D) / at.noise
 
 
 def first_order(at: Level, to: Level, x: Form, D: Form) -> Form:
-    """x_s = (n_s / n_t) x + a_s (1 - e^{-h}) D, h = lambda_s - lambda_t: DDIM (arXiv:2010.02502, Eq. 12) at eta = 0.
+    """Makes the DDIM step x_s = (n_s / n_t) x + a_s (1 - e^{-h}) D, h = lambda_s - lambda_t (arXiv:2010.02502, Eq. 12).
 
-    The form with expm1 keeps short steps exact, and holds for h = inf, at s = 0 and from zero signal.
+    This is eta = 0. The form with expm1 keeps short steps exact, and holds for h = inf: at s = 0, and from zero signal.
     """
     return to.noise / at.noise * x - to.signal * np.expm1(at.half_log_snr - to.half_log_snr) * D
 
 
-def eps_of(at: Level, x: Form, D: Form) -> Form:
-    """eps = (x - a_t D) / n_t."""
-    return (x - at.signal * D) / at.noise
-
-
 def eps_weight(at: Level, to: Level) -> float:
-    """a_s (rho_s - rho_t), rho = n / a: the weight of eps in x_s = (a_s / a_t) x + a_s int eps d rho."""
-    return to.signal * at.noise / at.signal * np.expm1(at.half_log_snr - to.half_log_snr)
+    """Returns a_s (rho_s - rho_t), the weight of a constant eps in x_s = (a_s / a_t) x + a_s int eps d rho."""
+    return to.signal * at.rho * np.expm1(at.half_log_snr - to.half_log_snr)
 
 
 def runge_kutta(
@@ -95,7 +231,7 @@ def runge_kutta(
     evaluate: Callable[[Level, Form, Form], Form],
     num_registers: int,
 ) -> list[Stage]:
-    """The stages of one step from `at`, in which each evaluation F_j serves the next target alone.
+    """Writes one step from `at` as stages, for methods in which each evaluation F_j enters the next target only.
 
     U_j = first_order(at, target_j) + weight_j (F_{j-1} - F_0), F_j = evaluate(target_j, U_j, D_j); the last U_j is the
     next x. All U_j are begun in the first stage and wait in the registers for their last term. Needs as many registers
@@ -107,12 +243,3 @@ def runge_kutta(
     for here, weight in zip(targets[:-1], weights[1:], strict=True):
         stages.append(Stage(here, [waiting[0] + weight * evaluate(here, x, D), *waiting[1:]]))
     return stages
-
-
-def build(name: str, tau, stages: Sequence[Stage], num_registers: int) -> SamplerTable:
-    """The table of these stages."""
-    update = np.zeros((len(stages), num_registers, num_registers + 2))
-    for matrix, stage in zip(update, stages, strict=True):
-        matrix[: len(stage.rows)] = stage.rows
-    t, signal, noise, _ = np.array([stage.at for stage in stages]).T
-    return make_table(name, tau, t, signal, noise, update)

@@ -1,19 +1,21 @@
-"""One-step samplers under the names of other papers and libraries, and DDPM with the optimal variance."""
+"""One-step samplers go here by the names of other papers and libraries, with DDPM of optimal variance among them."""
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float
 
 from diffusion.errors import InputError
 from diffusion.schedules import NoiseSchedule
-from diffusion.solvers.ddim import ddim, ddpm
-from diffusion.solvers.forms import grid_levels
-from diffusion.solvers.table import SamplerTable, one_register
+from diffusion.solvers.ddim import check_eta, ddim, ddpm, split_noise
+from diffusion.solvers.forms import Level, Stage, build, columns, eps_of, grid_levels
+from diffusion.solvers.table import SamplerTable
 
 
 def euler(schedule: NoiseSchedule, tau) -> SamplerTable:
-    """k-diffusion's Euler, x / a moved along eps in sigma = n / a: the table of ddim with eta = 0.
+    """Builds k-diffusion's Euler, which moves x / a along eps in sigma = n / a: the table of ddim with eta = 0.
 
     x_s / a_s = x / a_t + (sigma_s - sigma_t) eps is Eq. 13 of DDIM (arXiv:2010.02502).
 
@@ -24,10 +26,11 @@ def euler(schedule: NoiseSchedule, tau) -> SamplerTable:
 
 
 def euler_ancestral(schedule: NoiseSchedule, tau, eta: float = 1.0) -> SamplerTable:
-    """k-diffusion's ancestral Euler: the table of ddim with the same eta.
+    """Builds k-diffusion's ancestral Euler: the table of ddim with the same eta.
 
     k-diffusion steps to sigma_down and adds noise sigma_up = eta sigma_s sqrt(1 - sigma_s^2 / sigma_t^2) to x / a, with
-    sigma_down^2 + sigma_up^2 = sigma_s^2. As sigma_s a_s = n_s, that is DDIM's sigma, and sigma_down its kept eps.
+    sigma_down^2 + sigma_up^2 = sigma_s^2. As sigma_s a_s = n_s, sigma_up is DDIM's sigma and sigma_down the eps it
+    keeps, both in units of the signal.
 
     Args:
       schedule: the noise schedule.
@@ -41,7 +44,7 @@ def euler_ancestral(schedule: NoiseSchedule, tau, eta: float = 1.0) -> SamplerTa
 
 
 def sigma_hat(schedule: NoiseSchedule, tau) -> SamplerTable:
-    """DDIM's sigma-hat (arXiv:2010.02502, section 5): the table of ddpm with variance="large".
+    """Builds DDIM's sigma-hat (arXiv:2010.02502, section 5): the table of ddpm with variance="large".
 
     Raises:
       InputError: tau is not a grid of the schedule.
@@ -50,16 +53,16 @@ def sigma_hat(schedule: NoiseSchedule, tau) -> SamplerTable:
 
 
 def consistency(schedule: NoiseSchedule, tau) -> SamplerTable:
-    """Multistep consistency sampling (arXiv:2303.01469, Algorithm 1): x_s = a_s D + n_s z, all noise anew in each step.
+    """Builds multistep consistency sampling (arXiv:2303.01469, Algorithm 1): x_s = a_s D + n_s z.
 
-    For networks trained for consistency, whose D is a sample and not a mean.
+    Every step draws all noise anew. This is for networks trained for consistency, whose D is a sample and not a mean.
 
     Raises:
       InputError: tau is not a grid of the schedule.
     """
-    after = grid_levels(schedule, tau)[1:]
-    signal, noise = np.array([[level.signal, level.noise] for level in after]).T
-    return one_register("consistency", schedule, tau, 0 * signal, signal, noise)
+    _, D, z = columns(1)
+    stages = [Stage(at, [to.signal * D + to.noise * z]) for at, to in pairwise(grid_levels(schedule, tau))]
+    return build("consistency", tau, stages, num_registers=1)
 
 
 def analytic_dpm(
@@ -69,11 +72,11 @@ def analytic_dpm(
     eta: float = 1.0,
     max_cov: float | None = None,
 ) -> SamplerTable:
-    """Analytic-DPM (arXiv:2201.06503, Theorem 1): ddim's mean with the variance that is optimal for it.
+    """Builds Analytic-DPM (arXiv:2201.06503, Theorem 1): ddim's mean with the variance that is optimal for it.
 
     variance = sigma^2 + b^2 Cov, with b the weight of D, and Cov = (n_t / a_t)^2 (1 - gamma) the mean variance of a
-    pixel of x_0 given x_t. sigma is DDIM's, so eta = 1 is the paper's A-DDPM and 0 its A-DDIM. The last step injects
-    none.
+    pixel of x_0 given x_t. sigma is DDIM's, so eta = 1 is the paper's A-DDPM and 0 its A-DDIM. The last step injects no
+    noise.
 
     Args:
       schedule: the noise schedule.
@@ -87,20 +90,31 @@ def analytic_dpm(
       InputError: gamma has another shape; gamma lies outside 0..1 (a negative Cov, from too few samples) and max_cov is
         not given; eta or max_cov outside its range; zero signal at tau[0]; or tau is not a grid of the schedule.
     """
-    base = ddim(schedule, tau, eta)
+    check_eta(eta)
+    grid = grid_levels(schedule, tau)
     gamma = np.asarray(gamma, np.float64)
-    if gamma.shape != base.t.shape:
-        raise InputError(f"gamma has shape {gamma.shape}; give one value for each of tau[:-1], {base.t.shape}")
+    _check_analytic(grid, gamma, max_cov)
+    x, D, z = columns(1)
+    stages = []
+    for (at, to), share in zip(pairwise(grid), gamma, strict=True):
+        A, B = split_noise(at, to, eta)
+        mean, sigma = to.signal * D + to.noise * (A * eps_of(at, x, D)), to.noise * B
+        cov, b = at.rho**2 * (1 - share), mean @ D
+        if max_cov is not None:
+            cov = np.clip(cov, 0, max_cov)
+        std = np.sqrt(sigma**2 + b**2 * cov) if to.t > 0 else 0.0
+        stages.append(Stage(at, [mean + std * z]))
+    return build(f"analytic_dpm(eta={eta:g})", tau, stages, num_registers=1)
+
+
+def _check_analytic(grid: Sequence[Level], gamma: np.ndarray, max_cov: float | None) -> None:
+    """Refuses a gamma or max_cov with which the optimal variance means nothing on this grid."""
+    if gamma.shape != (len(grid) - 1,):
+        raise InputError(f"gamma has shape {gamma.shape}; give one value for each of tau[:-1], {(len(grid) - 1,)}")
     if not np.all(gamma >= 0) or (max_cov is None and np.any(gamma > 1)):
         worst = gamma[np.argmax(np.abs(gamma - 0.5))]
         raise InputError(f"gamma is {worst}; it must lie in 0..1; average more samples, or set max_cov to limit Cov")
     if max_cov is not None and not 0 < max_cov < np.inf:
         raise InputError(f"max_cov is {max_cov}; it must be finite and above 0, as 1 for data in [-1, 1]")
-    if base.signal[0] == 0:
-        raise InputError(f"analytic_dpm starts at t = {base.t[0]:g}, where the signal is zero and gamma says nothing")
-    cov = (base.noise / base.signal) ** 2 * (1 - gamma)
-    cov = cov if max_cov is None else np.clip(cov, 0, max_cov)
-    keep, add, sigma = base.update[:, 0].T
-    std = np.sqrt(sigma**2 + add**2 * cov)
-    std[-1] = 0.0
-    return one_register(f"analytic_dpm(eta={eta:g})", schedule, tau, keep, add, std)
+    if grid[0].signal == 0:
+        raise InputError(f"analytic_dpm starts at t = {grid[0].t:g}, where the signal is zero and gamma says nothing")

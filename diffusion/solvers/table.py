@@ -1,10 +1,12 @@
-"""The sampler table: every fixed-step sampler as a few small arrays.
+"""A sampler table holds a fixed-step sampler as a few small arrays.
 
 A sampler is an explicit general linear method with one network call a stage. It holds R registers (images); register
 0 is what the network sees, and the sample at the end. Stage i computes
 
     D  = the denoised estimate of x_0 from register 0 at time t[i]
-    R' = update[i] @ [R_0, ..., R_{R-1}, D, z]        z fresh standard normal noise
+    R' = update[i] @ [R_0, ..., R_{R-1}, D, z]
+
+with z fresh standard normal noise.
 
 A solver is a function (schedule, tau, options) -> SamplerTable: float64 arithmetic with no loop over images, no state
 and no JAX. `diffusion.sample` executes any table with one compiled scan.
@@ -21,7 +23,7 @@ from diffusion.errors import InputError, is_whole
 
 
 class _Label:
-    """Carries a table's name through pytrees without making them differ."""
+    """Carries a table's name through a pytree and equals every other label, so that a name compiles nothing."""
 
     def __init__(self, text):
         self.text = text
@@ -36,7 +38,7 @@ class _Label:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class SamplerTable:
-    """A sampler. A pytree of arrays, so that it can be traced, differentiated and stacked.
+    """A SamplerTable is a sampler as a pytree of arrays, which can be traced, differentiated and stacked.
 
     Tables of one shape have one structure, whatever their names: another sampler compiles nothing.
 
@@ -67,24 +69,24 @@ class SamplerTable:
 
     @property
     def nfe(self) -> int:
-        """Number of network calls: one a stage."""
+        """Counts the network calls: one a stage."""
         return self.t.shape[0]
 
     @property
     def num_registers(self) -> int:
-        """R, the number of images that the scan carries."""
+        """Counts the registers: R images, which the scan carries."""
         return self.update.shape[1]
 
     def reverse(self, iterations: int = 1) -> "SamplerTable":
-        """The table from samples back to noise; see `reverse`."""
+        """Builds the table from samples back to noise; see `reverse`."""
         return reverse(self, iterations)
 
     def to_json(self) -> str:
-        """See `to_json`."""
+        """Writes the table as JSON, every number to the last bit."""
         return to_json(self)
 
     def __str__(self) -> str:
-        """A readable table of at most 30 stages: times, signal, noise, and the row that makes the next x."""
+        """Prints up to 30 stages: time, signal, noise, and the row that makes the next x."""
         columns = [*(f"R{i}" for i in range(self.num_registers)), "D", "z"]
         ends = f"tau {self.tau[0]:g} to {self.tau[-1]:g}"
         lines = [
@@ -101,10 +103,13 @@ class SamplerTable:
 
 
 def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> SamplerTable:
-    """A checked table in float64; arguments as SamplerTable's attributes.
+    """Checks the arrays of a sampler and puts them into a table, in float64; arguments as SamplerTable's attributes.
+
+    `build` of `diffusion.solvers.forms` calls it for a solver written in stages.
 
     Raises:
-      InputError: an entry is not finite, as where a solver divides by a signal of zero.
+      InputError: an entry is not finite, as where a solver divides by a signal of zero; shapes that do not agree; or a
+        name that is no text.
     """
     arrays = [np.asarray(a, np.float64) for a in (tau, t, signal, noise, update)]
     if log_variance is not None:
@@ -126,20 +131,14 @@ def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> S
     return SamplerTable(*arrays, name=name, log_variance=log_variance)
 
 
-def one_register(name: str, schedule, tau, keep, add, sigma) -> SamplerTable:
-    """The table of a one-step method x_s = keep x_t + add D + sigma z; each coefficient is [S]."""
-    signal, noise = schedule.at(tau[:-1])
-    return make_table(name, tau, tau[:-1], signal, noise, np.stack([keep, add, sigma], axis=-1)[:, None, :])
-
-
 def to_json(table: SamplerTable) -> str:
-    """The table as JSON, every number to the last bit."""
+    """Writes a table as JSON, every number to the last bit."""
     fields = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
     return json.dumps({k: v if isinstance(v, str) or v is None else np.asarray(v).tolist() for k, v in fields.items()})
 
 
 def from_json(text: str) -> SamplerTable:
-    """The inverse of `to_json`.
+    """Reads a table that `to_json` wrote.
 
     Raises:
       InputError: the text is no table.
@@ -155,7 +154,7 @@ def from_json(text: str) -> SamplerTable:
 
 
 def reverse(table: SamplerTable, iterations: int = 1) -> SamplerTable:
-    """The table that takes samples back to the noise they come from, on the same grid (DDIM inversion).
+    """Builds the table that takes samples back to the noise they come from, on the same grid (DDIM inversion).
 
     A deterministic DDIM step is x_s = (a_s/a_t) x_t + (n_s - a_s n_t/a_t) eps(x_t, t). Its inverse needs eps at the
     unknown x_t: the first guess is x_s, each further iteration puts the last x_t in (fixed-point iteration, as in
@@ -170,6 +169,7 @@ def reverse(table: SamplerTable, iterations: int = 1) -> SamplerTable:
     """
     if not is_whole(iterations) or iterations < 1:
         raise InputError(f"iterations is {iterations}; it must be a whole number of at least 1")
+    # A step here goes from s up to t, the last step of the table first. Only deterministic DDIM has the expected rows.
     signal_t, noise_t = np.asarray(table.signal)[::-1], np.asarray(table.noise)[::-1]
     signal_s, noise_s = np.append(1.0, signal_t[:-1]), np.append(0.0, noise_t[:-1])
     row = np.asarray(table.update)[::-1, 0]
@@ -177,6 +177,7 @@ def reverse(table: SamplerTable, iterations: int = 1) -> SamplerTable:
     expected = np.stack([keep, signal_s - keep * signal_t, 0 * keep], axis=-1)
     if table.num_registers != 1 or not np.allclose(row, expected, rtol=0, atol=1e-10) or np.any(signal_t == 0):
         raise InputError(f"{table.name} cannot be reversed; use ddim with eta 0, from a time with some signal")
+    # x_t = grow x_s + drift eps, with eps = (guess - a_t D) / n_t.
     grow, drift = signal_t / signal_s, noise_t - signal_t * noise_s / signal_s
     from_guess, from_d = drift / noise_t, -drift * signal_t / noise_t
     zero, one = 0 * grow, 1 + 0 * grow
@@ -189,10 +190,10 @@ def reverse(table: SamplerTable, iterations: int = 1) -> SamplerTable:
 
 
 def gaussian_moments(table: SamplerTable, mean, covariance, start=None):
-    """Exact mean and covariance of the samples when the data is Gaussian, with no sampling.
+    """Computes the exact mean and covariance of the samples when the data is Gaussian, with no sampling.
 
     For such data the ideal D is affine in x, D = mean + a C (a^2 C + n^2)^{-1} (x - a mean), so the registers stay
-    jointly Gaussian and their moments follow from the table alone, along each principal axis of C.
+    jointly Gaussian and the table determines their moments, along each principal axis of C.
 
     Args:
       table: any table without learned variance.
@@ -203,6 +204,9 @@ def gaussian_moments(table: SamplerTable, mean, covariance, start=None):
 
     Returns:
       (mean, covariance) of the samples, shaped as given, float64.
+
+    Raises:
+      InputError: the table has a learned variance, or goes from samples to noise and no start is given.
     """
     if table.log_variance is not None:
         raise InputError(f"{table.name}: the variance of the steps is the network's, not the table's")
@@ -218,13 +222,14 @@ def gaussian_moments(table: SamplerTable, mean, covariance, start=None):
 
 
 def _axis_moments(table, mean, variance, start):
-    """Moments of d independent coordinates: [d], [d] -> [d], [d]."""
+    """Propagates mean and variance of d independent coordinates, each [d], and returns them, each [d]."""
     mean, variance = np.broadcast_arrays(np.asarray(mean, np.float64), np.asarray(variance, np.float64))
     d, registers = mean.size, table.num_registers
     start_mean, start_variance = start or (0.0, table.signal[0] ** 2 + table.noise[0] ** 2)
     first, second = np.zeros((d, registers)), np.zeros((d, registers, registers))
     first[:, 0], second[:, 0, 0] = start_mean, start_variance
     for a, n, row in zip(table.signal, table.noise, table.update, strict=True):
+        # The ideal D is affine in register 0, D = slope R_0 + (1 - slope a) mean, so it folds into that column.
         slope = a * variance / (a**2 * variance + n**2)
         from_d, from_z = row[:, -2], row[:, -1]
         linear = np.tile(row[:, :-2], (d, 1, 1))
