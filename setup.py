@@ -39,7 +39,11 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8.0", "pytest-xdist>=3.8"],
-        "dev": ["ruff>=0.14", "pre-commit>=4.0"],
+        "dev": [
+            "ruff>=0.14",
+            "import-linter>=2.17",  # checks the layers that pyproject.toml lists
+            "pre-commit>=4.0",
+        ],
         "docs": [
             "sphinx>=8.2,<10",  # the site and the reference from docstrings
             "furo>=2025.12.19",  # its theme
