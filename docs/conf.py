@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from docutils.nodes import SkipNode
+from docutils.nodes import SkipNode, Text
 from latex2mathml.converter import convert as to_mathml
 from sphinx.addnodes import desc_annotation
 from sphinx.errors import ExtensionError
@@ -99,6 +99,13 @@ def restore_colons(app, what, name, obj, options, lines):
     lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
+def draw_dashes(app, doctree):
+    """Makes a dash of the two hyphens that autodoc puts between a name and its description."""
+    for text in list(doctree.findall(Text)):
+        if text.startswith(" -- "):
+            text.parent.replace(text, Text(text.replace(" -- ", " \N{EN DASH} ", 1)))
+
+
 def skip_tuple_fields(app, what, name, obj, skip, options):
     """The fields of a NamedTuple stand in its docstring, if anywhere."""
     return True if type(obj).__name__ == "_tuplegetter" else None
@@ -133,5 +140,6 @@ def setup(app):
     app.connect("autodoc-process-signature", shorten)
     app.connect("object-description-transform", hide_long_values)
     app.connect("autodoc-skip-member", skip_tuple_fields)
+    app.connect("doctree-read", draw_dashes)
     app.connect("source-read", fill_page)
     app.connect("env-check-consistency", require_all_modules)
