@@ -53,13 +53,17 @@ def public_modules() -> list[str]:
 
 
 def modules(page: str, *names: str) -> str:
-    """Returns a section for each of these modules and for each one below it, where there is such a module.
+    """Returns a section for each of these modules that there is, each followed by the modules below it.
+
+    A module below another one that is named itself, as in `diffusion.solvers diffusion.solvers.forms`, comes where its
+    own name stands.
 
     A name that a package offers as its own is described there and not once more in the module that defines it. What the
     page itself describes, in a directive such as `autofunction:: diffusion.sample`, is left out as well.
     """
     by_hand = re.findall(r"^\.\. auto\w+:: diffusion\.(\w+)$", page, re.MULTILINE)
-    rooms = [[m for m in public_modules() if m == name or m.startswith(f"{name}.")] for name in names]
+    below = [m for m in public_modules() if m not in names]
+    rooms = [[name] * (name in public_modules()) + [m for m in below if m.startswith(f"{name}.")] for name in names]
     sections = []
     for name in dict.fromkeys(module for room in rooms for module in room):
         parent = importlib.import_module(name.rpartition(".")[0])
