@@ -104,23 +104,22 @@ def fields(page: str) -> str:
     source = (ROOT / "configs" / "default.py").read_text()
     comments = _comments(source)
     body = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "get_config").body
-    parts = ["## Outside the sections\n"]
+    sections = {"": ["## Outside the sections\n"]}
     for node in body:
         name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
         if not name.startswith("config."):
             continue
         about, value = _comment_of(node, comments), node.value
         is_section = isinstance(value, ast.Call)
+        section = sections.get(".".join(name.split(".")[:2]), sections[""])
         if is_section and name.count(".") == 1:
-            parts.append(f"\n## {name}\n\n{about[:1].upper()}{about[1:]}\n")
+            sections[name] = [f"\n## {name}\n\n{about[:1].upper()}{about[1:]}\n"]
         elif is_section and value.args:
-            options = zip(value.args[0].keys, value.args[0].values, strict=True)
-            parts += [
-                _field(f"{name}.{key.value}", default, source, _comment_of(key, comments)) for key, default in options
-            ]
+            for key, default in zip(value.args[0].keys, value.args[0].values, strict=True):
+                section.append(_field(f"{name}.{key.value}", default, source, _comment_of(key, comments)))
         else:
-            parts.append(_field(name, None if is_section else value, source, about))
-    return "\n".join(parts)
+            section.append(_field(name, None if is_section else value, source, about))
+    return "\n".join(line for lines in sections.values() for line in lines)
 
 
 def recipes(page: str) -> str:
