@@ -88,10 +88,10 @@ def shorten(app, what, name, obj, options, signature, returns):
 
 
 def hide_long_values(app, domain, kind, content):
-    """Drops the value of a constant where it would be a dump of functions or of many numbers on one line."""
+    """Drops the value of a constant where it would be a dump on one line: of a dict, or of many numbers."""
     for node in list(content.parent.findall(desc_annotation)) if kind in ("data", "attribute") else ():
         text = node.astext()
-        if text.startswith(" = ") and (len(text) > 60 or "<" in text or "array(" in text):
+        if text.startswith(" = ") and (len(text) > 60 or text[3] == "{"):
             node.parent.remove(node)
 
 
