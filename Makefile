@@ -41,16 +41,19 @@ notebooks: $(NOTEBOOKS)
 docs/notebooks/%.ipynb: notebooks/%.py $(wildcard *.py configs/*.py diffusion/*.py diffusion/*/*.py) \
 		| $(VENV)/.installed-notebooks
 	$(BIN)/jupytext --quiet --to ipynb --output $@ $<
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 --overwrite $@
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --overwrite $@
 
 # The site, in site/. Broken links, anchors and references are errors.
 docs: $(NOTEBOOKS) $(VENV)/.installed-docs
 	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going docs site
 	@echo "wrote site/index.html"
 
+# Style, the layers of the library, and the sizes of functions and modules.
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python .ci/sizes.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -61,7 +64,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/devices.py
 
 clean:
-	rm -rf $(VENV) build dist site jupyter_execute docs/notebooks/*.ipynb *.egg-info
+	rm -rf $(VENV) build dist site jupyter_execute .import_linter_cache docs/notebooks/*.ipynb *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +72,9 @@ $(BIN)/python:
 $(VENV)/.installed: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . $(EXTRAS)
 	@touch $@
+
+# Kept: make would delete a mark that only a pattern asks for, and install once more the next time.
+.PRECIOUS: $(VENV)/.installed-%
 
 $(VENV)/.installed-%: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]" $(EXTRAS)

@@ -14,9 +14,24 @@ setup(
     description="Fast sampling of diffusion models in JAX: every sampler is a table, run by one compiled scan",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="The authors of jax-fast-diffusion",
     license="Apache-2.0",
+    keywords=["diffusion models", "sampling", "ddim", "ddpm", "dpm-solver", "unipc", "jax", "flax"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["diffusion", "diffusion.*"]),
-    package_data={"diffusion.pretrained": ["*.safetensors"]},
+    package_data={"diffusion": ["py.typed"], "diffusion.pretrained": ["*.safetensors"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
@@ -39,7 +54,11 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8.0", "pytest-xdist>=3.8"],
-        "dev": ["ruff>=0.14", "pre-commit>=4.0"],
+        "dev": [
+            "ruff>=0.14",
+            "import-linter>=2.17",  # checks the layers that pyproject.toml lists
+            "pre-commit>=4.0",
+        ],
         "docs": [
             "sphinx>=8.2,<10",  # the site and the reference from docstrings
             "furo>=2025.12.19",  # its theme

@@ -2,13 +2,20 @@
 
 import logging
 import re
+import sys
 from pathlib import Path
 
-from docutils.nodes import SkipNode
+from docutils.nodes import SkipNode, Text
 from latex2mathml.converter import convert as to_mathml
+from sphinx.addnodes import desc_annotation
 from sphinx.errors import ExtensionError
 
-import diffusion
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # the library of this tree, whichever is installed
+
+import generate  # noqa: E402
+
+import diffusion  # noqa: E402
 
 project = "jax-fast-diffusion"
 version = release = diffusion.__version__
@@ -25,12 +32,13 @@ html_copy_source = False
 html_show_copyright = False
 html_math_renderer = "mathml"  # the default loads a script from elsewhere
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["deflist", "dollarmath"]
+smartquotes = False  # "" and -- in the text mean themselves
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # `make notebooks` has run them
 nb_merge_streams = True
 
-autodoc_default_options = {"members": True, "member-order": "bysource", "no-value": True}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
@@ -74,12 +82,28 @@ def read_as_plain_text(app, what, name, obj, options, lines):
 
 
 def shorten(app, what, name, obj, options, signature, returns):
-    """Annotations as they read in the source."""
+    """Annotations as they read in the source; a default that is no Python, such as <factory>, becomes dots."""
+    signature = signature and re.sub(r"= <[^<>]+>", "= ...", signature)
     return tuple(text and re.sub(r"jaxlib\._jax\.|jaxtyping\.", "", text) for text in (signature, returns))
+
+
+def hide_long_values(app, domain, kind, content):
+    """Drops the value of a constant where it would be a dump on one line: of a dict, or of many numbers."""
+    for node in list(content.parent.findall(desc_annotation)) if kind in ("data", "attribute") else ():
+        text = node.astext()
+        if text.startswith(" = ") and (len(text) > 60 or text[3] == "{"):
+            node.parent.remove(node)
 
 
 def restore_colons(app, what, name, obj, options, lines):
     lines[:] = [line.replace(COLON, ":") for line in lines]
+
+
+def draw_dashes(app, doctree):
+    """Makes a dash of the two hyphens that autodoc puts between a name and its description."""
+    for text in list(doctree.findall(Text)):
+        if text.startswith(" -- "):
+            text.parent.replace(text, Text(text.replace(" -- ", " \N{EN DASH} ", 1)))
 
 
 def skip_tuple_fields(app, what, name, obj, skip, options):
@@ -87,15 +111,14 @@ def skip_tuple_fields(app, what, name, obj, skip, options):
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def fill_page(app, name, source):
+    source[0] = generate.fill(source[0])
+
+
 def require_all_modules(app, env):
-    """A public module that no page of docs/reference names ends the build."""
-    pages = "".join(page.read_text() for page in Path(__file__).parent.glob("reference/*.md"))
-    package = Path(diffusion.__file__).parent
-    names = [
-        ".".join(("diffusion", *path.relative_to(package).with_suffix("").parts)) for path in package.rglob("*.py")
-    ]
-    names = [name.removesuffix(".__init__") for name in sorted(names)]
-    missing = [name for name in names if "._" not in name and f"{name}\n" not in pages]
+    """A public module that no page of docs/reference has a section for ends the build."""
+    pages = "".join(generate.fill(page.read_text()) for page in HERE.glob("reference/*.md"))
+    missing = [name for name in generate.public_modules() if f"automodule:: {name}\n" not in pages]
     if missing:
         raise ExtensionError(f"docs/reference has no entry for {', '.join(missing)}")
 
@@ -115,5 +138,8 @@ def setup(app):
     app.connect("autodoc-process-docstring", read_as_plain_text, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", restore_colons, priority=600)  # after it
     app.connect("autodoc-process-signature", shorten)
+    app.connect("object-description-transform", hide_long_values)
     app.connect("autodoc-skip-member", skip_tuple_fields)
+    app.connect("doctree-read", draw_dashes)
+    app.connect("source-read", fill_page)
     app.connect("env-check-consistency", require_all_modules)

@@ -1,0 +1,186 @@
+"""Writes the parts of the pages that follow from the source, so that they cannot grow stale.
+
+A page says where such a part goes with a line `<!-- generated: KIND ARGUMENTS -->`; the kinds are the keys of KINDS.
+"""
+
+import ast
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What a flag takes, by absl's name for its type.
+TAKES = {"int": "a whole number", "float": "a number", "bool": "on or off", "config object": "a file", "string": ""}
+TAKES["comma separated list of strings"] = "a list with commas"
+
+# What reads as code in help texts and comments: `quoted`, --flag=value, name:option=3, folder/file.py, two_words.
+CODE = r"(`[^`]*`|--\w[\w.]*\w(?:=[^\s,;]*\w)?|\b(?!arXiv)[A-Za-z]\w+(?:[./:=,]\w+)+|\b[A-Za-z]+_\w+)"
+
+# Prints the flags of a program, which importing it defines; its main function does not run.
+DUMP_FLAGS = """
+import importlib, json, sys
+from absl import flags
+program = importlib.import_module(sys.argv[1])
+bounds = lambda flag: [getattr(flag.parser, f"{side}_bound", None) for side in ("lower", "upper")]
+print(json.dumps({"about": program.__doc__.partition("\\n\\n")[0], "flags": [
+    {"module": module, "name": flag.name, "takes": flag.flag_type(), "default": flag.default, "help": flag.help,
+     "bounds": bounds(flag)}
+    for module, found in flags.FLAGS.flags_by_module_dict().items() for flag in found
+    if module.partition(".")[0] in ("diffusion", sys.argv[1])
+]}))
+"""
+
+
+def fill(page: str) -> str:
+    """Returns the text of a page with its generated parts in place."""
+    marker = r"^<!-- generated: (\w+)(.*) -->$"
+    return re.sub(marker, lambda match: KINDS[match[1]](page, *match[2].split()), page, flags=re.MULTILINE)
+
+
+def public_modules() -> list[str]:
+    """Returns the names of all modules of the library that hold something and have no leading underscore."""
+    paths = [path for path in sorted((ROOT / "diffusion").glob("**/*.py")) if path.stat().st_size]
+    parts = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
+    names = [".".join(part).removesuffix(".__init__") for part in parts]
+    return sorted(name for name in names if "._" not in name and name != "diffusion")
+
+
+def modules(page: str, *names: str) -> str:
+    """Returns a section for each of these modules that there is, each followed by the modules below it.
+
+    A module below another one that is named itself, as in `diffusion.solvers diffusion.solvers.forms`, comes where its
+    own name stands.
+
+    A name that a package offers as its own is described there and not once more in the module that defines it. What the
+    page itself describes, in a directive such as `autofunction:: diffusion.sample`, is left out as well.
+    """
+    by_hand = re.findall(r"^\.\. auto\w+:: diffusion\.(\w+)$", page, re.MULTILINE)
+    below = [m for m in public_modules() if m not in names]
+    rooms = [[name] * (name in public_modules()) + [m for m in below if m.startswith(f"{name}.")] for name in names]
+    sections = []
+    for name in dict.fromkeys(module for room in rooms for module in room):
+        parent = importlib.import_module(name.rpartition(".")[0])
+        offered = [] if parent.__name__ == "diffusion" else getattr(parent, "__all__", [])
+        elsewhere = [thing for thing in offered if getattr(getattr(parent, thing), "__module__", "") == name]
+        sections += [f"## {name}", "", "```{eval-rst}", f".. automodule:: {name}"]
+        sections += [f"   :exclude-members: {', '.join(by_hand + elsewhere)}"] * bool(by_hand + elsewhere)
+        sections += ["   :no-index:"] * (name.rpartition(".")[2] in offered)  # the package has a function of that name
+        sections += ["```", ""]
+    return "\n".join(sections)
+
+
+def flags(page: str, *programs: str) -> str:
+    """Returns a section for each program, these first, with its own flags, and one for shared flags."""
+    found = [path.name for path in sorted(ROOT.glob("*.py")) if path.name != "setup.py"]
+    programs = [name for name in dict.fromkeys([*programs, *found]) if name in found]
+    dumps = {program: _dump_flags(program) for program in programs}
+    users, shown = {}, {}
+    for program, dump in dumps.items():
+        for flag in dump["flags"]:
+            key = (flag["module"], flag["name"])
+            users.setdefault(key, []).append(program)
+            shown[key] = f"`--{flag['name']}`\n: {_markdown(flag['help'])} {_takes(flag)}\n\n"
+    own = {program: [shown[key] for key in shown if users[key] == [program]] for program in programs}
+    shared = {tuple(u): [shown[key] for key in shown if users[key] == u] for u in users.values() if len(u) > 1}
+    sections = []
+    for program, entries in own.items():
+        groups = ["shared by " + " and ".join(group) for group in shared if program in group]
+        links = ", and the ones ".join(f"[{group}](#{group.replace(' ', '-').replace('.', '')})" for group in groups)
+        others = f"Its other flags are the ones {links}.\n" if groups else ""
+        sections.append(f"## {program}\n\n{_markdown(dumps[program]['about'])}\n\n{''.join(entries)}{others}")
+    sections += [f"## Shared by {' and '.join(group)}\n\n{''.join(entries)}" for group, entries in shared.items()]
+    return "\n".join(sections)
+
+
+def fields(page: str) -> str:
+    """Returns every field of configs/default.py with its default and its comment, section by section."""
+    source = (ROOT / "configs" / "default.py").read_text()
+    comments = _comments(source)
+    body = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "get_config").body
+    sections = {"": ["## Outside the sections\n"]}
+    for node in body:
+        name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+        if not name.startswith("config."):
+            continue
+        about, value = _comment_of(node, comments), node.value
+        is_section = isinstance(value, ast.Call)
+        section = sections.get(".".join(name.split(".")[:2]), sections[""])
+        if is_section and name.count(".") == 1:
+            sections[name] = [f"\n## {name}\n\n{about[:1].upper()}{about[1:]}\n"]
+        elif is_section and value.args:
+            for key, default in zip(value.args[0].keys, value.args[0].values, strict=True):
+                section.append(_field(f"{name}.{key.value}", default, source, _comment_of(key, comments)))
+        else:
+            section.append(_field(name, None if is_section else value, source, about))
+    return "\n".join(line for lines in sections.values() for line in lines)
+
+
+def recipes(page: str) -> str:
+    """Returns a table of the files in configs/ with the first paragraph of each one's docstring."""
+    rows = ["| recipe | what it is |", "|---|---|"]
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        if path.stem not in ("__init__", "default"):
+            about = ast.get_docstring(ast.parse(path.read_text())).partition("\n\n")[0]
+            rows.append(f"| `configs/{path.name}` | {_markdown(' '.join(about.split()))} |")
+    return "\n".join(rows)
+
+
+KINDS = {"modules": modules, "flags": flags, "fields": fields, "recipes": recipes}
+
+
+def _dump_flags(program):
+    command = [sys.executable, "-c", DUMP_FLAGS, program.removesuffix(".py")]
+    # The parent's JAX may hold the accelerator.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{program} cannot be imported: {done.stderr.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _takes(flag):
+    """Returns what a flag takes and its default, unless its help has told the default."""
+    low, high = flag["bounds"]
+    words = TAKES.get(flag["takes"], flag["takes"])
+    words += f" from {low:,} to {high:,}" if None not in (low, high) else f", at least {low:,}" if low else ""
+    default = flag["default"]
+    if default is not None and "Default:" not in flag["help"]:
+        text = ",".join(map(str, default)) if isinstance(default, list) else str(default)
+        words += f"{'; ' * bool(words)}default {'off' if default is False else 'on' if default is True else text}"
+    return f"*{words[0].upper()}{words[1:]}.*" if words else ""
+
+
+def _field(name, default, source, about):
+    value = "" if default is None else f" = `{ast.get_source_segment(source, default)}`"
+    return f"- `{name}`{value}{': ' * bool(about)}{about}"
+
+
+def _markdown(text):
+    """Returns text as Markdown in which code is code and all other signs mean themselves."""
+    parts = re.split(CODE, " ".join(text.split()))
+    escaped = [re.sub(r"([\\`*_\[\]<>#|$~{}])", r"\\\1", part) for part in parts[::2]]
+    code = [f"`{part.strip('`')}`" for part in parts[1::2]] + [""]
+    return "".join(plain + span for plain, span in zip(escaped, code, strict=True))
+
+
+def _comments(source):
+    """Returns {line: (text, whether the comment has the line to itself)}."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = [token for token in tokens if token.type == tokenize.COMMENT]
+    return {token.start[0]: (token.string[1:].strip(), token.line.lstrip().startswith("#")) for token in found}
+
+
+def _comment_of(node, comments):
+    """Returns the comments above a statement and on its lines, as Markdown."""
+    first = node.lineno
+    while comments.get(first - 1, ("", False))[1]:
+        first -= 1
+    texts = [comments[line][0] for line in range(first, node.end_lineno + 1) if line in comments]
+    return _markdown(" ".join(texts))
