@@ -14,7 +14,8 @@ from absl import flags
 
 from benchmarks.claims.report import new_figure, show_pictures
 from diffusion import pretrained, sample
-from diffusion.commands import cli, experiment
+from diffusion.commands import cli
+from diffusion.commands import samplers as by_name
 from diffusion.files import write_atomically
 
 _OUT = flags.DEFINE_string("out", "docs/images", "Folder of the pictures.")
@@ -40,8 +41,8 @@ def main() -> None:
 def draw(trained, sampler, steps, **options):
     """The samples of LATENTS starts, the same for every sampler and number of steps."""
     model = trained.model
-    table = experiment.make_table(model.schedule, sampler, steps, "uniform")
-    options |= {"prediction": model.prediction, "clip": trained.config.sample.clip}
+    table = by_name.make_table(model.schedule, sampler, steps, "uniform")
+    options |= {"prediction": model.prediction, "clip": trained.clip}
     shape = model.image_shape
     return sample(model.apply_fn, trained.params, table, jax.random.key(0), LATENTS, shape, **options)
 
@@ -62,7 +63,7 @@ def way(trained):
     images, passed = draw(trained, "ddim", STEPS[-1], return_trajectory=True)
     pictures = np.stack([np.asarray(path)[list(SHOWN), 1] for path in (passed.x, passed.x0)])
     last = np.stack([np.asarray(images[1])] * 2)[:, None]
-    tau = experiment.make_tau(trained.model.schedule, "uniform", STEPS[-1])
+    tau = by_name.make_tau(trained.model.schedule, "uniform", STEPS[-1])
     labels = [f"t = {tau[i]:g}" for i in SHOWN] + ["sample"]
     figure = new_figure(12, 3)
     show_pictures(figure.subplots(), np.concatenate([pictures, last], axis=1), labels, ["x", "estimate of x_0"])

@@ -1,6 +1,7 @@
 """The training step that the benchmarks time: that of train.py, on random images."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion import devices, schedules
+from diffusion.model import Model, pixels
 from diffusion.models import UNet, as_apply_fn
 from diffusion.objectives.losses import simple_loss
-from diffusion.training.step import init_state, make_train_step
+from diffusion.training.step import StepOptions, init_state, make_train_step
 
 
 def init(model: UNet, size: int):
@@ -28,9 +30,12 @@ def training_step(model: UNet, params, mesh: Mesh, batch: int, size: int) -> Cal
       batch, size: images at a time, and their height and width.
     """
     optimizer, decays = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)), [0.999]
-    step = make_train_step(
-        as_apply_fn(model), simple_loss, optimizer, schedules.linear(), mesh, jax.random.key(1), ema_decays=decays
+    schedule = schedules.linear()
+    whole, objective = (
+        Model(as_apply_fn(model), schedule, pixels((size, size, 3))),
+        partial(simple_loss, schedule=schedule),
     )
+    step = make_train_step(whole, objective, optimizer, mesh, jax.random.key(1), StepOptions(decays))
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, decays)
     state = jax.device_put(state, devices.state_sharding(mesh, state))
     split = devices.batch_sharding(mesh)

@@ -4,6 +4,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -15,9 +16,9 @@ HALF_BIN = 1 / 255
 """Half the distance between neighbouring values of an 8-bit pixel in [-1, 1]."""
 
 
-def to_floats(images: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """Turns 8-bit values into float32 in [-1, 1]; takes NumPy and JAX arrays, and works inside jit."""
-    return images.astype(np.float32) / 127.5 - 1
+def to_floats(images: UInt8[np.ndarray, "*shape"], dtype: Any = np.float32) -> Float[np.ndarray, "*shape"]:
+    """Turns 8-bit values into floats in [-1, 1]; takes NumPy and JAX arrays, and works inside jit."""
+    return images.astype(dtype) / 127.5 - 1
 
 
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

@@ -107,6 +107,11 @@ class Trained(NamedTuple):
     step: int
     ema: str
 
+    @property
+    def clip(self) -> str:
+        """How its estimates of x_0 are clipped unless something else is asked for."""
+        return self.config.sample.clip or self.model.space.clip
+
 
 def make_schedule(text: str) -> NoiseSchedule:
     """Returns the schedule that a config names, as "cosine" or "linear:beta_end=0.015,num_timesteps=500".

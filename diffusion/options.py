@@ -71,8 +71,10 @@ def parse(what: str, text: str, known: Mapping[str, Callable[..., Any]], leading
     for part in filter(None, settings.split(",")):
         before, equals, value = part.partition("=")
         if not equals and not key:
+            if part in allowed:
+                raise InputError(f"{what} option {part!r} has no value; write {name}:{part}=VALUE")
             example = next(iter(allowed), "key")
-            raise InputError(f"{what} option {part!r} has no value; write {name}:{example}=VALUE")
+            raise InputError(f"{what} option {part!r} has no name; write {name}:{example}={settings}")
         if not equals:
             texts[key] += f",{part}"
             continue

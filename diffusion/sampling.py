@@ -67,7 +67,7 @@ _SHORT = {
 """The keywords of `sample` that are short for fields of its guidance."""
 
 
-def sample(
+def sample(  # noqa: PLR0913
     apply_fn: ApplyFn,
     params: Params,
     table: SamplerTable,

@@ -32,7 +32,6 @@ from PIL import Image, ImageDraw
 
 import diffusion
 from diffusion import data, sample, solvers, timesteps
-from diffusion.commands import experiment
 from diffusion.images import sheet, to_uint8
 from diffusion.training import run_folder
 
@@ -98,7 +97,7 @@ fields = {
     "data.path": workspace / "pictures",
     "data.size": 8,
     "data.channels": 1,  # grey
-    "schedule.name": "cosine",  # few pixels want little noise
+    "schedule": "cosine",  # few pixels want little noise
     "model.width": 32,
     "model.multipliers": "(1,)",
     "model.num_blocks": 1,
@@ -148,7 +147,7 @@ plt.show()
 # table and a call. (`python sample.py --workdir=... --steps=10 --sampler=unipc` does this from a shell.)
 
 # %%
-model, params, config, step, ema = experiment.load_trained(run_folder.existing(run))
+model, params, config, step, ema = run_folder.load_trained(run_folder.existing(run))
 tau = timesteps.uniform(model.schedule, 20)
 table = solvers.ddim(model.schedule, tau)
 labels = jnp.arange(24) // 12  # a row of crosses, a row of discs
@@ -161,7 +160,7 @@ images = sample(
     model.image_shape,
     clip="recompute",
     cond=labels,
-    null_cond=jnp.full(24, model.num_classes),
+    null_cond=model.conditions.nulls(24),
     guidance_scale=2.0,
 )
 show(to_uint8(images), f"step {step:,}: {table.nfe} steps of DDIM, guidance 2; crosses above, discs below")

@@ -15,10 +15,11 @@ from tiny import make_model
 
 from diffusion import gaussian, schedules, timesteps
 from diffusion.data import Dataset
+from diffusion.evaluation import bound as bounds
 from diffusion.evaluation.bound import bits_table, variational_bound
 from diffusion.model import Trained
 from diffusion.objectives.bound import BoundSteps, discretized_log_likelihood, step_bits
-from diffusion.objectives.losses import vlb_loss
+from diffusion.objectives.losses import Batch, vlb_loss
 from diffusion.predictions import reading
 from diffusion.solvers import ddpm
 
@@ -244,11 +245,11 @@ def test_the_bound_of_an_image_does_not_depend_on_the_batch_around_it():
 def test_another_grid_of_the_same_length_or_fixed_variance_compiles_nothing():
     x_0 = pixels((2, 4, 2)).astype(np.float32)
     variational_bound(two_headed, {}, LINEAR, TAU, x_0, key())
-    before = bound._terms._cache_size()
+    before = bounds._terms._cache_size()
     variational_bound(two_headed, {}, LINEAR, TAU, x_0, key(1), variance="large")
     variational_bound(two_headed, {}, LINEAR, [T, 40, 30, 20, 1, 0], x_0, key())
     variational_bound(two_headed, {}, schedules.linear(T, 1e-3, 0.2), TAU, x_0, key())
-    assert bound._terms._cache_size() == before
+    assert bounds._terms._cache_size() == before
 
 
 @pytest.mark.parametrize(
@@ -405,7 +406,7 @@ def test_vlb_over_all_timesteps_is_the_sum_of_the_terms():
     )
     keys = jax.random.split(key(1), T)
     bind = functools.partial(network, {})
-    loss = vlb_loss(bind, LINEAR, x_0, None, keys, jnp.arange(T), T, prediction="x0")
+    loss = vlb_loss(Batch(bind, x_0, None, keys, jnp.arange(T), T), LINEAR, "x0")
     np.testing.assert_allclose(loss.value[::-1] / T, bound.terms[:, 0], rtol=1e-8)
     np.testing.assert_allclose(loss.value.mean(), bound.terms.sum(), rtol=1e-8)
 
@@ -421,7 +422,7 @@ def test_vlb_estimates_the_sum_of_the_terms():
     )
     keys = jax.vmap(lambda i: jax.random.fold_in(key(9), i))(jnp.arange(20 * T))
     bind = functools.partial(network, {})
-    losses = np.array(vlb_loss(bind, LINEAR, x_0, None, keys, jnp.arange(20 * T), 20 * T).value)
+    losses = np.array(vlb_loss(Batch(bind, x_0, None, keys, jnp.arange(20 * T), 20 * T), LINEAR).value)
     # Stratified: 20 draws of each timestep.
     by_time = losses.reshape(T, 20)
     error = np.sqrt(np.sum(by_time.var(axis=1, ddof=1) / 20)) / T

@@ -7,7 +7,22 @@ import re
 import pytest
 from commands import ROOT, TINY, error_line, run
 
+from diffusion import schedules, solvers
+
 pytestmark = pytest.mark.usefixtures("compile_once")
+
+OLD_CONFIG = """
+from configs import default
+
+def get_config():
+    config = default.get_config()
+    config.schedule.name = "cosine"
+    return config
+"""
+
+OTHER_TABLE = solvers.ddim(schedules.cosine(50), [50, 25, 0]).to_json()
+
+RUN = "--workdir=$TRAINED/runs/digits"
 
 # (script, arguments, what the line says); $TRAINED is a folder with a trained run
 MISTAKES = [
@@ -31,8 +46,21 @@ MISTAKES = [
     ("train.py", [f"--config={ROOT}/tests/tiny.py"], "no function get_config"),
     ("train.py", ["--config.train.batch_size=0"], "batch_size is 0; it must be at least 1"),
     ("train.py", ["--config.data.name=digts"], "did you mean 'digits'"),
-    ("train.py", ["--config.schedule.name=cosin"], "did you mean 'cosine'"),
-    ("train.py", ["--config.train.prediction=noise"], "valid: eps, flow, v, x0"),
+    ("train.py", ["--config.schedule=cosin"], "config.schedule is 'cosin'; did you mean 'cosine'"),
+    ("train.py", ["--config.schedule=cosine:max_bta=0.9"], "did you mean 'max_beta'"),
+    ("train.py", ["--config.schedule=cosine:0.9"], "has no name; write cosine:num_timesteps=0.9"),
+    ("train.py", ["--config.schedule.name=cosine"], "config.schedule is one text .*write --config.schedule=cosine$"),
+    (
+        "train.py",
+        ["--config.schedule.linear.beta_end=0.03"],
+        "is one text .*write --config.schedule=linear:beta_end=0.03",
+    ),
+    ("train.py", ["--config.data.path.x=1"], "config.data.path is one text and has no field 'x'"),
+    ("train.py", ["--config=$OLD.py"], "old.py: a schedule is one text, as config.schedule = "),
+    ("train.py", ["--config.train.objective=hybrid:vlb=1"], "did you mean 'vlb_weight'"),
+    ("train.py", ["--config.sample.sampler=analytic_dpm"], "needs gamma, which is estimated on a trained model"),
+    ("train.py", ["--config.sample.sampler=dpmpp_2m"], "here that is 'dpm_solver_pp:order=2,variant=official'"),
+    ("train.py", ["--config.train.prediction=noise"], "valid: edm, eps, flow, v, x0"),
     ("train.py", ["--config.model.width=33"], "width is 33; it must be even"),
     ("train.py", ["--config.model.multipliers=1,1,1,1,1"], "cannot be halved 4 times"),
     ("train.py", ["--config.sample.steps=0"], "steps is 0"),
@@ -41,7 +69,7 @@ MISTAKES = [
     ("train.py", ["--config.model.out_channels=3"], "images have 1 channels"),
     ("train.py", ["--config.model.num_heads=0"], "num_heads is 0"),
     ("train.py", ["--config.model.dropout=1.5"], "dropout is 1.5"),
-    ("train.py", ["--config.schedule.name=cosine", "--config.schedule.cosine.max_beta=1.0"], "zero signal"),
+    ("train.py", ["--config.schedule=cosine:max_beta=1.0"], "zero signal"),
     ("train.py", ["--config.seed=-1"], "config.seed is -1"),
     ("train.py", ["--config.train.keep=0"], "keep is 0"),
     ("train.py", ["--config.train.ema_decays=1.5"], "ema_decays is 1.5"),
@@ -59,68 +87,100 @@ MISTAKES = [
     ("train.py", [f"--config={ROOT}/configs/images.py", "--config.data.path=nowhere.zip"], "nowhere.zip"),
     ("train.py", [f"--config={ROOT}/configs/cifar.py", "--config.data.path=nowhere.tar.gz"], "nowhere.tar.gz"),
     ("train.py", ["--workdir=$FILE/run"], "Not a directory"),
-    ("train.py", [*TINY, "--workdir=$TRAINED/runs/digits", "--config.model.width=8"], "config.model.width is 8, .* 4"),
+    ("train.py", [*TINY, RUN, "--config.model.width=8"], "config.model.width is 8, .* 4"),
     ("convert.py", [], "there is no run in runs/; train one with"),
-    ("convert.py", ["--workdir=$TRAINED/runs/digits", "--out=model.bin"], "must end in .safetensors"),
-    ("convert.py", ["--workdir=$TRAINED/runs/digits", "--step=3"], "no checkpoint of step 3; there are: 5, 10, 12"),
-    ("convert.py", ["--workdir=$TRAINED/runs/digits", "--figures=$FILE"], "cannot be read as JSON"),
+    ("convert.py", [RUN, "--out=model.bin"], "must end in .safetensors"),
+    ("convert.py", [RUN, "--step=3"], "no checkpoint of step 3; there are: 5, 10, 12"),
+    ("convert.py", [RUN, "--figures=$FILE"], "cannot be read as JSON"),
     ("sample.py", ["--workdir=$FILE"], "holds no checkpoint"),
     ("sample.py", ["--workdir=nowhere.safetensors"], "there is no file nowhere.safetensors"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--steps=0"], r"steps is 0; .* 1\.\.1000"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--steps=1001"], r"steps is 1001; .* 1\.\.1000"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--eta=1.5"], r"eta is 1.5; it must lie in 0\.\.1"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--eta=nan"], "eta is nan"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=dimm"], "did you mean 'ddim'"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--tau=unifrom"], "did you mean 'uniform'"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--tau=explicit:10,20"], "not strictly descending"),
+    ("sample.py", [RUN, "--steps=0"], r"steps is 0; .* 1\.\.1000"),
+    ("sample.py", [RUN, "--steps=1001"], r"steps is 1001; .* 1\.\.1000"),
+    ("sample.py", [RUN, "--eta=1.5"], r"eta is 1.5; it must lie in 0\.\.1"),
+    ("sample.py", [RUN, "--eta=nan"], "eta is nan"),
+    ("sample.py", [RUN, "--sampler=dimm"], "did you mean 'ddim'"),
+    ("sample.py", [RUN, "--tau=unifrom"], "did you mean 'uniform'"),
+    ("sample.py", [RUN, "--tau=explicit:times=10,20"], "not strictly descending"),
     (
         "sample.py",
-        ["--workdir=$TRAINED/runs/digits", "--sampler=ddpm", "--eta=1"],
-        "ddpm has no option 'eta'; valid: variance",
+        [RUN, "--sampler=ddpm", "--eta=1"],
+        "ddpm has no option 'eta'; those that have one: ddim",
     ),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--num=0"], "num=0"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--clip=yes"], "valid: keep_eps, none, recompute"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--out=$FILE/x"], "Not a directory"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=dpm_solver_pp:ordr=3"], "did you mean 'order'"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=unipc:order=7"], r"order is 7; .* 1\.\.4"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=unipc:order=x"], "unipc:order is 'x'; write a number"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=unipc:order"], "has no value"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--guidance_scale=2"], "no classes"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--guidance_rule=cfg++"], "no classes: .*--guidance_rule"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--guidance_interval=1,5"], "no classes: .*--guidance_interval"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--labels=3"], "no classes"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--clip=none", "--dynamic_threshold=0.9"], "exclude each other"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--num=999999999999"], "num=999999999999"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--dynamic_threshold=2"], "dynamic_threshold is 2"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--seeds=5-1"], "seeds are '5-1'"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "extra"], "unexpected argument 'extra'"),
-    ("sample.py", ["--workdir=$TRAINED/runs/digits", "--sampler=ddpm:variance=learned"], "predicts none"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--num=3"], "num=3"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--bound=ten"], "bound is 'ten'"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--steps=5,x"], "steps is '5,x'"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--samplers=ddim,dimm"], "did you mean 'ddim'"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--metrics=fid"], "in the space 'pixels' ask for 'frechet'"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--metrics=frechte"], "did you mean 'frechet'"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--metrics=score"], "pixels have no classes"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--features=pixles"], "did you mean 'pixels'"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--steps=5,5"], "twice"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--samplers=unipc", "--etas=0"], "none of unipc takes one"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--inception=x.pth"], "goes with --features=inception"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--features=inception", "--inception=x.pth"], "x.pth"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--bound=0"], "steps is 0"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--bound="], "bound is ''; write numbers"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--steps="], "steps is ''; write numbers"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--samplers=,"], "names no sampler"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--metrics="], "no metric is named"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--bound=5", "--metrics=frechet"], "--metrics is of samples"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--likelihood=5", "--clip=none"], "--clip goes with --bound"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--bound=5", "--clip=keep_eps"], "clip is 'keep_eps'; .*valid"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--bound=5", "--tau=sections:2,2"], "name a grid, as uniform"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--first=5"], "--first goes with --bound"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--steps=4", "--tau=sections:2,2"], "leave out --steps"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--split=test"], "no split='test'"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--likelihood=5,0"], "steps is 0"),
-    ("evaluate.py", ["--workdir=$TRAINED/runs/digits", "--likelihood=5", "--first=1798"], "more than the 1797 images"),
+    ("sample.py", [RUN, "--sampler=DDIM"], "'DDIM'; here that is 'ddim'"),
+    ("sample.py", [RUN, "--sampler=euler_a"], "here that is 'euler_ancestral'"),
+    (
+        "sample.py",
+        [RUN, "--sampler=UniPCMultistepScheduler"],
+        "here that is 'unipc:order=2'",
+    ),
+    ("sample.py", [RUN, "--sampler=ddim:eta=0", "--eta=1"], "leave out --eta"),
+    ("sample.py", [RUN, "--sampler=ddim:eta=0,eta=1"], "'eta' twice"),
+    ("sample.py", [RUN, "--sampler=ddim:0.5"], "has no name; write ddim:eta=0.5"),
+    ("sample.py", [RUN, "--tau=explicit:1000,500"], "write explicit:times=1000,500"),
+    ("sample.py", [RUN, "--tau=sections:10,15"], "write sections:counts=10,15"),
+    ("sample.py", [RUN, "--tau=sections"], "tau sections needs counts"),
+    ("sample.py", [RUN, "--sampler=nowhere.json"], "nowhere.json cannot be read"),
+    ("sample.py", [RUN, "--sampler=$FILE.json"], "file.json: this is no sampler table"),
+    ("sample.py", [RUN, "--sampler=$OTHER.json"], "for another noise schedule"),
+    ("sample.py", [RUN, "--sampler=$OTHER.json", "--steps=3"], "leave out --steps"),
+    ("sample.py", [RUN, "--guidance_rule=agp"], "did you mean 'apg'"),
+    ("sample.py", [RUN, "--guidance_rule=apg:mometum=0"], "did you mean 'momentum'"),
+    (
+        "sample.py",
+        [RUN, "--guidance_model=nowhere", "--guidance_scale=2"],
+        "no checkpoint",
+    ),
+    ("sample.py", [RUN, "--num=0"], "num=0"),
+    ("sample.py", [RUN, "--clip=yes"], "valid: keep_eps, none, recompute"),
+    ("sample.py", [RUN, "--out=$FILE/x"], "Not a directory"),
+    ("sample.py", [RUN, "--sampler=dpm_solver_pp:ordr=3"], "did you mean 'order'"),
+    ("sample.py", [RUN, "--sampler=unipc:order=7"], r"order is 7; .* 1\.\.4"),
+    (
+        "sample.py",
+        [RUN, "--sampler=unipc:order=x"],
+        "unipc:order is 'x'; write a whole number",
+    ),
+    ("sample.py", [RUN, "--sampler=unipc:order"], "has no value"),
+    ("sample.py", [RUN, "--guidance_scale=2"], "no classes"),
+    ("sample.py", [RUN, "--guidance_rule=cfg++"], "no classes: .*--guidance_rule"),
+    ("sample.py", [RUN, "--guidance_interval=1,5"], "no classes: .*--guidance_interval"),
+    ("sample.py", [RUN, "--labels=3"], "no classes"),
+    ("sample.py", [RUN, "--clip=none", "--dynamic_threshold=0.9"], "exclude each other"),
+    ("sample.py", [RUN, "--num=999999999999"], "num=999999999999"),
+    ("sample.py", [RUN, "--dynamic_threshold=2"], "dynamic_threshold is 2"),
+    ("sample.py", [RUN, "--seeds=5-1"], "seeds are '5-1'"),
+    ("sample.py", [RUN, "extra"], "unexpected argument 'extra'"),
+    ("sample.py", [RUN, "--sampler=ddpm:variance=learned"], "predicts none"),
+    ("evaluate.py", [RUN, "--num=3"], "num=3"),
+    ("evaluate.py", [RUN, "--bound=ten"], "bound is 'ten'"),
+    ("evaluate.py", [RUN, "--steps=5,x"], "steps is '5,x'"),
+    ("evaluate.py", [RUN, "--samplers=ddim,dimm"], "did you mean 'ddim'"),
+    ("evaluate.py", [RUN, "--metrics=fid"], "in the space 'pixels' ask for 'frechet'"),
+    ("evaluate.py", [RUN, "--metrics=frechte"], "did you mean 'frechet'"),
+    ("evaluate.py", [RUN, "--metrics=score"], "pixels have no classes"),
+    ("evaluate.py", [RUN, "--features=pixles"], "did you mean 'pixels'"),
+    ("evaluate.py", [RUN, "--steps=5,5"], "twice"),
+    ("evaluate.py", [RUN, "--samplers=unipc", "--etas=0"], "none of unipc takes one"),
+    ("evaluate.py", [RUN, "--inception=x.pth"], "goes with --features=inception"),
+    ("evaluate.py", [RUN, "--features=inception", "--inception=x.pth"], "x.pth"),
+    ("evaluate.py", [RUN, "--bound=0"], "steps is 0"),
+    ("evaluate.py", [RUN, "--bound="], "bound is ''; write numbers"),
+    ("evaluate.py", [RUN, "--steps="], "steps is ''; write numbers"),
+    ("evaluate.py", [RUN, "--samplers=,"], "names no sampler"),
+    ("evaluate.py", [RUN, "--metrics="], "no metric is named"),
+    ("evaluate.py", [RUN, "--bound=5", "--metrics=frechet"], "--metrics is of samples"),
+    ("evaluate.py", [RUN, "--likelihood=5", "--clip=none"], "--clip goes with --bound"),
+    ("evaluate.py", [RUN, "--bound=5", "--clip=keep_eps"], "clip is 'keep_eps'; .*valid"),
+    (
+        "evaluate.py",
+        [RUN, "--bound=5", "--tau=sections:counts=2,2"],
+        "name a grid, as uniform",
+    ),
+    ("evaluate.py", [RUN, "--first=5"], "--first goes with --bound"),
+    ("evaluate.py", [RUN, "--steps=4", "--tau=sections:counts=2,2"], "leave out --steps"),
+    ("evaluate.py", [RUN, "--split=test"], "no split='test'"),
+    ("evaluate.py", [RUN, "--likelihood=5,0"], "steps is 0"),
+    ("evaluate.py", [RUN, "--likelihood=5", "--first=1798"], "more than the 1797 images"),
 ]
 
 
@@ -133,7 +193,11 @@ def mistakes(trained, tmp_path_factory):
         cwd = tmp_path_factory.mktemp("mistake")
         (cwd / "file").touch()
         (cwd / "file.py").write_text("1 +")
-        args = [a.replace("$TRAINED", str(trained)).replace("$FILE", str(cwd / "file")) for a in args]
+        (cwd / "file.json").write_text('{"tau": [1, 0]}')
+        (cwd / "old.py").write_text(OLD_CONFIG)
+        (cwd / "other.json").write_text(OTHER_TABLE)
+        names = {"TRAINED": trained, "FILE": cwd / "file", "OLD": cwd / "old", "OTHER": cwd / "other"}
+        args = [re.sub(r"\$([A-Z]+)", lambda m: str(names[m[1]]), a) for a in args]
         return run(script, *args, cwd=cwd), sorted(path.name for path in cwd.iterdir())
 
     before = sorted(trained.rglob("*"))
@@ -147,4 +211,4 @@ def mistakes(trained, tmp_path_factory):
 def test_a_mistake_is_one_line_with_code_2_and_leaves_nothing(mistakes, number):
     result, left = mistakes[number]
     assert re.search(MISTAKES[number][2], error_line(result)), result.stderr
-    assert left == ["file", "file.py"]
+    assert left == ["file", "file.json", "file.py", "old.py", "other.json"]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ from diffusion.images import write_png
 from diffusion.models import UNet, as_apply_fn
 from diffusion.objectives.losses import simple_loss
 from diffusion.training import checkpoints
-from diffusion.training.step import init_state, make_train_step
+from diffusion.training.step import StepOptions, init_state, make_train_step
 
 pytestmark = [pytest.mark.reliability, pytest.mark.usefixtures("compile_once")]
 
@@ -174,7 +175,7 @@ CHANGES = {
     "train.ema_decays": "0.5",
     "train.prediction": "v",
     "optimizer.learning_rate": "0.1",
-    "schedule.name": "linear",
+    "schedule": "linear",
     "data.flip": "False",
     "seed": "1",
 }
@@ -194,9 +195,10 @@ def test_7_checkpoints_of_any_number_of_devices_load_on_any_other(tmp_path, repo
 
     losses = {}
     for count, mesh in meshes.items():
-        options = {"ema_decays": [0.9], "log_every": 50}
         schedule = schedules.cosine()
-        step = make_train_step(as_apply_fn(model), simple_loss, optimizer, schedule, mesh, tiny.KEY, **options)
+        whole = tiny.make_model(as_apply_fn(model), schedule, (8, 8, 1))
+        objective = partial(simple_loss, schedule=schedule)
+        step = make_train_step(whole, objective, optimizer, mesh, tiny.KEY, StepOptions([0.9], log_every=50))
         split = device_layout.batch_sharding(mesh)
         ballots = jax.device_put(np.zeros(mesh.size, np.float32), split)
         state, of_steps = begin(mesh), []

@@ -246,8 +246,8 @@ def test_solvers_converge_to_the_ode_solution_on_images():
 
 def test_wrong_arguments_are_refused():
     x = np.zeros((1, *SHAPE))
-    with refused("prediction is 'edm'"):
-        testbeds.gaussian(LINEAR, 0, 1, "edm")
+    with refused("prediction is 'epsilon'"):
+        testbeds.gaussian(LINEAR, 0, 1, "epsilon")
     with refused("variance"):
         testbeds.gaussian(LINEAR, 0, -1)
     with refused("weights"):

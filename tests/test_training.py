@@ -12,9 +12,9 @@ from tiny import BATCH, IMAGES, KEY, SCHEDULE, assert_close, assert_same, make_s
 from diffusion import devices
 from diffusion.commands import experiment
 from diffusion.errors import InputError
-from diffusion.objectives.losses import simple_loss
+from diffusion.objectives.losses import Batch, Loss
 from diffusion.training import run_folder
-from diffusion.training.step import TENTHS, ema_decay_at, ema_name, make_train_step
+from diffusion.training.step import TENTHS, StepOptions, ema_decay_at, ema_name, make_train_step
 
 
 def losses(params, step=0):
@@ -22,7 +22,7 @@ def losses(params, step=0):
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(KEY, step), i))(jnp.arange(BATCH))
     x_0 = jnp.asarray(IMAGES, jnp.float32) / 127.5 - 1
     network = lambda x, t, cond: tiny.apply_fn(params, x, t, cond)  # noqa: E731
-    return simple_loss(network, SCHEDULE, x_0, None, keys, jnp.arange(BATCH), BATCH)
+    return tiny.simple(Batch(network, x_0, None, keys, jnp.arange(BATCH), BATCH))
 
 
 def test_one_step_of_gradient_descent_follows_the_gradient_of_the_loss():
@@ -101,6 +101,66 @@ def test_every_step_draws_new_noise():
     assert float(second.loss) == pytest.approx(float(losses(tiny.make_params(), 1).value.mean()), rel=1e-5)
 
 
+def test_an_objective_is_given_what_was_frozen_and_the_first_average_of_the_parameters():
+    """A toy distillation towards a teacher, and a penalty on leaving the average, against their gradients by hand."""
+    teacher = jax.tree.map(lambda p: p + 0.5, tiny.make_params())
+
+    def distil(batch):
+        t = jnp.full(len(batch.x_0), 7)
+        told = tiny.apply_fn(batch.frozen["teacher"], batch.x_0, t)
+        error = (batch.network(batch.x_0, t, None) - told) ** 2
+        drift = (batch.network(batch.x_0, t, None) - jax.lax.stop_gradient(batch.average(batch.x_0, t, None))) ** 2
+        value = (error + batch.step * drift).mean(axis=(1, 2, 3))
+        return Loss(value, t, value)
+
+    def by_hand(params, average, step):
+        x, t = jnp.asarray(IMAGES, jnp.float32) / 127.5 - 1, jnp.full(BATCH, 7)
+        asked, told, before = (tiny.apply_fn(p, x, t) for p in (params, teacher, average))
+        return jnp.mean((asked - told) ** 2 + step * (asked - before) ** 2)
+
+    optimizer = optax.sgd(0.5)
+    for count in (1, 4):
+        mesh, step = make_step(count, optimizer, objective=distil, frozen={"teacher": teacher})
+        state = start(optimizer, mesh)
+        for k in range(3):
+            params, average = jax.device_get((state.params, state.ema_params["0.9"]))
+            grads = jax.grad(by_hand)(params, average, k)
+            state, metrics = step(state)
+            assert float(metrics.loss) == pytest.approx(float(by_hand(params, average, k)), rel=1e-5)
+            assert_close(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, grads), 1e-5)
+
+
+def test_conditions_are_dropped_at_the_rate_asked_for_by_sample_and_step_only():
+    """A network that answers with its condition shows what it was told."""
+    labels = np.arange(BATCH, dtype=np.int32) % 3
+    model = tiny.make_model(tiny.apply_fn, SCHEDULE, tiny.SHAPE, num_classes=3)
+    seen = {}
+
+    def spy(batch):
+        jax.debug.callback(lambda i, c: seen.update(zip(i.tolist(), c.tolist(), strict=True)), batch.index, batch.cond)
+        return tiny.simple(batch)
+
+    dropped = []
+    for count in (1, 4):
+        mesh = tiny.training_mesh(count)
+        step = make_train_step(model, spy, optax.sgd(0.0), mesh, KEY, StepOptions([0.9], label_dropout=0.4))
+        placed = [
+            jax.device_put(x, devices.batch_sharding(mesh)) for x in (IMAGES, labels, np.zeros(count, np.float32))
+        ]
+        state, told = start(optax.sgd(0.0), mesh), []
+        for _ in range(60):
+            state, _ = step(state, *placed)
+            jax.block_until_ready(state)
+            jax.effects_barrier()
+            told.append([seen[i] for i in range(BATCH)])
+        told = np.array(told)
+        assert np.all((told == labels) | (told == 3))
+        dropped.append(told == 3)
+    np.testing.assert_array_equal(*dropped)
+    share, error = dropped[0].mean(), (0.4 * 0.6 / dropped[0].size) ** 0.5
+    assert abs(share - 0.4) < 5 * error
+
+
 def test_each_ema_follows_its_recurrence():
     decays = (0.9, 0.2)
     optimizer = optax.sgd(1e-2)
@@ -143,9 +203,9 @@ def test_totals_are_sums_over_the_steps_since_the_last_multiple_of_log_every():
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(bad):
     """A batch of white images stands for one whose loss is not finite."""
 
-    def fragile(network, schedule, x_0, *args):
-        loss = simple_loss(network, schedule, x_0, *args)
-        return loss._replace(value=loss.value * jnp.where(x_0.min(axis=(1, 2, 3)) > 0.99, bad, 1))
+    def fragile(batch):
+        loss = tiny.simple(batch)
+        return loss._replace(value=loss.value * jnp.where(batch.x_0.min(axis=(1, 2, 3)) > 0.99, bad, 1))
 
     optimizer = optax.adam(1e-2)
     mesh, step = make_step(2, optimizer, objective=fragile, log_every=100)
@@ -164,7 +224,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(bad):
 def test_any_process_that_wants_to_stop_is_heard():
     optimizer = optax.sgd(0.0)
     mesh = tiny.training_mesh(4)
-    step = make_train_step(tiny.apply_fn, simple_loss, optimizer, SCHEDULE, mesh, KEY, ema_decays=[0.9])
+    step = make_train_step(tiny.MODEL, tiny.simple, optimizer, mesh, KEY, StepOptions([0.9]))
     images = jax.device_put(IMAGES, devices.batch_sharding(mesh))
     for ballots in ([0, 0, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]):
         placed = jax.device_put(np.float32(ballots), devices.batch_sharding(mesh))

@@ -14,7 +14,7 @@ from absl import flags
 
 from benchmarks.claims import ddim_table, interpolation, inversion, orders, report, same_latent, step_cost, variance
 from diffusion import pretrained
-from diffusion.commands import cli, experiment
+from diffusion.commands import cli
 from diffusion.errors import InputError, nearest
 from diffusion.pretrained import weights
 from diffusion.training import run_folder
@@ -54,7 +54,7 @@ def _trained():
         return "the digits model that ships", pretrained.load("digits")
     if workdir.endswith(weights.SUFFIX):
         return Path(workdir).name, weights.load(workdir)
-    return Path(workdir).name, experiment.load_trained(run_folder.existing(workdir))
+    return Path(workdir).name, run_folder.load_trained(run_folder.existing(workdir))
 
 
 def _evaluation():

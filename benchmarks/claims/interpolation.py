@@ -6,7 +6,8 @@ import numpy as np
 
 from benchmarks.claims.report import Findings, model_facts, new_figure, show_pictures
 from diffusion import editing, sample, solvers, timesteps
-from diffusion.commands.experiment import Trained, load_data
+from diffusion.commands.experiment import load_data
+from diffusion.model import Trained
 
 WAYS = {
     "slerp of latents": editing.slerp,
@@ -59,7 +60,7 @@ def _pictures(trained, latents, steps):
     """What DDIM makes of latents."""
     model = trained.model
     table = solvers.ddim(model.schedule, timesteps.uniform(model.schedule, steps))
-    options = {"prediction": model.prediction, "clip": trained.config.sample.clip, "x_init": latents}
+    options = {"prediction": model.prediction, "clip": trained.clip, "x_init": latents}
     key = jax.random.key(0)  # of no effect: nothing is random but the latents
     return np.asarray(sample(model.apply_fn, trained.params, table, key, len(latents), model.image_shape, **options))
 

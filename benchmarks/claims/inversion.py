@@ -8,7 +8,8 @@ import numpy as np
 
 from benchmarks.claims.report import Findings, model_facts, new_figure
 from diffusion import sample, schedules, solvers, timesteps
-from diffusion.commands.experiment import Trained, load_data
+from diffusion.commands.experiment import load_data
+from diffusion.model import Trained
 
 PUBLISHED = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 """Mean squared error per dimension of pixels in [0, 1], CIFAR-10's test set, rounded to 1e-4."""

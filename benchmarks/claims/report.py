@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from diffusion.commands.experiment import Trained
 from diffusion.errors import InputError
 from diffusion.files import write_atomically
 from diffusion.images import to_uint8
+from diffusion.model import Trained
 
 BEGIN, END = "<!-- measured: this part is written by the command above -->", "<!-- measured: end -->"
 

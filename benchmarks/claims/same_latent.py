@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.claims.report import Findings, model_facts, new_figure, show_pictures
 from diffusion import sample, solvers, timesteps
-from diffusion.commands.experiment import Trained
+from diffusion.model import Trained
 
 SAMPLERS = {"DDIM": solvers.ddim, "DDPM": solvers.ddpm}
 
@@ -43,7 +43,7 @@ def measure(
 
 def _pictures(trained, solver, count, num):
     """[num, H, W, C]; picture i begins at the same latent whatever the table."""
-    model, clip = trained.model, trained.config.sample.clip
+    model, clip = trained.model, trained.clip
     table = solver(model.schedule, timesteps.uniform(model.schedule, count))
     options = {"prediction": model.prediction, "clip": clip}
     key = jax.random.key(0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.claims.report import Findings, model_facts, new_figure
 from diffusion import sample, solvers, timesteps
-from diffusion.commands.experiment import Trained
+from diffusion.model import Trained
 
 
 def measure(

@@ -120,6 +120,29 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
     return list(sys.argv)
 
 
+def _old_schedule(arg: str) -> str:
+    """Writes an override of a schedule's section, as versions before 0.2 had one, in today's way."""
+    field, _, value = arg.partition("=")
+    *_, section, name = field.split(".")
+    if name == "name":
+        return f"--config.schedule={value}"
+    return f"--config.schedule={'NAME' if section == 'schedule' else section}:{name}={value}"
+
+
+def _fail_below_text(argv: Sequence[str]) -> None:
+    """Ends the program where an override goes below a field that holds a text; returns if there is no such override."""
+    path, colon, argument = argv[1].partition("=")[2].partition(":")
+    config = runpy.run_path(path)["get_config"](*[argument] * bool(colon))
+    for arg in argv[2:]:
+        parts, field = arg.partition("=")[0].split(".")[1:], config
+        for depth, part in enumerate(parts):
+            if isinstance(field, str):
+                name = ".".join(["config", *parts[:depth]])
+                wanted = f"; write {_old_schedule(arg)}" if name == "config.schedule" else ""
+                fail(f"{name} is one text and has no field {part!r}{wanted}")
+            field = field.get(part) if hasattr(field, "get") else None
+
+
 def _fields_named(name: str, chosen: str) -> list[str]:
     """The fields of that name in any section of a config file, FILE or FILE:ARGUMENT, as config.SECTION.NAME."""
     path, colon, argument = chosen.partition(":")
@@ -142,6 +165,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         # A misspelt config field; the same exceptions out of a config file are a bug there and keep their traceback.
         if "no attribute 'get_config'" in str(error):
             fail(f"{argv[1].partition('=')[2]!r} has no function get_config, so it is no config file")
+        if re.search(r"'str' object has no attribute '(name|num_timesteps)'", str(error)):
+            file = argv[1].partition("=")[2]
+            fail(f"config file {file}: a schedule is one text, as config.schedule = 'linear:beta_end=0.02'")
         below = re.search(r"lookup: ([\w.]+)", str(error))  # of a field that is no section
         name = below[1].rpartition(".")[2] if below else re.search(r"\w+", str(error))[0]
         if name not in overridden:
@@ -150,6 +176,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         elsewhere = _fields_named(name, argv[1].partition("=")[2])
         hint = f"did you mean {guess[1]!r}? " if guess else f"did you mean {elsewhere[0]!r}? " if elsewhere else ""
         fail(f"the config has no field {name!r}; {hint}configs/default.py holds every field")
+    except TypeError:
+        _fail_below_text(argv)
+        raise
     if flags.FLAGS["verbosity"].using_default_value:
         # orbax logs every file at INFO, and at ERROR the traceback of every error that it raises as well.
         flags.FLAGS.verbosity = logging.FATAL

@@ -182,7 +182,7 @@ def open_source() -> Source:
     """
     given = flags.FLAGS
     name, home, trained = _open(given.workdir, given.ema or "")
-    clip = given.clip or trained.config.sample.clip or trained.model.space.clip
+    clip = given.clip or trained.clip
     check_options(trained.model.prediction, Options(clip, given.dynamic_threshold))
     labels = _labels(given.labels, trained.model)
     settings = {

@@ -39,7 +39,7 @@ class Bound(NamedTuple):
     prior: Float[Array, "B"]
 
 
-def variational_bound(
+def variational_bound(  # noqa: PLR0913
     apply_fn: ApplyFn,
     params: Params,
     schedule: NoiseSchedule,
@@ -85,7 +85,8 @@ def variational_bound(
     steps = bound_steps(schedule, tau, prediction)
     x_0 = _check_images(x_0)
     ids = jnp.arange(len(x_0)) if sample_ids is None else jnp.asarray(sample_ids)
-    terms = _terms(apply_fn, params, steps, _SHARES[variance], x_0, key, ids, cond, options)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+    terms = _terms(apply_fn, params, steps, _SHARES[variance], x_0, keys, cond, options)
     prior = mean_bits(_prior(steps.reading.signal[0], steps.reading.noise[0], x_0))
     return Bound(prior + terms.sum(axis=0), terms, prior)
 
@@ -112,9 +113,8 @@ def _prior(signal, noise, x_0):
 
 
 @partial(jax.jit, static_argnames=("apply_fn", "options"))
-def _terms(apply_fn, params, steps: BoundSteps, share, x_0, key, ids, cond, options):
+def _terms(apply_fn, params, steps: BoundSteps, share, x_0, keys, cond, options):
     """[S, B]: the term of every step, one after the other to hold one step's activations at a time."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
     num, network = steps.from_x0.shape[0], partial(apply_fn, params)
     cast = jax.tree.map(lambda leaf: leaf.astype(x_0.dtype), steps._replace(reading=None))
     steps = cast._replace(reading=steps.reading.astype(x_0.dtype))

@@ -42,7 +42,7 @@ class FlowLikelihood(NamedTuple):
     bits: Float[Array, "B"]
 
 
-def log_likelihood(
+def log_likelihood(  # noqa: PLR0913
     apply_fn: ApplyFn,
     params: Params,
     schedule: NoiseSchedule,
@@ -173,7 +173,7 @@ def _check_images(x_0, dequantize):
 def _spread_over_bins(x_0, keys):
     dtype = jnp.result_type(float)
     shift = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0), x_0.shape[1:], dtype, -1, 1))(keys)
-    return to_floats(x_0).astype(dtype) + HALF_BIN * shift
+    return to_floats(x_0, dtype) + HALF_BIN * shift
 
 
 def _probes(keys, trace, probes, x_0):

@@ -256,7 +256,7 @@ def _ideal(params, x, a, n):
         """One block of a running softmax: the largest exponent yet, and sums relative to it."""
         top, total, weighted = carry
         log_weights, images = block
-        points = (to_floats(images) if images.dtype == jnp.uint8 else images).astype(x.dtype)
+        points = to_floats(images, x.dtype) if images.dtype == jnp.uint8 else images.astype(x.dtype)
         # |x - a x_i|^2 but for |x|^2, which all images share.
         squares = jnp.sum(points**2, axis=1)[None]
         logits = a_row * (product(flat, points.T) - a_row * squares / 2) / noise_var + log_weights.astype(x.dtype)[None]

@@ -1,7 +1,6 @@
 """Solves the probability flow exactly, which is what a solver tends to with more and more steps."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +49,6 @@ def ode_solution(
     t_end: float = 0.0,
     *,
     prediction: str = "eps",
-    cond: Any = None,
     tolerance: float = 1e-8,
 ) -> Float[np.ndarray, "B *shape"]:
     """Follows the probability flow from x, by an adaptive Runge-Kutta method of order 8 in float64 (SciPy's DOP853).
@@ -60,7 +58,7 @@ def ode_solution(
     accuracy. From n / a = 1e-6 to t = 0, D is taken as the solution: an error of 1e-12 / (2 v) for data of variance v.
 
     Args:
-      apply_fn, params, prediction, cond: the network, as for `diffusion.sample`.
+      apply_fn, params, prediction: the network, as for `diffusion.sample`.
       schedule: the noise schedule.
       x: [B, *shape] at t_start.
       t_start, t_end: real times, T >= t_start > t_end >= 0.
@@ -92,7 +90,7 @@ def ode_solution(
             t = schedule.time_of(-log_ratio)
             a, n = schedule.at(t)
             reading = predictions.reading(prediction, t, a, n)
-            return np.asarray(_denoised(apply_fn, params, a * y.reshape(shape), cond, reading)).ravel()
+            return np.asarray(_denoised(apply_fn, params, a * y.reshape(shape), reading)).ravel()
 
         y = np.asarray(x, np.float64).ravel() / schedule.at(t_start)[0]
         if ends[1] < ends[0]:
@@ -107,5 +105,5 @@ def ode_solution(
 
 
 @partial(jax.jit, static_argnames="apply_fn")
-def _denoised(apply_fn, params, x, cond, reading):
-    return denoise(partial(apply_fn, params), x, cond, reading).x0
+def _denoised(apply_fn, params, x, reading):
+    return denoise(partial(apply_fn, params), x, None, reading).x0

@@ -138,53 +138,11 @@ def make_train_step(
       The step. It takes images uint8 [B, H, W, C]; cond, a pytree with leading axis B or None; stop, float [number of
       devices], each above 0 where its process wants to stop.
     """
-    num_timesteps = model.schedule.num_timesteps
+    # XLA's gradient of a convolution to its kernel is many times slower inside a loop on a CPU.
+    unroll = mesh.devices.flat[0].platform == "cpu"
+    part_loss = _part_loss(model, objective, key, options.label_dropout)
+    mean_gradient = _over_devices(_gradient(part_loss, options.microbatches, unroll), mesh)
     first_ema = ema_name(options.ema_decays[0]) if options.ema_decays else None
-
-    def part_loss(params, others, part, step, size):
-        """The mean loss of a part of the batch, and its error by tenths of the timesteps."""
-        images, cond, index = part
-        step_key = jax.random.fold_in(key, step)
-        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
-        if options.label_dropout:
-            cond = _drop_conditions(cond, model.conditions.null, keys, options.label_dropout)
-        average, frozen = others
-        dropout_keys = jax.vmap(lambda k: jax.random.fold_in(k, 4))(keys)
-        batch = Batch(
-            network=partial(model.apply_fn, params, dropout_keys=dropout_keys),
-            x_0=model.space.encode(images),
-            cond=cond,
-            keys=keys,
-            index=index,
-            size=size,
-            average=None if average is None else partial(model.apply_fn, average),
-            frozen=frozen,
-            step=step,
-        )
-        loss = objective(batch)
-        tenth = jax.nn.one_hot((loss.t - 1) * TENTHS // num_timesteps, TENTHS)
-        return loss.value.mean(), ((tenth * loss.error[:, None]).mean(0), tenth.mean(0))
-
-    def gradient(params, others, part, step, size):
-        """Returns ((loss, by tenth), gradient), means over these samples."""
-        differentiate = jax.value_and_grad(part_loss, has_aux=True)
-        count = options.microbatches
-        if count == 1:
-            return differentiate(params, others, part, step, size)
-        # Sample i goes to part i % microbatches, so that a batch laid over devices stays where it is.
-        parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), part)
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, differentiate(params, others, part, step, size)), None
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(lambda part: differentiate(params, others, part, step, size), first)
-        # XLA's gradient of a convolution to its kernel is many times slower inside a loop on a CPU.
-        unroll = mesh.devices.flat[0].platform == "cpu"
-        total, _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), parts, unroll=unroll)
-        return jax.tree.map(lambda x: x / count, total)
-
-    mean_gradient = _over_devices(gradient, mesh)
 
     def train_step(state, images, cond, stop, frozen):
         if images.shape[0] % (mesh.size * options.microbatches):
@@ -201,6 +159,62 @@ def make_train_step(
     frozen = jax.device_put(frozen, NamedSharding(mesh, PartitionSpec()))
     jitted = jax.jit(train_step, donate_argnums=0)
     return lambda state, images, cond, stop: jitted(state, images, cond, stop, frozen)
+
+
+def _part_loss(model, objective, key, label_dropout):
+    """Returns the mean loss of a part of a batch as a function of the parameters.
+
+    The function is (params, others, part, step, size) -> (loss, error by tenths of the timesteps): others are the
+    average and the frozen parameters, part is (images, cond, index) and size is that of the whole batch.
+    """
+
+    def part_loss(params, others, part, step, size):
+        images, cond, index = part
+        average, frozen = others
+        step_key = jax.random.fold_in(key, step)
+        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
+        if label_dropout:
+            cond = _drop_conditions(cond, model.conditions.null, keys, label_dropout)
+        dropout_keys = jax.vmap(lambda k: jax.random.fold_in(k, 4))(keys)
+        batch = Batch(
+            network=partial(model.apply_fn, params, dropout_keys=dropout_keys),
+            x_0=model.space.encode(images),
+            cond=cond,
+            keys=keys,
+            index=index,
+            size=size,
+            average=None if average is None else partial(model.apply_fn, average),
+            frozen=frozen,
+            step=step,
+        )
+        loss = objective(batch)
+        tenth = jax.nn.one_hot((loss.t - 1) * TENTHS // model.schedule.num_timesteps, TENTHS)
+        return loss.value.mean(), ((tenth * loss.error[:, None]).mean(0), tenth.mean(0))
+
+    return part_loss
+
+
+def _gradient(part_loss, microbatches, unroll):
+    """Returns (params, others, part, step, size) -> ((loss, by tenth), gradient), means over the samples."""
+    differentiate = jax.value_and_grad(part_loss, has_aux=True)
+    if microbatches == 1:
+        return differentiate
+
+    def gradient(params, others, part, step, size):
+        # Sample i goes to part i % microbatches, so that a batch laid over devices stays where it is.
+        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), part)
+
+        def of_part(part):
+            return differentiate(params, others, part, step, size)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, of_part(part)), None
+
+        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+        total, _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), parts, unroll=unroll)
+        return jax.tree.map(lambda x: x / microbatches, total)
+
+    return gradient
 
 
 def _drop_conditions(cond, null, keys, share):
