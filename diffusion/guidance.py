@@ -58,7 +58,7 @@ class Guidance:
         """
         options.parse("guidance_rule", self.rule, RULES, leading=2)
         if not isinstance(self.rescale, jax.core.Tracer):
-            require_range("guidance_rescale", self.rescale, 0, 1)
+            require_range("guidance_rescale", float(self.rescale), 0, 1)
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
             raise InputError(f"guidance_interval is {self.interval}; give (low, high) in timesteps")
         if not acts:
@@ -71,6 +71,11 @@ class Guidance:
     def scales(self, t: Float[Array, "calls"]) -> tuple[Float[Array, "calls"], Float[Array, "calls"]]:
         """Returns the scale at the time of each network call, and 1 where the interval allows guidance, else 0."""
         scale = self.scale(t) if callable(self.scale) else self.scale
+        if jnp.shape(scale) not in ((), t.shape):
+            raise InputError(
+                f"guidance scale has {jnp.size(scale)} numbers; this table makes {t.size} network calls: give one number, "
+                "or one for each call"
+            )
         low, high = self.interval or (-np.inf, np.inf)
         return scale * np.ones(t.shape), 1.0 * ((t >= low) & (t <= high))
 

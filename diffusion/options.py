@@ -115,7 +115,7 @@ def split(text: str) -> list[str]:
 
 
 def _value(what: str, text: str, default: Any) -> Any:
-    """Parses an option's text as the type of its default; as numbers, if it can be, where there is no default."""
+    """Parses an option's text as the type of its default; as a list of numbers, or else text, where there is none."""
     if isinstance(default, str):
         return text
     if isinstance(default, bool):
@@ -131,7 +131,8 @@ def _value(what: str, text: str, default: Any) -> Any:
         raise InputError(f"{what} is {text!r}; write a {'whole ' if whole else ''}number") from None
     if isinstance(default, float) and len(numbers) == 1:
         return float(numbers[0])
-    return numbers if len(numbers) > 1 or isinstance(default, tuple) else numbers[0]
+    listed = len(numbers) > 1 or isinstance(default, tuple) or default is REQUIRED
+    return numbers if listed else numbers[0]
 
 
 def _number(text: str) -> int | float:

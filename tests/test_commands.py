@@ -167,7 +167,7 @@ def test_a_grid_that_cannot_be_drawn_is_told_and_ends_no_run(tmp_path):
     options = ("--config.optimizer.learning_rate=1e36", "--config.sample.clip=none")
     result = train(tmp_path, "--workdir=run", "--config.train.num_steps=1", *options)
     assert result.returncode == 0, result.stderr
-    assert "warning: no grid of step 1: image 0 is not finite" in result.stderr
+    assert "warning: no sheet of step 1: image 0 is not finite" in result.stderr
     assert saved_steps(tmp_path / "run") == [1]
     assert not list((tmp_path / "run" / "grids").iterdir())
 
@@ -273,7 +273,7 @@ def test_a_run_becomes_one_file_that_draws_the_same_images(trained):
         assert result.returncode == 0, result.stderr
         drawn[name] = np.load(trained / name / "samples.npz")["samples"]
     np.testing.assert_array_equal(drawn["run"], drawn["file"])
-    assert "holds the one of 0.995 alone" in error_line(
+    assert "holds only that of 0.995" in error_line(
         run("sample.py", "--workdir=model.safetensors", "--ema=0.5", cwd=trained)
     )
 

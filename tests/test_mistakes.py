@@ -57,7 +57,7 @@ MISTAKES = [
     ),
     ("train.py", ["--config.data.path.x=1"], "config.data.path is one text and has no field 'x'"),
     ("train.py", ["--config=$OLD.py"], "old.py: a schedule is one text, as config.schedule = "),
-    ("train.py", ["--config.train.objective=hybrid:vlb=1"], "did you mean 'vlb_weight'"),
+    ("train.py", ["--config.train.objective=hybrid:vlb=1"], "valid: vlb_weight"),
     ("train.py", ["--config.sample.sampler=analytic_dpm"], "needs gamma, which is estimated on a trained model"),
     ("train.py", ["--config.sample.sampler=dpmpp_2m"], "here that is 'dpm_solver_pp:order=2,variant=official'"),
     ("train.py", ["--config.train.prediction=noise"], "valid: edm, eps, flow, v, x0"),

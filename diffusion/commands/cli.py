@@ -1,4 +1,4 @@
-"""What the entry points share: flags, and the one line with exit code 2 that every user error ends in."""
+"""Starts the programs: parses their flags, and ends every user error in one line and exit code 2."""
 
 import errno
 import os
@@ -19,6 +19,7 @@ from diffusion.training.stop import INTERRUPTED
 
 USER_ERROR = 2
 
+# What the user can do about an error of the disk, by its errno.
 _FULL = ("ENOSPC", "EDQUOT", "EFBIG")
 _NO_PLACE = ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENOENT", "ENAMETOOLONG", "ELOOP")
 _REMEDIES = {getattr(errno, name): "free some space and start again with the same command" for name in _FULL} | {
@@ -30,8 +31,9 @@ def start(main: Callable[[], int | None], *, default_config: str | None = None) 
     """Parses the flags and calls main; never returns.
 
     Args:
-      main: returns an exit code, None for 0. Its InputErrors and disk errors become one line on stderr and exit code 2.
-      default_config: path of the config used where the command line has no --config.
+      main: returns an exit code, None for 0. Its InputErrors, errors of the disk and a full device become one line on
+        stderr and exit code 2.
+      default_config: path of the config for a command line without --config.
     """
     app.run(lambda _: _guarded(main), argv=_with_config(sys.argv, default_config), flags_parser=_parse)
 
@@ -40,17 +42,18 @@ def fail(message: str) -> None:
     """Prints one line to stderr and exits with code 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    # Not sys.exit: background threads of a failed save would report the same error once more while Python shuts down.
+    # Not sys.exit: while Python shuts down, background threads of a failed save would report the same error once more.
     os._exit(USER_ERROR)
 
 
 def _guarded(main):
+    """Calls main and exits with its code; turns what the user can put right into one line."""
     _hide_background_errors()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         code = main() or 0
         sys.stdout.flush()
-        if code:  # a stopped run: what its other threads were about is of no use
+        if code:  # the run was stopped, and nothing that its other threads still do is needed
             os._exit(code)
         sys.exit(0)
     except InputError as error:
@@ -86,14 +89,15 @@ def _hide_background_errors():
 
 
 def _is_late_callback(error):
-    """What tensorstore's answers to a save that has failed run into."""
+    """Tells whether tensorstore answered after a failed save had closed its event loop."""
     return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
 
 
 def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
-    """Moves --config=FILE to the front, where config_flags needs it to know the fields that other flags override."""
+    """Moves --config=FILE to the front, because config_flags must read it before the flags that override its fields."""
     if default_config is None:
         return list(argv)
+    # Separate --config from the other flags; if it is given twice, the last one counts.
     program, *rest = argv
     chosen = [default_config]
     others = []
@@ -104,11 +108,12 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
             chosen.append(value)
         else:
             others.append(arg)
-    # Of a field given twice the last counts; ml_collections would join tuples.
+    # If a field is given twice, the last one counts as well; ml_collections would join tuples.
     fields = [arg.partition("=")[0] if re.match(r"--?config\.[^=]+=", arg) else None for arg in others]
     last = {field: i for i, field in enumerate(fields)}
     others = [arg for i, arg in enumerate(others) if fields[i] is None or last[fields[i]] == i]
-    path = Path(chosen[-1].partition(":")[0])  # what follows a colon goes to get_config
+    # Check that the file is there and is Python, for a better message than an import gives.
+    path = Path(chosen[-1].partition(":")[0])  # the text after a colon is an argument of get_config
     if not path.is_file() or path.suffix != ".py":
         own = sorted(str(p) for p in Path(default_config).parent.glob("*.py") if p.stem not in ("__init__", "default"))
         fail(f"{str(path)!r} is no config file; {nearest(str(path), own)}")
@@ -121,7 +126,7 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
 
 
 def _old_schedule(arg: str) -> str:
-    """Writes an override of a schedule's section, as versions before 0.2 had one, in today's way."""
+    """Returns today's form of an override such as --config.schedule.name=cosine, from when a schedule was a section."""
     field, _, value = arg.partition("=")
     *_, section, name = field.split(".")
     if name == "name":
@@ -130,7 +135,7 @@ def _old_schedule(arg: str) -> str:
 
 
 def _fail_below_text(argv: Sequence[str]) -> None:
-    """Ends the program where an override goes below a field that holds a text; returns if there is no such override."""
+    """Ends the program if an override asks for a field inside a text, such as --config.schedule.name; else returns."""
     path, colon, argument = argv[1].partition("=")[2].partition(":")
     config = runpy.run_path(path)["get_config"](*[argument] * bool(colon))
     for arg in argv[2:]:
@@ -144,13 +149,14 @@ def _fail_below_text(argv: Sequence[str]) -> None:
 
 
 def _fields_named(name: str, chosen: str) -> list[str]:
-    """The fields of that name in any section of a config file, FILE or FILE:ARGUMENT, as config.SECTION.NAME."""
+    """Returns the fields of this name in all sections of a config, FILE or FILE:ARGUMENT, as config.SECTION.NAME."""
     path, colon, argument = chosen.partition(":")
     sections = runpy.run_path(path)["get_config"](*[argument] * bool(colon)).items()
     return [f"config.{section}.{name}" for section, fields in sections if hasattr(fields, "keys") and name in fields]
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses the flags for absl's `app.run`; a mistake ends the program with a line that says what would be right."""
     overridden = {part for arg in argv if arg.startswith("--config.") for part in arg[2:].split("=")[0].split(".")}
     try:
         remaining = flags.FLAGS(list(argv))
@@ -162,13 +168,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         fail(f"{str(error).strip().splitlines()[-1]}; --help lists all flags")
     except (KeyError, AttributeError) as error:
-        # A misspelt config field; the same exceptions out of a config file are a bug there and keep their traceback.
+        # Probably a misspelt field. A bug in the config file raises the same exceptions, and keeps its traceback.
         if "no attribute 'get_config'" in str(error):
             fail(f"{argv[1].partition('=')[2]!r} has no function get_config, so it is no config file")
         if re.search(r"'str' object has no attribute '(name|num_timesteps)'", str(error)):
             file = argv[1].partition("=")[2]
             fail(f"config file {file}: a schedule is one text, as config.schedule = 'linear:beta_end=0.02'")
-        below = re.search(r"lookup: ([\w.]+)", str(error))  # of a field that is no section
+        below = re.search(r"lookup: ([\w.]+)", str(error))  # the override looked inside a number
         name = below[1].rpartition(".")[2] if below else re.search(r"\w+", str(error))[0]
         if name not in overridden:
             raise
@@ -180,7 +186,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _fail_below_text(argv)
         raise
     if flags.FLAGS["verbosity"].using_default_value:
-        # orbax logs every file at INFO, and at ERROR the traceback of every error that it raises as well.
+        # orbax logs every file at INFO, and at ERROR it logs a traceback of each error that it also raises.
         flags.FLAGS.verbosity = logging.FATAL
     if len(remaining) > 1:
         fail(f"unexpected argument {remaining[1]!r}; flags are written --name=value")

@@ -1,4 +1,4 @@
-"""Any number of images from a model: batches of one size, spread over devices."""
+"""Draws any number of images from a model, in batches of one size that are spread over the devices."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,15 +29,16 @@ def generate(
 ) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
     """Yields the images of sample_ids in order, batch by batch.
 
-    Image i depends on (seed, i) and its class alone. All batches run in one compiled shape: batch_size is rounded up to
-    a multiple of the number of devices, and the last batch is filled up with repetitions that are not returned.
+    Image i depends only on (seed, i) and its class. All batches have the same shape, so one compilation serves them:
+    batch_size is rounded up to a multiple of the number of devices, and the last batch is filled up with repetitions
+    that are not returned.
 
     Args:
-      model, params: the network.
+      model, params: the model and its network's parameters.
       table: the sampler.
       sample_ids: whole numbers in 0..2^32 - 1.
       seed: of the random key.
-      mesh: its "data" axis shares each batch.
+      mesh: each batch is split over its "data" axis.
       labels: classes; image i has labels[i % len(labels)]. () for none.
       batch_size: images at a time.
       options: go to `diffusion.sample`.
@@ -45,6 +46,7 @@ def generate(
     ids = np.asarray(sample_ids, np.uint32)
     devices = mesh.shape["data"]
     size = -(-min(batch_size, len(ids)) // devices) * devices
+    # Every device holds the parameters and the key; the batch is split.
     split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     params = jax.device_put(params, everywhere)
     if (guidance := options.get("guidance")) is not None:
@@ -55,6 +57,7 @@ def generate(
         padded = np.pad(batch, (0, size - len(batch)), mode="edge")
         placed = jax.device_put({"sample_ids": padded, **_classes(model, padded, labels)}, split)
         images = _sample(model, params, table, key, **placed, **options)
+        # Only real images count from here, not what filled the batch up.
         images = np.asarray(images)[: len(batch)]
         bad = ~np.isfinite(images).reshape(len(images), -1).all(axis=1)
         if bad.any():
@@ -72,7 +75,7 @@ def frames(
     labels: Sequence[int] = (),
     **options: Any,
 ) -> UInt8[np.ndarray, "stages+1 N H W C"]:
-    """Returns what the images look like before each network call, and at the end; arguments as `generate`."""
+    """Returns what the images look like before each network call, and at the end; takes the arguments of `generate`."""
     ids = np.asarray(sample_ids, np.uint32)
     options |= {"sample_ids": ids, **_classes(model, ids, labels), "return_trajectory": True}
     _, passed = _sample(model, params, table, jax.random.key(seed), **options)
@@ -80,7 +83,7 @@ def frames(
 
 
 def _sample(model, params, table, key, *, sample_ids, null_cond=None, guidance=None, **options):
-    """Calls `sample`; guidance that has no null and needs one gets that of the model's conditions."""
+    """Calls `sample`; guidance without a second network gets the null condition it needs from the model."""
     if guidance is None:
         options |= {} if null_cond is None else {"null_cond": null_cond}
     else:
@@ -90,12 +93,12 @@ def _sample(model, params, table, key, *, sample_ids, null_cond=None, guidance=N
 
 
 def labels_of(sample_ids: Sequence[int], labels: Sequence[int]) -> Int32[np.ndarray, "N"]:
-    """Returns the classes of images with these numbers, which take the labels (at least one) in turn."""
+    """Returns the class of each image: number i has labels[i % len(labels)]; there must be at least one label."""
     return np.asarray(labels, np.int32)[np.asarray(sample_ids) % len(labels)]
 
 
 def _classes(model, ids, labels):
-    """Returns cond and null_cond of these images."""
+    """Returns cond and null_cond of these images, or nothing if there are no labels."""
     if not labels:
         return {}
     return {"cond": labels_of(ids, labels), "null_cond": model.conditions.nulls(len(ids))}

@@ -1,4 +1,4 @@
-"""Sampling jobs on disk: which images, in which files, and which of them are there already."""
+"""Keeps sampling jobs on disk: which images they have, in which files, and which files are there already."""
 
 import io
 import json
@@ -15,14 +15,16 @@ from diffusion.errors import InputError
 from diffusion.files import write_atomically, write_json
 
 SHARD = 1000
+"""The most images in one file."""
+
 RECORD = "sampling.json"
 
 
 def parse_ids(text: str) -> list[int]:
-    """ "0-63" or "5,7,100-199" as numbers, in the order written.
+    """Returns the numbers that a text such as "0-63" or "5,7,100-199" lists, in the order written.
 
     Raises:
-      InputError: it is no such list, a range runs backwards, or a number comes twice.
+      InputError: the text is no such list, a range runs backwards, or a number comes twice.
     """
     ids: list[int] = []
     for part in text.split(","):
@@ -37,18 +39,18 @@ def parse_ids(text: str) -> list[int]:
 
 
 class Job:
-    """The images of one job as samples.npz, or as samples-00000-of-00050.npz and so on where they exceed `SHARD`.
+    """Stores the images of one job: in samples.npz, or above `SHARD` images in samples-00000-of-00050.npz and so on.
 
-    Each file appears whole or not at all. A job that was killed goes on behind the files it finds, if sampling.json
-    says that they are of the same job.
+    Each file appears whole or not at all. A job that was killed goes on after the files it finds, if sampling.json
+    says that they belong to it.
 
     Args:
       out: an existing folder.
       ids: the numbers of the images.
-      record: what determines the images; kept in sampling.json.
+      record: everything that determines the images; kept in sampling.json.
 
     Attributes:
-      replaces: what differs in the one file of another job that this one is about to replace, or "".
+      replaces: how this job differs from the other one whose samples.npz it is about to replace; "" if there is none.
 
     Raises:
       InputError: the folder holds shards of another job.
@@ -59,16 +61,18 @@ class Job:
         self.shards = [ids[i : i + SHARD] for i in range(0, len(ids), SHARD)]
         self.record = {**record, "num": len(ids), "ids": _ranges(ids)}
         self.replaces = self._check_same()
-        if len(self.shards) > 1:  # by which a job that was killed knows itself; beside one file it comes after that
+        # A job that is killed needs its record to know its shards again. A single file is always drawn anew, so its
+        # record can wait for `finish`.
+        if len(self.shards) > 1:
             write_json(out / RECORD, self.record)
 
     def path(self, index: int) -> Path:
-        """The file of a shard."""
+        """Returns the file of a shard."""
         count = len(self.shards)
         return self.out / ("samples.npz" if count == 1 else f"samples-{index:05}-of-{count:05}.npz")
 
     def missing(self) -> list[int]:
-        """Shards still to be drawn; a job of one file is always drawn anew."""
+        """Returns the numbers of the shards still to be drawn; a job of one file is always drawn anew."""
         return [i for i in range(len(self.shards)) if len(self.shards) == 1 or not self.path(i).exists()]
 
     def write(self, index: int, images: UInt8[np.ndarray, "N H W C"], labels: Sequence[int] = ()) -> None:
@@ -79,30 +83,32 @@ class Job:
             arrays["labels"] = labels_of(ids, labels)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
-        if len(self.shards) == 1:  # that of the file about to be replaced
+        # The record on disk describes the file that is replaced next, so it must not outlive it.
+        if len(self.shards) == 1:
             (self.out / RECORD).unlink(missing_ok=True)
         write_atomically(self.path(index), buffer.getvalue())
 
     def images(self, index: int) -> UInt8[np.ndarray, "N H W C"]:
-        """The images of a shard that has been written."""
+        """Reads the images of a shard that has been written."""
         with np.load(self.path(index)) as arrays:
             return arrays["samples"]
 
     def finish(self, **facts: Any) -> None:
-        """Writes sampling.json with how the run went."""
+        """Writes sampling.json: the record, and facts about how the job went."""
         write_json(self.out / RECORD, {**self.record, **facts})
 
     def _check_same(self):
-        """What differs from the job whose images the folder holds; raises where they are shards."""
+        """Returns how this job differs from the one whose images are there, or ""; never mixes shards of two jobs."""
         shards = any(self.out.glob("samples-*-of-*.npz"))
         if not shards and not (self.out / "samples.npz").exists():
             return ""
+        # Without a record that can be read, the images count as another job's.
         try:
             found = json.loads((self.out / RECORD).read_text())
         except (OSError, ValueError):
             found = {}
         found = found if isinstance(found, dict) else {}
-        wanted = json.loads(json.dumps(self.record))
+        wanted = json.loads(json.dumps(self.record))  # tuples become lists, as in the file
         different = [key for key in wanted if found.get(key) != wanted[key]]
         if not different:
             return ""
@@ -114,7 +120,7 @@ class Job:
 
 
 def _ranges(ids):
-    """[0, 1, 2, 7] as "0-2,7"."""
+    """Writes numbers as `parse_ids` reads them: [0, 1, 2, 7] as "0-2,7"."""
     edges = np.flatnonzero(np.diff(ids) != 1) + 1
     parts = np.split(np.asarray(ids), edges)
     return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

@@ -1,4 +1,4 @@
-"""Figures of results, as PNG files."""
+"""Draws plots of results as PNG files."""
 
 import io
 import os
@@ -19,20 +19,22 @@ def curves(
     ylabel: str,
     title: str = "",
 ) -> None:
-    """Draws one line for each series over a logarithmic x, and writes it, whole or not at all.
+    """Draws a curve for each series over a logarithmic x axis and writes the plot, whole or not at all.
 
     Args:
-      path: of a PNG.
+      path: of the PNG file.
       series: label -> (x, y) pairs, x above 0; drawn in the order of x.
-      xlabel, ylabel, title: what stands on the axes and above.
+      xlabel, ylabel, title: texts beside the axes and above the plot.
     """
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for number, (label, points) in enumerate(series.items()):
         axes.semilogx(*zip(*sorted(points), strict=True), label=label, marker="os^Dv<>P*X"[number % 10], markersize=5)
+    # A tick at each x that was measured, and nowhere else.
     ticks = sorted({x for points in series.values() for x, _ in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
+    # The other axis, and the texts.
     scale_y(axes, [y for points in series.values() for _, y in points])
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
@@ -43,8 +45,11 @@ def curves(
 
 
 def scale_y(axes: Axes, values: Iterable[float]) -> None:
-    """A logarithmic y axis with plain numbers, or a linear one where the values span less than 3 times or are not all
-    above 0, as an estimate of a distance may be; either has two numbers at least."""
+    """Makes the y axis logarithmic if all values are above 0 and the largest is 3 times the least, or more.
+
+    Else the axis stays linear: an estimate of a distance can be negative. Either way at least two ticks have a number,
+    written plainly.
+    """
     low, high = min(values), max(values)
     if low <= 0 or high < 3 * low:
         return

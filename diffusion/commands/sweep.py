@@ -1,4 +1,4 @@
-"""A sweep over samplers, steps and etas: which rows it has, and the files that keep them."""
+"""Plans a sweep over samplers, steps and etas, and keeps its rows in files."""
 
 import csv
 import hashlib
@@ -14,22 +14,28 @@ from diffusion.files import write_atomically, write_json
 
 
 class Entry(NamedTuple):
-    """One sampler on S = steps steps; eta is None where the sampler has none, or names its own in its options."""
+    """Names one row of a sweep.
+
+    Attributes:
+      sampler: a name with its options, or the file of a table.
+      steps: S; 0 for a file, whose table has its own grid.
+      eta: None if the sampler has none, or sets it in its own options.
+    """
 
     sampler: str
     steps: int
     eta: float | None
 
     def label(self) -> str:
-        """What a curve over steps is called: the sampler and its eta."""
+        """Returns what the curve of this row is called in a plot: the sampler and its eta."""
         return self.sampler if self.eta is None else f"{self.sampler} eta={self.eta:g}"
 
 
 def plan(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -> list[Entry]:
-    """Every sampler with every number of steps, and with every eta if it has that option and does not name its own.
+    """Returns every sampler with every number of steps, and with every eta unless it has none or sets its own.
 
     Raises:
-      InputError: an entry comes twice, there is none, or etas are given and no sampler takes one.
+      InputError: an entry comes twice, there are no entries, or etas are given and no sampler takes one.
     """
     if not samplers or not steps:
         raise InputError("the sweep names no sampler or no number of steps; write --samplers=ddim,unipc --steps=5,10")
@@ -51,9 +57,9 @@ _COLUMNS += ("guidance_scale", "labels", "features", "split", "num", "seed")
 
 
 class Results:
-    """Rows in evaluation.json, and as a table in evaluation.csv. Each row is on disk as soon as it is added.
+    """Keeps rows in evaluation.json, and as a table in evaluation.csv; each is on disk as soon as it is added.
 
-    For one process at a time, see `files.locked`.
+    Only one process may write to a folder at a time, see `files.locked`.
 
     Args:
       folder: an existing folder; rows found in its evaluation.json are kept.
@@ -73,7 +79,7 @@ class Results:
             raise InputError(f"{path} is damaged; delete it, or name another folder with --out") from None
 
     def find(self, record: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any] | None:
-        """The row of the same samples where all of these have been measured, or None."""
+        """Returns the row of the same samples if all of these metrics are in it, else None."""
         identity = _identity(record)
         for row in self.rows:
             if row["identity"] == identity and set(metrics) <= set(row["measured"]):
@@ -90,16 +96,18 @@ class Results:
         """Appends a row, or adds to the row of the same samples; returns it.
 
         Args:
-          record: what determines the samples.
+          record: everything that determines the samples.
           metrics: names of what was measured.
-          values: what came out; a metric can yield several.
-          facts: how the run went, as seconds and versions.
+          values: the figures by name; one metric can yield several.
+          facts: how the measurement went, such as seconds and versions.
         """
+        # The row of the same samples, or a new one.
         identity = _identity(record)
         row = next((row for row in self.rows if row["identity"] == identity), None)
         if row is None:
             row = {"identity": identity, "measured": [], "metrics": {}, "record": dict(record)}
             self.rows.append(row)
+        # What is new goes into it, and both files are written again.
         row["measured"] = sorted({*row["measured"], *metrics})
         row["metrics"].update(values)
         row.update(facts)
@@ -108,6 +116,7 @@ class Results:
         return row
 
     def _csv(self):
+        """Returns the rows as a table; a cell stays empty where a row has no such figure."""
         metrics = list(dict.fromkeys(name for row in self.rows for name in row["metrics"]))
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
@@ -120,4 +129,5 @@ class Results:
 
 
 def _identity(record):
+    """Returns 16 hex digits that are the same for equal records."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]

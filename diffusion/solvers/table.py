@@ -149,7 +149,7 @@ def from_json(text: str) -> SamplerTable:
         if not isinstance(fields, dict) or set(fields) != names:
             raise ValueError(f"it must have the fields {', '.join(sorted(names))} and no other")
         return make_table(**fields)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"this is no sampler table in JSON: {error}") from None
 
 

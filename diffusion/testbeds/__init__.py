@@ -1,4 +1,4 @@
-"""Exact denoisers and exact solutions of the probability flow: solvers and likelihoods judged with no model error."""
+"""Offers exact denoisers and exact flows, so that solvers and likelihoods can be judged without a model's error."""
 
 from diffusion.testbeds.denoisers import Testbed, from_denoiser, gaussian, ideal, mixture
 from diffusion.testbeds.flow import gaussian_flow, ode_solution

@@ -1,7 +1,7 @@
-"""Ideal denoisers E[x_0 | x_t] of known data, in the place of a network.
+"""Makes ideal denoisers E[x_0 | x_t] of known data, which stand in for a network.
 
 The data lies in params, so that a jitted function does not hold it as a constant, and another data set or schedule of
-the same shapes compiles nothing.
+the same shapes compiles nothing new.
 """
 
 from collections.abc import Callable
@@ -20,29 +20,29 @@ from diffusion.schedules import NoiseSchedule
 from diffusion.types import ApplyFn, Params
 
 _SMALLEST_NOISE_VAR = 1e-20
-"""Of a finite set, whose posterior there is its nearest image; squared distances over it stay finite in float32."""
+"""The least noise variance that `ideal` divides by: small enough to give the nearest image, and finite in float32."""
 
 
 class Testbed(NamedTuple):
-    """What stands for a trained network.
+    """Stands in for a trained network.
 
     Attributes:
-      apply_fn: takes x [B, *shape] and real t [B] in 0..T, works in x's precision, and disregards cond.
+      apply_fn: takes x [B, *shape] and real t [B] in 0..T, works in x's precision, and ignores cond.
       params: the data distribution and the schedule.
     """
 
-    __test__ = False  # no test, whatever pytest makes of the name
+    __test__ = False  # pytest would take it for a test by its name
 
     apply_fn: ApplyFn
     params: Params
 
 
 def gaussian(schedule: NoiseSchedule, mean, variance, prediction: str = "eps") -> Testbed:
-    """The denoiser of independent Gaussian pixels: E[x_0 | x] = mean + a v / (a^2 v + n^2) (x - a mean).
+    """Returns the denoiser of independent Gaussian pixels: E[x_0 | x] = mean + a v / (a^2 v + n^2) (x - a mean).
 
     Args:
       schedule: the noise schedule.
-      mean: numbers or an array that broadcasts to one sample.
+      mean: a number, or an array that broadcasts to one sample.
       variance: likewise, at least 0, in squared pixel units.
       prediction: a key of `diffusion.predictions.PREDICTIONS`.
 
@@ -55,13 +55,13 @@ def gaussian(schedule: NoiseSchedule, mean, variance, prediction: str = "eps") -
 
 
 def mixture(schedule: NoiseSchedule, weights, means, variances, prediction: str = "eps") -> Testbed:
-    """The denoiser of a mixture of Gaussians, each with independent pixels.
+    """Returns the denoiser of a mixture of Gaussians, each with independent pixels.
 
     Args:
       schedule: the noise schedule.
-      weights: [K], above 0; divided by their sum.
+      weights: [K], above 0; how likely each component is, once divided by their sum.
       means: [K, *shape] for samples of shape *shape.
-      variances: [K] or what broadcasts to means, above 0.
+      variances: [K], or an array that broadcasts to means; above 0.
       prediction: a key of `diffusion.predictions.PREDICTIONS`.
 
     Raises:
@@ -87,25 +87,26 @@ def ideal(
     bandwidth: float = 0.0,
     block: int = 1024,
 ) -> Testbed:
-    """The denoiser of a finite set of images: E[x_0 | x] = sum_i softmax_i(-|x - a x_i|^2 / (2 n^2)) x_i.
+    """Returns the denoiser of a finite set of images: E[x_0 | x] = sum_i softmax_i(-|x - a x_i|^2 / (2 n^2)) x_i.
 
-    What a network of unlimited capacity would learn from the set; its samples are the images themselves. The set is
-    read block by block with one running softmax: beside the images a call holds one block as floats and [B, block].
-    Towards t = 0 the estimate becomes the nearest image. In float32 the exponents are right to about 1e-4 / n^2, which
-    only matters between images nearer to each other than that resolves.
+    It is what a network of unlimited capacity would learn from the set, and its samples are the images themselves. The
+    set is read block by block with a running softmax, so a call needs memory for the images, one block as floats and
+    an array [B, block]. Towards t = 0 the estimate becomes the nearest image. In float32 the exponents are right to
+    about 1e-4 / n^2, which matters only between images so much alike that this does not tell them apart.
 
     Args:
       schedule: the noise schedule.
       images: uint8, or floats in [-1, 1]; kept in their dtype.
       prediction: a key of `diffusion.predictions.PREDICTIONS`.
       bandwidth: std of a Gaussian around each image, in pixel units; above 0 the data is their mixture, a smooth
-        density, and samples are not bound to be images of the set.
-      block: images at a time; changes nothing but memory and speed.
+        density, and samples need not be images of the set.
+      block: images at a time; affects only memory and speed.
 
     Raises:
       InputError: no images, another dtype, values outside [-1, 1], an unknown prediction, a bandwidth below 0, or a
         block below 1.
     """
+    # Refuse what cannot work.
     images = np.asarray(images)
     if images.ndim < 2 or len(images) == 0:
         raise InputError(f"images have shape {images.shape}; give [N, ...] with at least one image")
@@ -115,6 +116,7 @@ def ideal(
     if not floats and images.dtype != np.uint8:
         raise InputError(f"images have type {images.dtype}; give uint8, or floats in [-1, 1]")
     require_range("bandwidth", bandwidth, 0)
+    # Lay the images out in blocks; those that fill up the last block get weight 0.
     block = min(int(block), len(images))
     count = -(-len(images) // block)
     padded = np.resize(images.reshape(len(images), -1), (count * block, images[0].size))
@@ -129,7 +131,7 @@ def ideal(
 
 
 def from_denoiser(schedule: NoiseSchedule, denoiser: Callable, prediction: str = "eps") -> Testbed:
-    """The testbed of any denoiser (x, signal, noise) -> x_0; signal and noise are [B, 1, ...].
+    """Returns the testbed of any denoiser (x, signal, noise) -> x_0; signal and noise are [B, 1, ...].
 
     Raises:
       InputError: an unknown prediction.
@@ -138,12 +140,12 @@ def from_denoiser(schedule: NoiseSchedule, denoiser: Callable, prediction: str =
     def estimate(params, x, a, n):
         return _with_eps(x, denoiser(x, a, n), a, n)
 
-    # Not kept in the cache, which would hold every closure for good.
+    # Goes around the cache, which would keep every closure forever.
     return Testbed(_network.__wrapped__(estimate, prediction), {"levels": _levels(schedule)})
 
 
 def moments(mean, variance) -> tuple[np.ndarray, np.ndarray]:
-    """Both in float64, checked."""
+    """Returns both in float64; raises InputError if one is not finite or a variance is negative."""
     mean, variance = (np.asarray(v, np.float64) for v in (mean, variance))
     if not np.all(np.isfinite(mean)) or not np.all(variance >= 0) or not np.all(np.isfinite(variance)):
         raise InputError("mean and variance must be finite, and the variance at least 0")
@@ -151,7 +153,7 @@ def moments(mean, variance) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _levels(schedule):
-    """What `_level_at` interpolates: log(alpha_bar), exact near t = 0 in float32, or signal and noise."""
+    """Returns what `_level_at` interpolates: log(alpha_bar), exact near t = 0 in float32, or signal and noise."""
     if schedule.variance_preserving:
         with np.errstate(divide="ignore"):
             return {"log_alpha_bar": np.log(schedule.alpha_bar)}
@@ -159,11 +161,11 @@ def _levels(schedule):
 
 
 def _level_at(levels, t, x):
-    """Signal and noise at real times t [B], as `NoiseSchedule.at`, in x's precision and with its trailing axes."""
+    """Returns signal and noise at real times t [B], as `NoiseSchedule.at` does, in x's dtype and to broadcast to x."""
     t = jnp.asarray(t, jnp.promote_types(x.dtype, jnp.float32))
     last = next(iter(levels.values())).shape[0] - 1
     lower = jnp.clip(jnp.floor(t).astype(int), 0, last - 1)
-    weight = t - lower
+    weight = t - lower  # of the upper end
 
     def ends(values):
         values = jnp.asarray(values, t.dtype)
@@ -175,14 +177,14 @@ def _level_at(levels, t, x):
         low, high = ends(levels["log_alpha_bar"])
         finite = jnp.isfinite(high)
         log_power = low + weight * (jnp.where(finite, high, low) - low)
-        # Where an interval ends at zero signal, alpha_bar itself is linear.
+        # In an interval that ends at zero signal, where the log is infinite, alpha_bar itself is linear.
         power = jnp.where(finite, jnp.exp(log_power), (1 - weight) * jnp.exp(low))
         a, n = jnp.sqrt(power), jnp.sqrt(jnp.where(finite, -jnp.expm1(log_power), 1 - power))
     return tuple(v.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for v in (a, n))
 
 
 def _level_of_ratio(levels, log_ratio, x):
-    """Signal and noise where log(n / a) has the given values [B]: the inverse of `_level_at` by another clock."""
+    """Returns signal and noise where log(n / a) has the given values [B], for networks that take that as their time."""
     log_ratio = jnp.asarray(log_ratio, jnp.promote_types(x.dtype, jnp.float32))
     if "signal" not in levels:
         a, n = jnp.sqrt(jax.nn.sigmoid(-2 * log_ratio)), jnp.sqrt(jax.nn.sigmoid(2 * log_ratio))
@@ -198,12 +200,13 @@ def _level_of_ratio(levels, log_ratio, x):
 
 @cache
 def _network(estimate, prediction):
-    """Returns the apply_fn of estimate(params, x, a, n) -> (x_0, eps); the same object for the same arguments."""
+    """Returns the apply_fn of estimate(params, x, a, n) -> (x_0, eps); always the same object for the same arguments."""
     predictions.check_known(prediction)
     kind = predictions.PREDICTIONS[prediction]
 
     def apply_fn(params, x, t, cond=None):
         a, n = _level_of_ratio(params["levels"], 4 * t, x) if kind.sees_log_sigma else _level_at(params["levels"], t, x)
+        # Such a network is given a scaled x; the denoiser needs x itself.
         x = x if kind.input_scale is None else x / kind.input_scale(a, n)
         return predictions.target(prediction, a, n, *estimate(params, x, a, n)).astype(x.dtype)
 
@@ -211,12 +214,12 @@ def _network(estimate, prediction):
 
 
 def _with_eps(x, x0, a, n):
-    """(x_0, eps) with eps = (x - a x_0) / n, and 0, the mean of the noise, where there is none."""
+    """Returns (x_0, eps) with eps = (x - a x_0) / n; at n = 0, where any eps would do, it is the mean of the noise, 0."""
     return x0, jnp.where(n > 0, (x - a * x0) / jnp.where(n > 0, n, 1), 0)
 
 
 def _component(x, a, n, mean, variance):
-    """(x_0, eps, x - a mean, total variance) of a Gaussian; nothing cancels at small n."""
+    """Returns (x_0, eps, x - a mean, variance of x) of a Gaussian; nothing cancels at small n."""
     total = a**2 * variance + n**2
     total = jnp.where(total > 0, total, 1)
     rest = x - a * mean
@@ -229,10 +232,12 @@ def _gaussian(params, x, a, n):
 
 
 def _mixture(params, x, a, n):
+    # What each component alone would estimate, [B, K, *shape].
     x, a, n = x[:, None], a[:, None], n[:, None]
     means = _beside(params["means"], x)
     variances = _beside(params["variances"], x)
     x0, eps, rest, total = _component(x, a, n, means, variances)
+    # Weigh the components by how likely each is to have made x.
     pixels = tuple(range(2, x.ndim))
     distance = jnp.sum(rest**2 / total + jnp.log(total), axis=pixels, keepdims=True)
     log_weights = jnp.asarray(params["log_weights"], x.dtype).reshape(1, -1, *[1] * len(pixels))
@@ -241,7 +246,7 @@ def _mixture(params, x, a, n):
 
 
 def _beside(values, x):
-    """values with leading axes of 1 up to x's rank, in x's dtype."""
+    """Returns values in x's dtype, with axes of length 1 in front up to x's rank."""
     values = jnp.asarray(values, x.dtype)
     return values.reshape((1,) * (x.ndim - values.ndim) + values.shape)
 
@@ -253,11 +258,11 @@ def _ideal(params, x, a, n):
     product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def absorb(carry, block):
-        """One block of a running softmax: the largest exponent yet, and sums relative to it."""
+        """Adds a block to the running softmax, which keeps the largest exponent so far and sums relative to it."""
         top, total, weighted = carry
         log_weights, images = block
         points = to_floats(images, x.dtype) if images.dtype == jnp.uint8 else images.astype(x.dtype)
-        # |x - a x_i|^2 but for |x|^2, which all images share.
+        # The exponents, less |x|^2 / 2, which is the same for all images.
         squares = jnp.sum(points**2, axis=1)[None]
         logits = a_row * (product(flat, points.T) - a_row * squares / 2) / noise_var + log_weights.astype(x.dtype)[None]
         new_top = jnp.maximum(top, logits.max(axis=1, keepdims=True))
@@ -270,7 +275,7 @@ def _ideal(params, x, a, n):
 
     start = (jnp.full_like(noise_var, -jnp.inf), jnp.zeros_like(noise_var), jnp.zeros_like(flat))
     (_, total, weighted), _ = jax.lax.scan(absorb, start, (params["log_weights"], params["images"]))
-    # Given the image, a Gaussian around it; with bandwidth 0 that is the image.
+    # All Gaussians around images have one variance, so the mean of the images gives the estimate; at bandwidth 0 it is it.
     mean = (weighted / total).reshape(x.shape)
     x0, eps, *_ = _component(x, a, n, mean, around)
     return x0, jnp.where(around > 0, eps, _with_eps(x, mean, a, n)[1])

@@ -1,4 +1,4 @@
-"""The training loop: steps, log, checkpoints, grids, and an orderly stop."""
+"""Runs the training loop: steps, log, checkpoints, sheets of samples, and an orderly stop."""
 
 import contextlib
 import dataclasses
@@ -24,12 +24,12 @@ from diffusion.training.stop import Stopped, StopRequest
 
 MAX_SKIPPED_IN_ROW = 5
 PROFILED = range(10, 15)
-"""The steps of --profile, counted from the start of the process."""
+"""The steps that --profile traces, where 0 is the first of the process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long to train and how often to do what, in steps; batch_size is for the rate in images a second."""
+    """Says how long to train and how often to do what, in steps; batch_size gives the rate in images a second."""
 
     num_steps: int
     batch_size: int
@@ -45,16 +45,16 @@ class Plan:
 
 @dataclasses.dataclass
 class Run:
-    """What the loop works with, apart from the state.
+    """Holds what the loop works with, apart from the state.
 
     Attributes:
       train_step: see `make_train_step`.
       batches: (images, cond) of the step after the start, then of the next, and so on; closed at the end.
-      learning_rate: number of updates -> rate, for the log.
+      learning_rate: number of updates made -> rate, for the log.
       recorder, writer: where metrics and checkpoints go; metadata goes into each checkpoint.
-      draw_sheet: draws samples of a state and saves them, unless they are there.
-      examples: step -> numbers of the examples in its batch, for the report on a step that was skipped.
-      stop: the signals heard.
+      draw_sheet: draws samples from a state and saves them as one picture, unless it is there already.
+      examples: number of steps made -> numbers of the examples in the next batch, for the report on a skipped step.
+      stop: hears the signals that ask to stop.
       profile: the folder for a trace of the steps `PROFILED`, or None.
     """
 
@@ -73,12 +73,12 @@ class Run:
 def train(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, bool]:
     """Trains from state.step to plan.num_steps, or until Ctrl-C or SIGTERM; the last state is always saved.
 
-    A signal in the last grid counts as a stop; the grid is drawn by the next start.
+    A signal while the last sheet is drawn counts as a stop; the next start draws that sheet.
 
     Args:
       state: where to start; donated.
-      plan: lengths and intervals.
-      run: what it works with.
+      plan: how long, and how often to do what.
+      run: what the loop works with.
 
     Returns:
       The last state, and whether training came to its end.
@@ -88,9 +88,10 @@ def train(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, bool]:
       Stopped: the signal came before the first step was done, so there was nothing to save.
     """
     start = int(state.step)
+    # A signal may have cut off the sheet of this step; draw_sheet leaves one alone that is complete.
     if start and (start % plan.grid_every == 0 or start == plan.num_steps):
         draw = run.stop.call if jax.process_count() == 1 else lambda function, *args: function(*args)
-        draw(run.draw_sheet, state)  # the grid that a signal ended; one that is there already is left alone
+        draw(run.draw_sheet, state)
     progress = tqdm(
         total=plan.num_steps, initial=start, unit="step", dynamic_ncols=True, disable=jax.process_index() > 0 or None
     )
@@ -100,17 +101,20 @@ def train(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, bool]:
 
 
 class _Loop:
+    """Makes the steps of one start of the program, and keeps what passes from one to the next."""
+
     def __init__(self, state, plan, run, progress):
         self.state, self.plan, self.run, self.progress = state, plan, run, progress
         self.start = int(state.step)
-        self.in_flight: deque[tuple[int, Metrics]] = deque()
-        self.skipped = int(state.skipped)
-        self.votes = 0.0
-        self.ballots: dict[bool, jax.Array] = {}
+        self.in_flight: deque[tuple[int, Metrics]] = deque()  # steps that were started and not yet looked at
+        self.skipped = int(state.skipped)  # as far as they have been reported
+        self.votes = 0.0  # above 0 once a process wants to stop
+        self.ballots: dict[bool, jax.Array] = {}  # either vote of this process, once it is on the devices
         self.clock = _Clock()
         self.tracing = self.traced = False
 
     def go(self):
+        """Makes the steps; returns the last state, and whether training came to its end."""
         plan, run = self.plan, self.run
         step, finished = self.start, True
         for step in range(self.start + 1, plan.num_steps + 1):
@@ -128,7 +132,7 @@ class _Loop:
             last = step == plan.num_steps or self._stopping()
             if last and not saved:
                 self._save(step)
-            if last:  # not self._stopping(), which may have come after the decision to save
+            if last:  # not self._stopping() again: after a signal since then nothing would be saved
                 break
         self._end_trace()
         if run.profile is not None and not self.traced:
@@ -137,7 +141,7 @@ class _Loop:
         return self.state, finished and step >= plan.num_steps
 
     def _draws_sheet(self):
-        """False where a signal ended it; what follows then saves and stops."""
+        """Draws the sheet; returns False if a signal cut it off. The loop then saves and stops as after any signal."""
         try:
             self._interruptible(self.run.draw_sheet, self.state)
         except Stopped:
@@ -145,8 +149,10 @@ class _Loop:
         return True
 
     def _step(self, step):
-        """Starts a step, and waits for the one before last: that keeps the device busy, and the answer to signals
-        prompt where a step takes seconds."""
+        """Starts a step and waits for the one before last.
+
+        That keeps the device busy, and still answers a signal soon where a step takes seconds.
+        """
         images, cond = self._next_batch(step)
         first = step == self.start + 1
         call = self._interruptible if first else lambda function, *args: function(*args)
@@ -161,10 +167,11 @@ class _Loop:
         return metrics
 
     def _next_batch(self, step):
+        """Returns the next batch; saves what has been trained if it cannot be read."""
         try:
             return next(self.run.batches)
         except InputError:
-            # An image that cannot be read costs no step. Several processes would not all come to this save.
+            # So a damaged image costs no steps. A save needs all processes, and the others may not have failed.
             saved = self.start if (step - 1) % self.plan.save_every else step - 1
             if step - 1 > saved and jax.process_count() == 1:
                 self._save(step - 1)
@@ -172,11 +179,11 @@ class _Loop:
             raise
 
     def _interruptible(self, function, *args):
-        """In one process a signal ends a long call; of several, all must go on to where they agree to stop."""
+        """Makes a long call that a signal can end, unless several processes have to stop after the same step."""
         return self.run.stop.call(function, *args) if jax.process_count() == 1 else function(*args)
 
     def _vote(self, images):
-        """One entry for each device of the run: whether its process wants to stop."""
+        """Returns an entry for each device of the run: 1 if its process wants to stop, else 0."""
         wanted = self.run.stop.received
         if wanted not in self.ballots:
             mesh = images.sharding.mesh
@@ -186,24 +193,26 @@ class _Loop:
         return self.ballots[wanted]
 
     def _stopping(self):
-        # Several processes go by the votes that travelled with the steps, so that all stop after the same one.
+        """Tells whether to stop now."""
+        # Several processes count the votes that went through the steps, so that all of them stop after the same step.
         return self.run.stop.received if jax.process_count() == 1 else self.votes > 0
 
     def _settle(self, in_flight):
-        """Waits until at most in_flight steps are not done, and looks at those that are."""
+        """Waits until at most in_flight steps are unfinished, and looks at the metrics of the others."""
         while len(self.in_flight) > in_flight:
             step, metrics = self.in_flight.popleft()
-            if int(metrics.skipped) > self.skipped:  # waits
+            if int(metrics.skipped) > self.skipped:  # reading the number waits for the step
                 self._report_skipped(step, metrics)
             if jax.process_count() > 1:
                 self.votes = max(self.votes, float(metrics.stop))
 
     def _report_skipped(self, step, metrics):
+        """Reports a step that was skipped; gives up after `MAX_SKIPPED_IN_ROW` in a row."""
         self.skipped = int(metrics.skipped)
         in_row = int(metrics.skipped_in_row)
         loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
         facts = {"in_row": in_row, "examples": self.run.examples(step - 1).tolist()}
-        self.run.recorder.skipped(step, loss=str(loss), grad_norm=str(grad_norm), **facts)  # JSON knows no NaN
+        self.run.recorder.skipped(step, loss=str(loss), grad_norm=str(grad_norm), **facts)  # JSON has no NaN
         what = f"the loss is {loss:g}, the norm of the gradient {grad_norm:g}"
         self._say(f"step {step:,}: {what}; skipped ({in_row} in a row), see skipped.jsonl")
         if in_row >= MAX_SKIPPED_IN_ROW:
@@ -213,10 +222,11 @@ class _Loop:
             )
 
     def _log(self, step, metrics):
-        """One line on the terminal and one row on disk."""
+        """Writes one line on the terminal and one row on disk."""
         plan = self.plan
         seconds, pace = self.clock.take()
         skipped = int(metrics.skipped)
+        # The rate goes by updates, and a skipped step made none.
         row = _row(step, metrics, float(self.run.learning_rate(max(0, step - skipped - 1))))
         memory = devices.memory_in_use() / 2**30
         self.run.recorder.scalars(row, pace * plan.batch_size, seconds, memory)
@@ -228,6 +238,7 @@ class _Loop:
         )
 
     def _save(self, step):
+        """Saves a checkpoint, unless the state is not finite."""
         self._settle(0)
         if not bool(_all_finite(self.state)):
             raise InputError(
@@ -235,15 +246,17 @@ class _Loop:
                 "config.optimizer.learning_rate and start in a new --workdir"
             )
         totals = self.state.totals
-        # A stop at any step says nothing for keep_best: its mean may be over a single batch.
+        # keep_best compares mean losses, and after a stop in between the mean may be over a single batch.
         loss = float(totals.loss / totals.steps) if step % self.plan.save_every == 0 else math.nan
         self.run.writer.save(step, self.state, self.run.metadata, loss)
 
     def _say(self, line):
+        """Prints a line above the progress bar, from the first process only."""
         if jax.process_index() == 0:
             self.progress.write(line)
 
     def _trace(self, step):
+        """Begins or ends the trace where it is this step's turn."""
         done = step - self.start - 1
         if self.run.profile is not None and done == PROFILED.start:
             self._settle(0)
@@ -262,19 +275,21 @@ class _Loop:
 
 @jax.jit
 def _all_finite(tree):
+    """Tells whether every number in a tree of arrays is finite."""
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
 
 
 def _row(step, metrics, learning_rate):
+    """Returns the row of the log: means over the steps since the last row."""
     totals = jax.device_get(metrics.totals)
-    with np.errstate(invalid="ignore"):  # 0 / 0 where all steps were skipped, or no sample was in that tenth
+    with np.errstate(invalid="ignore"):  # 0 / 0 if all steps were skipped, or no t fell into a tenth
         loss, grad_norm = totals.loss / totals.steps, totals.grad_norm / totals.steps
         errors = totals.errors / totals.counts
     return Row(step, float(loss), float(grad_norm), learning_rate, int(metrics.skipped), tuple(map(float, errors)))
 
 
 class _Clock:
-    """The pace since the last row of the log. Compilation and grids do not count as time."""
+    """Measures the pace since the last row of the log; compilation and drawing do not count as time."""
 
     def __init__(self):
         self.restart()
@@ -292,7 +307,7 @@ class _Clock:
         self._mark += time.monotonic() - before
 
     def take(self) -> tuple[float, float]:
-        """(seconds, steps a second) since the last call; the pace is 0 after the first step alone."""
+        """Returns (seconds, steps a second) since the last call; the pace is 0 if no step but the first was made."""
         seconds = self.elapsed()
         pace = self.steps / seconds if self.steps else 0.0
         self.restart()

@@ -1,0 +1,159 @@
+"""Laws of samplers by name: one way for all, hand-made, estimated on data, or read from a file."""
+
+import numpy as np
+import pytest
+from reference import refused
+
+from diffusion import schedules, solvers, timesteps
+from diffusion.commands.samplers import (
+    EQUIVALENTS,
+    OWN_LENGTH,
+    SAMPLERS,
+    chosen_steps,
+    default_eta,
+    describe,
+    make_table,
+    make_tau,
+)
+
+LINEAR = schedules.linear()
+
+
+def same(a, b):
+    assert a.name == b.name
+    for name in ("tau", "t", "signal", "noise", "update"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+def test_a_name_makes_the_table_of_its_function(name):
+    same(make_table(LINEAR, name, 7, "karras"), solvers.SOLVERS[name](LINEAR, timesteps.karras(LINEAR, 7)))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("ddim:eta=0.5", lambda tau: solvers.ddim(LINEAR, tau, 0.5)),
+        ("unipc:order=1,2,2,1,variant=bh1", lambda tau: solvers.unipc(LINEAR, tau, (1, 2, 2, 1), "bh1")),
+        ("unipc:disable_corrector=0,2", lambda tau: solvers.unipc(LINEAR, tau, disable_corrector=(0, 2))),
+        ("unipc:disable_corrector=1", lambda tau: solvers.unipc(LINEAR, tau, disable_corrector=(1,))),
+        ("edm:s_churn=3,s_max=1", lambda tau: solvers.edm(LINEAR, tau, s_churn=3, s_max=1)),
+    ],
+)
+def test_options_reach_the_function(text, wanted):
+    same(make_table(LINEAR, text, 4, "uniform"), wanted(timesteps.uniform(LINEAR, 4)))
+
+
+def test_eta_is_short_for_the_option():
+    same(make_table(LINEAR, "ddim", 4, "uniform", eta=0.3), make_table(LINEAR, "ddim:eta=0.3", 4, "uniform"))
+    assert (default_eta("ddim"), default_eta("ddim:eta=0.2"), default_eta("unipc"), default_eta("nonsense")) == (
+        0.0,
+        None,
+        None,
+        None,
+    )
+
+
+def test_what_is_estimated_comes_from_the_resources_and_text_goes_before_them():
+    asked = []
+
+    def gamma(tau):
+        asked.append(tau)
+        return np.linspace(0.9, 0.2, len(tau) - 1)
+
+    resources = {"gamma": gamma, "max_cov": lambda tau: 1.0}
+    tau = timesteps.uniform(LINEAR, 5)
+    got = make_table(LINEAR, "analytic_dpm:eta=0", 5, "uniform", resources=resources)
+    same(got, solvers.analytic_dpm(LINEAR, tau, np.linspace(0.9, 0.2, 5), eta=0.0, max_cov=1.0))
+    np.testing.assert_array_equal(asked, [tau])
+    got = make_table(LINEAR, "analytic_dpm:max_cov=0.25", 5, "uniform", resources=resources)
+    same(got, solvers.analytic_dpm(LINEAR, tau, np.linspace(0.9, 0.2, 5), max_cov=0.25))
+    with refused("analytic_dpm needs gamma, which is estimated on a trained model"):
+        make_table(LINEAR, "analytic_dpm", 5, "uniform")
+
+
+def test_a_table_in_a_file_is_itself(tmp_path):
+    table = solvers.unipc(LINEAR, [1000, 400.25, 3, 0])
+    (tmp_path / "mine.json").write_text(table.to_json())
+    same(make_table(LINEAR, str(tmp_path / "mine.json"), 0, ""), table)
+    for other in (schedules.cosine(), schedules.linear(900), schedules.edm()):
+        with refused("for another noise schedule than the model's"):
+            make_table(other, str(tmp_path / "mine.json"), 0, "")
+    with refused("--eta does nothing"):
+        make_table(LINEAR, str(tmp_path / "mine.json"), 0, "", eta=0.5)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"tau": [1, 0]}', b"\xff\xfe", b"[" * 100_000, b'{"tau": NaN}']
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path, content):
+    (tmp_path / "bad.json").write_bytes(content)
+    with refused("bad.json"):
+        make_table(LINEAR, str(tmp_path / "bad.json"), 0, "")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with refused("none.json cannot be read"):
+        make_table(LINEAR, str(tmp_path / "none.json"), 0, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("uniform", timesteps.uniform(LINEAR, 6)),
+        ("karras:rho=3", timesteps.karras(LINEAR, 6, 3.0)),
+        ("sections:counts=3,2,1", timesteps.sections(LINEAR, "3,2,1")),
+        ("sections:counts=6", timesteps.sections(LINEAR, "6")),
+        ("sections:counts=ddim25", timesteps.sections(LINEAR, "ddim25")),
+        ("explicit:times=900,400.5,1", [900, 400.5, 1, 0]),
+        ("explicit:times=900", [900, 0]),
+    ],
+)
+def test_grids_have_names_and_options(text, wanted):
+    np.testing.assert_array_equal(make_tau(LINEAR, text, 6), wanted)
+
+
+def test_a_grid_of_its_own_length_takes_no_steps():
+    assert chosen_steps("karras:rho=3", 5, 25) == 5
+    assert chosen_steps("explicit:times=5,1", None, 25) == 25
+    for name in OWN_LENGTH:
+        with refused("has its own number of steps"):
+            chosen_steps(f"{name}:x=1", 5, 25)
+
+
+@pytest.mark.parametrize(("other", "ours"), EQUIVALENTS.items())
+def test_names_of_other_libraries_lead_to_a_sampler_that_exists(other, ours):
+    make_table(LINEAR, ours, 5, "uniform")
+    with refused(f"here that is '{ours}'"):
+        make_table(LINEAR, other, 5, "uniform")
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("DDIM", "ddim"),
+        ("DDIMScheduler", "ddim"),
+        ("dpmpp_2m", "dpm_solver_pp:order=2,variant=official"),
+        ("DPM++ 2M", "dpm_solver_pp:order=2,variant=official"),
+        ("sample_dpmpp_2m", "dpm_solver_pp:order=2,variant=official"),
+        ("euler_a", "euler_ancestral"),
+        ("k_euler_a", "euler_ancestral"),
+        ("EulerAncestralDiscreteScheduler", "euler_ancestral"),
+        ("UniPC", "unipc"),
+        ("PNDMScheduler", "pndm"),
+    ],
+)
+def test_however_others_write_them(name, ours):
+    with refused(f"here that is '{ours}'"):
+        make_table(LINEAR, name, 5, "uniform")
+
+
+def test_the_list_names_everything_with_its_options_and_calls():
+    text = describe()
+    for name in (*SAMPLERS, *timesteps.GRIDS, *OWN_LENGTH):
+        assert f"  {name} " in text
+    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ") and line.split()}
+    for name, calls in (("ddim", 10), ("heun", 19), ("plms", 11), ("analytic_dpm", 10)):
+        assert f" {calls} calls " in lines[name]
+    assert "order=2, sde_eta=0.0, variant=exact" in text
+    assert max(map(len, text.splitlines())) <= 200
