@@ -1,6 +1,6 @@
-"""Writes a trained run as one file: `python convert.py --workdir=runs/digits --out=digits.safetensors`.
+"""Writes a trained run to one file: `python convert.py --workdir=runs/digits --out=digits.safetensors`.
 
-The file holds the weights of one EMA, the config and, from --figures=FILE.json, what was measured. sample.py and
+The file holds one EMA of the parameters, the config and, with --figures=FILE.json, what was measured. sample.py and
 evaluate.py take it as --workdir.
 """
 
@@ -17,9 +17,9 @@ from diffusion.training.run_folder import load_trained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")
 _EMA = flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint. Default: the newest.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "File to write, .safetensors. Default: one named after the run folder.")
-_FIGURES = flags.DEFINE_string("figures", None, "JSON file of figures to keep beside the weights, as evaluate.py's.")
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "File to write, NAME.safetensors. Default: one named after the run folder.")
+_FIGURES = flags.DEFINE_string("figures", None, "JSON file with figures to keep in the file, as evaluate.py writes them.")
 
 
 def main() -> None:
@@ -37,6 +37,7 @@ def main() -> None:
 
 
 def _read_figures(path):
+    """Returns what a JSON file holds."""
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:

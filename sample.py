@@ -1,9 +1,9 @@
 """Draws samples from a trained run: `python sample.py --steps=25 --sampler=ddim --eta=0`.
 
-Takes the newest run in runs/, the run folder or the file of convert.py that --workdir names, or, where nothing has been
-trained, the digits model that ships with the project. Writes grid.png, samples.npz (uint8 images and their
-ids) and sampling.json (all that is needed to repeat them) into --out. A large job is written in shards, and the same
-command goes on where it was killed.
+Samples the run that --workdir names, by its folder or a file of convert.py. Without it, takes the newest run in runs/,
+or the digits model that ships with the project if nothing has been trained. Writes grid.png, samples.npz (uint8 images
+and their ids) and sampling.json (all that is needed to repeat them) into --out. A large job is written in shards, and
+the same command goes on where it was killed.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from diffusion.images import sheet, write_gif, write_png
 sources.define_source_flags()
 sources.define_sampler_flags()
 _NUM = flags.DEFINE_integer("num", 64, "Number of images, numbered from 0.", lower_bound=1, upper_bound=10**8)
-_SEEDS = flags.DEFINE_string("seeds", None, "Draw these numbers instead, as 0-63 or 5,7,100-199.")
+_SEEDS = flags.DEFINE_string("seeds", None, "Draw the images of these numbers instead, as 0-63 or 5,7,100-199.")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: one named after the sampler in the run folder.")
 _PNG = flags.DEFINE_bool("png", False, "Also write every image as png/NUMBER.png.")
 _GIF = flags.DEFINE_bool("gif", False, "Also write trajectory.gif, the first images on their way from noise.")
@@ -37,6 +37,7 @@ def main() -> None:
     if _LIST.value:
         print(samplers.describe())
         return
+    # What to draw.
     sampling = sources.open_sampling()
     ids = range(_NUM.value) if _SEEDS.value is None else jobs.parse_ids(_SEEDS.value)
     print(sampling.title(len(ids)))
@@ -45,6 +46,7 @@ def main() -> None:
     if _DRY_RUN.value:
         print(sampling.table)
         return
+    # Where to; images of another job that are there give way.
     out = Path(_OUT.value or sampling.source.home / "samples" / _label(sampling)).expanduser()
     out.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be written is found now
     job = jobs.Job(out, ids, sampling.record())
@@ -55,6 +57,7 @@ def main() -> None:
     mesh = devices.data_mesh()
     seconds = _draw(sampling, job, mesh)
 
+    # Pictures, then the record, which says that the job is complete.
     write_png(out / "grid.png", sheet(job.images(0)[:64]))
     if _PNG.value:
         _write_pngs(job)
@@ -69,7 +72,7 @@ def main() -> None:
 
 
 def _draw(sampling, job, mesh):
-    """Draws and writes the shards that are missing; returns the seconds it took."""
+    """Draws and writes the shards that are missing; returns how many seconds it took."""
     start = time.perf_counter()
     missing = job.missing()
     total = sum(map(len, job.shards))
@@ -87,7 +90,7 @@ def _draw(sampling, job, mesh):
 
 
 def _write_pngs(job):
-    """Every image of the job as png/NUMBER.png."""
+    """Writes every image of the job as png/NUMBER.png."""
     folder = job.out / "png"
     folder.mkdir(exist_ok=True)
     for index, ids in enumerate(job.shards):
@@ -96,13 +99,13 @@ def _write_pngs(job):
 
 
 def _label(sampling):
-    """A folder name for these options: those that shape every job, then what else was given."""
+    """Returns a folder name that tells jobs apart: what every job has, then the other options that were given."""
     parts = [sampling.sampler, f"{len(sampling.table.tau) - 1}steps", sampling.tau, f"seed{sampling.source.seed}"]
     parts[1:1] = [] if flags.FLAGS.eta is None else [f"eta{flags.FLAGS.eta:g}"]
     others = ("clip", "dynamic_threshold", "labels", "ema", *(n for n in flags.FLAGS if n.startswith("guidance_")))
     parts += [f"{name}={flags.FLAGS[name].value}" for name in others if not flags.FLAGS[name].using_default_value]
     label = re.sub(r"[^\w.=-]+", "-", "-".join(parts))
-    # A long list of timesteps makes no file name.
+    # A long list of timesteps is too long for a file name.
     return label if len(label) <= 120 else f"{label[:100]}-{hashlib.sha256(label.encode()).hexdigest()[:12]}"
 
 

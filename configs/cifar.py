@@ -4,7 +4,7 @@
 
 The paper reports FID 3.17 with 1000 ancestral steps; DDIM (arXiv:2010.02502, table 1) 4.67 with 50 steps and 6.84 with
 20, on the same kind of model. This project has not yet trained it to the end, nor timed it on a GPU. Ours differs in
-two ways: timesteps are stratified over the batch, and the EMA warms up. Its grids are drawn with DDIM's quadratic tau.
+two ways: timesteps are stratified over the batch, and the EMA warms up. Samples are drawn on DDIM's quadratic grid.
 """
 
 from configs import default

@@ -1,14 +1,16 @@
-"""Fast sampling of diffusion models in JAX: train an eps-network once, then sample it in 25, 10 or 5 steps."""
+"""Fast sampling of diffusion models in JAX: train a network once, then sample it in 25, 10 or 5 steps."""
 
 from diffusion import editing, gaussian, schedules, solvers, timesteps
 from diffusion.errors import InputError
+from diffusion.guidance import Guidance
 from diffusion.sampling import Trajectory, sample
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import SamplerTable
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
+    "Guidance",
     "InputError",
     "NoiseSchedule",
     "SamplerTable",

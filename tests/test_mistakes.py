@@ -168,7 +168,7 @@ MISTAKES = [
     ("evaluate.py", [RUN, "--steps="], "steps is ''; write numbers"),
     ("evaluate.py", [RUN, "--samplers=,"], "names no sampler"),
     ("evaluate.py", [RUN, "--metrics="], "no metric is named"),
-    ("evaluate.py", [RUN, "--bound=5", "--metrics=frechet"], "--metrics is of samples"),
+    ("evaluate.py", [RUN, "--bound=5", "--metrics=frechet"], "--metrics is for samples"),
     ("evaluate.py", [RUN, "--likelihood=5", "--clip=none"], "--clip goes with --bound"),
     ("evaluate.py", [RUN, "--bound=5", "--clip=keep_eps"], "clip is 'keep_eps'; .*valid"),
     (

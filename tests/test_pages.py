@@ -4,10 +4,12 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import diffusion
 from configs import default
+from diffusion import schedules, solvers, timesteps
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,3 +52,25 @@ def test_the_page_of_commands_has_the_flags_of_a_program_and_none_of_its_librari
 
 def test_the_citation_has_the_version_of_the_library():
     assert f"\nversion: {diffusion.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_is_short_and_its_first_block_runs_as_it_stands():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+    names = {}
+    exec(python_blocks("README.md")[0], names)
+    assert names["images"].shape == (64, 8, 8, 1)
+    assert names["table"].nfe == 10
+
+
+def test_the_samplers_that_the_readme_adds_are_ddim_and_second_order_adams_bashforth():
+    names = {}
+    exec(python_blocks("README.md")[1], names)
+    schedule = schedules.cosine()
+    tau = timesteps.karras(schedule, 7)
+    np.testing.assert_allclose(names["my_ddim"](schedule, tau).update, solvers.ddim(schedule, tau).update, atol=1e-14)
+    wanted = solvers.lms(schedule, tau, order=2).update
+    np.testing.assert_allclose(names["my_adams"](schedule, tau).update, wanted, atol=1e-13)

@@ -1,0 +1,1 @@
+"""Holds what the programs share and the library never imports: flags, options as text, files, sweeps and plots."""

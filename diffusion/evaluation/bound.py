@@ -1,4 +1,4 @@
-"""How likely a model finds images: the variational bound in bits per dimension, for any number of steps."""
+"""Measures how likely a model finds images: the variational bound in bits per dimension, for any number of steps."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -26,12 +26,13 @@ CLIPS = ("none", "recompute")
 
 
 class Bound(NamedTuple):
-    """An upper bound of -log2 p(x_0) per dimension, one entry for each image; noise makes it an estimate.
+    """Holds an upper bound of -log2 p(x_0) per dimension for each image; it is an estimate, as noise goes into it.
 
     Attributes:
       total: prior plus the sum of the terms.
-      terms: [S, B], one for each step in the order they are taken, from tau[0] down; the last is that of the pixels.
-      prior: divergence of x at tau[0] from the noise that sampling starts with.
+      terms: [S, B], one for each step in the order in which they are taken, from tau[0] down; the last step's is the
+        cost of the 8-bit pixels.
+      prior: KL divergence of x at tau[0] from the noise that sampling starts with.
     """
 
     total: Float[Array, "B"]
@@ -53,23 +54,23 @@ def variational_bound(  # noqa: PLR0913
     cond: Any = None,
     sample_ids: Int[Array, "B"] | None = None,
 ) -> Bound:
-    """The bound of the sampler `ddpm(schedule, tau, variance)` (DDPM, arXiv:2006.11239, Eq. 5), by one noise a step.
+    """Returns the bound of the sampler `ddpm(schedule, tau, variance)` (DDPM, arXiv:2006.11239, Eq. 5).
 
-    The steps are those of the respaced process, whose one-step alpha is alpha_bar_t / alpha_bar_s (improved DDPM,
-    arXiv:2102.09672, Eq. 19). Noise follows from (key, sample id, step) alone. One compilation serves all grids of the
-    same length and all fixed variances.
+    Each term is estimated with one draw of noise, which depends only on (key, sample id, step). The steps belong to the
+    respaced process, whose one-step alpha is alpha_bar_t / alpha_bar_s (improved DDPM, arXiv:2102.09672, Eq. 19). One
+    compilation serves all grids of the same length and all fixed variances.
 
     Args:
       apply_fn: the network; the same object at every call, or each call compiles again.
-      params: its weights.
+      params: its parameters.
       schedule: the noise schedule.
       tau: a grid from `diffusion.timesteps`.
-      x_0: 8-bit images as floats in [-1, 1], uint8 / 127.5 - 1; their dtype is that of the arithmetic.
+      x_0: 8-bit images as floats in [-1, 1], uint8 / 127.5 - 1; the arithmetic has their dtype.
       key: a JAX random key.
       prediction: what the network predicts, as for `diffusion.sample`.
       variance: "small" (the posterior's beta_tilde), "large" (beta) or "learned", see `solvers.ddpm`. Sampling injects
-        no noise in its last step, but a likelihood needs a variance there: for "small" that of the step before (with
-        one step, beta), for "large" beta, and what lies between for "learned".
+        no noise in its last step, but a likelihood needs a variance there: "small" takes that of the step before (or
+        beta, if there is only one step), "large" takes beta, and "learned" a value in between.
       clip: "recompute" clips the estimate of x_0 to [-1, 1], "none" does not.
       cond: as the network takes it, or None.
       sample_ids: int [B], 0..B-1 if not given.
@@ -80,6 +81,7 @@ def variational_bound(  # noqa: PLR0913
     for name, value, known in (("variance", variance, VARIANCES), ("clip", clip, CLIPS)):
         if value not in known:
             raise InputError(f"{name} is {value!r}; {nearest(str(value), known)}")
+    # Build the steps, and a key for each image.
     options = Options(clip, learned_variance=variance == "learned")
     check_options(prediction, options)
     steps = bound_steps(schedule, tau, prediction)
@@ -92,10 +94,11 @@ def variational_bound(  # noqa: PLR0913
 
 
 _SHARES = {"small": -1.0, "large": 1.0, "learned": None}
-"""What takes the place of the network's share between the two log-variances."""
+"""Where a fixed variance lies between the two log-variances, from -1 to 1; None leaves that to the network."""
 
 
 def _check_images(x_0):
+    """Returns x_0 as an array, unless its values are seen not to be 8-bit pixels."""
     x_0 = jnp.asarray(x_0)
     if not isinstance(x_0, jax.core.Tracer):
         values = (np.asarray(x_0, np.float64) + 1) * 127.5
@@ -107,14 +110,14 @@ def _check_images(x_0):
 
 
 def _prior(signal, noise, x_0):
-    """KL of N(a x_0, n^2) from N(0, a^2 + n^2) for each pixel, in nats."""
+    """Returns the KL divergence of N(a x_0, n^2) from N(0, a^2 + n^2) for each pixel, in nats."""
     share = signal**2 / (signal**2 + noise**2)
     return 0.5 * (share * jnp.square(x_0) - (share + np.log1p(-share)))
 
 
 @partial(jax.jit, static_argnames=("apply_fn", "options"))
 def _terms(apply_fn, params, steps: BoundSteps, share, x_0, keys, cond, options):
-    """[S, B]: the term of every step, one after the other to hold one step's activations at a time."""
+    """Returns the terms [S, B]; one step is computed after the other, to hold the activations of only one."""
     num, network = steps.from_x0.shape[0], partial(apply_fn, params)
     cast = jax.tree.map(lambda leaf: leaf.astype(x_0.dtype), steps._replace(reading=None))
     steps = cast._replace(reading=steps.reading.astype(x_0.dtype))
@@ -132,14 +135,14 @@ def _terms(apply_fn, params, steps: BoundSteps, share, x_0, keys, cond, options)
 
 
 class BitsRow(NamedTuple):
-    """The bound of a data set with one variance and number of steps.
+    """Holds the bound of a data set with one variance and number of steps.
 
     Attributes:
       variance, steps: which sampler.
       bits: mean bound in bits per dimension.
       standard_error: of this mean over the images; noise is part of it.
-      prior: the part of bits that is no step's.
-      times, terms: the part of each step, which goes down from that time; the last is that of the pixels.
+      prior: the part of bits that belongs to no step.
+      times, terms: where each step starts, and its part of bits; the last step's is the cost of the 8-bit pixels.
     """
 
     variance: str
@@ -164,13 +167,13 @@ def bits_table(
     """Returns the bound of a trained model on a data set, a row for each variance and grid.
 
     Args:
-      trained: a run, of which the EMA weights are judged.
+      trained: the model and its parameters.
       data: images; their labels condition a model with classes.
       key: a JAX random key; all rows share the noise of a (sample, step).
       grids: from `diffusion.timesteps`.
-      variances: all that the model has if None.
+      variances: None for all that the model has.
       clip: see `variational_bound`.
-      batch_size: images at a time; changes nothing but memory.
+      batch_size: images at a time; affects only memory.
     """
     model = trained.model
     if variances is None:
@@ -188,7 +191,7 @@ def bits_table(
 
 
 def _bound(trained, data, grid, key, variance, clip, batch_size):
-    """The bound of every image, a Bound of float64 [N]."""
+    """Returns the bound of every image, as float64 arrays [..., N]."""
     model = trained.model
     options = {"prediction": model.prediction, "variance": variance, "clip": clip}
 
@@ -201,9 +204,10 @@ def _bound(trained, data, grid, key, variance, clip, batch_size):
 
 
 def in_batches(measure, trained: Trained, key: jax.Array, data: Dataset, batch_size: int):
-    """measure(params, key, images uint8, cond, ids) of a data set, a tree of arrays [..., B].
+    """Returns what measure gives for a whole data set, as a tree of float64 arrays [..., N].
 
-    Each batch is shared by the devices of this process. The results are joined as float64 [..., N].
+    Calls measure(params, key, images uint8, cond, ids) -> tree of arrays [..., B] batch by batch; the devices of this
+    process share each batch.
     """
     mesh = devices.data_mesh()
     split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
@@ -211,7 +215,7 @@ def in_batches(measure, trained: Trained, key: jax.Array, data: Dataset, batch_s
     batch_size = -(-batch_size // mesh.size) * mesh.size
     parts = []
     for start in range(0, len(data.images), batch_size):
-        # The last batch is filled up, so that all have the shape that is compiled.
+        # Fill up the last batch, so that all have the one shape that is compiled.
         ids = np.minimum(np.arange(start, start + batch_size), len(data.images) - 1)
         cond = None if trained.model.conditions is None else data.labels[ids]
         part = measure(params, key, *jax.device_put((data.images[ids], cond, ids), split))

@@ -1,4 +1,4 @@
-"""The likelihood under the probability flow: exact for the deterministic sampler, where a bound is only a bound.
+"""Measures the likelihood under the probability flow, which is exact for the deterministic sampler, and no bound.
 
 In s = log(n / a) and z = x / sqrt(a^2 + n^2) the probability flow is
 
@@ -31,11 +31,12 @@ TRACES = ("exact", "rademacher", "gaussian")
 
 
 class FlowLikelihood(NamedTuple):
-    """One entry for each sample; the mean of `bits` over a set has the standard error std / sqrt(N).
+    """Holds an entry for each sample; the mean of `bits` over a set has the standard error std / sqrt(N).
 
     Attributes:
-      log_density: nats, of x_0 as a point of the continuous space of pixels in [-1, 1].
-      bits: -log2 of it per dimension; of the 8-bit image, whose bins are 2/255 wide, if dequantized.
+      log_density: of x_0 as a point of the continuous space of pixels in [-1, 1], in nats.
+      bits: -log2 of this density per dimension, or if dequantized of the probability of the 8-bit image, whose bins are
+        2/255 wide.
     """
 
     log_density: Float[Array, "B"]
@@ -58,25 +59,26 @@ def log_likelihood(  # noqa: PLR0913
     cond: Any = None,
     sample_ids: Int[Array, "B"] | None = None,
 ) -> FlowLikelihood:
-    """The density that the probability flow gives to x_0, from noise of the std that `diffusion.sample` starts with.
+    """Returns the density of x_0 under the probability flow, from noise of the std that `diffusion.sample` starts with.
 
-    Exactly: the density of x_0 + (n / a)(t_min) eps. Solved from t_min to T in equal steps of s by the classical
-    Runge-Kutta method: 4 network calls a step, error of order steps^-4. With an exact denoiser, pixels of std 0.1 and
-    more and 100 steps it is below 1e-4 bits per dimension for every sample (tested, float64); check a network with
-    twice the steps. t_min matters where n / a is not small against the finest detail v^(1/2) of the data: for Gaussian
-    pixels it changes -log2 p by (1 - x^2 / v) (n / a)^2 / (2 v ln 2) to first order, which has mean 0.
+    To be exact, it is the density of x_0 + (n / a)(t_min) eps. The flow is solved from t_min to T in equal steps of s
+    by the classical Runge-Kutta method, with 4 network calls a step and an error of order steps^-4. With an exact
+    denoiser, pixels of std 0.1 or more and 100 steps the error is below 1e-4 bits per dimension for every sample
+    (tested, float64); check a network with twice the steps. t_min matters where n / a is not small against the finest
+    detail v^(1/2) of the data: for Gaussian pixels it changes -log2 p by (1 - x^2 / v) (n / a)^2 / (2 v ln 2) to first
+    order, which has mean 0.
 
     Args:
       apply_fn: the network; the same object at every call, or each call compiles again.
-      params: its weights.
+      params: its parameters.
       schedule: the noise schedule.
-      x_0: floats [B, *shape] in pixel units; uint8 if dequantize. A float's dtype is that of the arithmetic.
-      key: a JAX random key; needed unless the trace is exact and nothing is dequantized. Sample i draws from
-        (key, sample_ids[i]) alone.
+      x_0: floats [B, *shape] in pixel units; uint8 if dequantize. The arithmetic has the dtype of floats.
+      key: a JAX random key; needed unless the trace is exact and nothing is dequantized. Sample i draws only
+        from (key, sample_ids[i]).
       prediction: what the network predicts, as for `diffusion.sample`.
-      trace: "exact", by d derivatives along the axes a call, for small d; or Hutchinson's unbiased estimate with
-        "rademacher" or "gaussian" probes, the same along the whole way (FFJORD, arXiv:1810.01367).
-      probes: of each sample, whose estimates are averaged; each adds one derivative a call. More need less luck.
+      trace: "exact" takes d derivatives along the axes at each call, for small d; "rademacher" and "gaussian" are the
+        probes of Hutchinson's unbiased estimate, the same ones along the whole way (FFJORD, arXiv:1810.01367).
+      probes: how many each sample has. Each adds one derivative a call; more of them make the estimate less noisy.
       steps: at least 1.
       t_min: real, in (0, T); a network trained on t >= 1 knows nothing below 1.
       dequantize: take uint8 images and spread each uniformly over its bin, v / 127.5 - 1 +- 1/255. The mean of bits is
@@ -104,11 +106,11 @@ def log_likelihood(  # noqa: PLR0913
 
 
 class FlowRow(NamedTuple):
-    """The likelihood of a data set under the flow, solved in so many steps.
+    """Holds the likelihood of a data set under the flow, solved in some number of steps.
 
     Attributes:
-      steps: of Runge-Kutta's method, with four network calls each.
-      bits: mean of -log2 p per dimension of the dequantized images, an upper bound of that of the 8-bit ones.
+      steps: how many of Runge-Kutta's method, with four network calls each.
+      bits: mean of -log2 p per dimension of the dequantized images, an upper bound for the 8-bit images.
       standard_error: of this mean over the images; the noise of the trace and of the dequantization is part of it.
     """
 
@@ -120,19 +122,20 @@ class FlowRow(NamedTuple):
 def bits_table(
     trained: Trained, data: Dataset, key: jax.Array, *, steps: Sequence[int] = (25, 50), batch_size: int = 256
 ) -> list[FlowRow]:
-    """The likelihood of a data set under a trained model's flow, by Hutchinson's trace with one probe a sample.
+    """Returns the likelihood of a data set under a trained model's flow, by Hutchinson's trace with one probe a sample.
 
     Args:
-      trained: a run, of which the EMA weights are judged.
+      trained: the model and its parameters.
       data: images; their labels condition a model with classes.
       key: a JAX random key; all rows share the noise of a sample.
-      steps: a row for each.
-      batch_size: images at a time; changes nothing but memory.
+      steps: numbers of steps; a row for each.
+      batch_size: images at a time; affects only memory.
 
     Raises:
       InputError: as `log_likelihood`, before anything is computed.
     """
     model, rows = trained.model, []
+    # Refuse what is wrong with a later row before the first is computed.
     for num_steps in steps:
         _check(model.schedule, "rademacher", 1, num_steps, 1.0)
     for num_steps in steps:
@@ -150,6 +153,7 @@ def bits_table(
 
 
 def _check(schedule, trace, probes, steps, t_min):
+    """Raises InputError for an option that is not allowed."""
     if trace not in TRACES:
         raise InputError(f"trace is {trace!r}; {nearest(str(trace), TRACES)}")
     for name, value in (("probes", probes), ("steps", steps)):
@@ -162,6 +166,7 @@ def _check(schedule, trace, probes, steps, t_min):
 
 
 def _check_images(x_0, dequantize):
+    """Returns x_0 as an array; raises InputError if it has the wrong type."""
     x_0 = jnp.asarray(x_0)
     if dequantize and x_0.dtype != jnp.uint8:
         raise InputError(f"x_0 has type {x_0.dtype}; dequantize takes uint8 images")
@@ -171,36 +176,38 @@ def _check_images(x_0, dequantize):
 
 
 def _spread_over_bins(x_0, keys):
+    """Returns uint8 images as floats, each pixel at a uniformly random place in its bin."""
     dtype = jnp.result_type(float)
     shift = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0), x_0.shape[1:], dtype, -1, 1))(keys)
     return to_floats(x_0, dtype) + HALF_BIN * shift
 
 
 def _probes(keys, trace, probes, x_0):
-    """[probes, B, *shape] with mean 0 and identity covariance."""
+    """Returns random vectors [probes, B, *shape] with mean 0 and identity covariance."""
     draw = jax.random.rademacher if trace == "rademacher" else jax.random.normal
 
     def of_sample(key):
+        # 0 is taken: it places the pixels in their bins.
         return jax.vmap(lambda i: draw(jax.random.fold_in(key, i), x_0.shape[1:], x_0.dtype))(1 + jnp.arange(probes))
 
     return jax.vmap(of_sample, out_axes=1)(keys)
 
 
 def _way(schedule, prediction, steps, t_min):
-    """The levels of all steps, log(n / a) at the ends, and the length of a step; float64."""
+    """Returns the noise levels of all steps, n / a at t_min, and the length of a step in s; float64."""
     s = np.linspace(-schedule.half_log_snr(t_min), -schedule.half_log_snr(schedule.num_timesteps), 2 * int(steps) + 1)
     t = schedule.time_of(-s)
     t[0], t[-1] = t_min, schedule.num_timesteps  # rounding must not pass the ends
     points = 2 * np.arange(int(steps))[:, None] + np.arange(3)
     t = t[points]
     signal, noise = schedule.at(t)
-    # Readings [steps, 3], for the start, middle and end of each step.
+    # Each step has three noise levels, for its start, middle and end.
     return predictions.reading(prediction, t, signal, noise), np.exp(s[0]), (s[-1] - s[0]) / steps
 
 
 @partial(jax.jit, static_argnames="apply_fn")
 def _log_density(apply_fn, params, x_0, levels, ratio, length, probes, cond):
-    """log p(x_0) in nats, [B]."""
+    """Returns log p(x_0) in nats, [B]."""
     levels, network = levels.astype(x_0.dtype), partial(apply_fn, params)
     spread, length = jnp.sqrt(1 + jnp.asarray(ratio, x_0.dtype) ** 2), jnp.asarray(length, x_0.dtype)
 
@@ -215,21 +222,23 @@ def _log_density(apply_fn, params, x_0, levels, ratio, length, probes, cond):
         k2 = slope(moved(k1, 0.5), middle)
         k3 = slope(moved(k2, 0.5), middle)
         k4 = slope(moved(k3, 1.0), end)
+        # The weights of the classical Runge-Kutta method.
         total = jax.tree.map(lambda a, b, c, d: (a + 2 * b + 2 * c + d) / 6, k1, k2, k3, k4)
         return moved(total, 1.0), None
 
     state = (x_0 / spread, jnp.zeros(len(x_0), x_0.dtype))
     (z, divergence), _ = jax.lax.scan(step, state, levels)
+    # z ends as standard normal noise; its density there, along the way, and from z back to x_0.
     size = z[0].size
     log_prior = -0.5 * jnp.sum(z**2, axis=tuple(range(1, z.ndim))) - 0.5 * size * np.log(2 * np.pi)
     return log_prior + divergence - size * jnp.log(spread)
 
 
 def _slope(network, state, level, cond, probes):
-    """d(z, integral of the divergence) / ds."""
+    """Returns d(z, integral of the divergence) / ds."""
     z = state[0]
     scale = jnp.sqrt(level.signal**2 + level.noise**2)
-    # 1 / sqrt(1 + r^2) and its square.
+    # This is the formula's 1 / sqrt(1 + r^2).
     share = level.signal / scale
 
     def estimate(z):
@@ -241,7 +250,7 @@ def _slope(network, state, level, cond, probes):
 
 
 def _exact_trace(derivative, z):
-    """The trace of the Jacobian of each sample, [B], one axis after the other for all samples at once."""
+    """Returns the trace of the Jacobian of each sample, [B], one axis after the other for all samples at once."""
 
     def diagonal(index):
         axis = jnp.zeros(z[0].size, z.dtype).at[index].set(1).reshape(1, *z.shape[1:])
@@ -252,6 +261,8 @@ def _exact_trace(derivative, z):
 
 
 def _hutchinson(derivative, probes):
+    """Returns Hutchinson's estimate of that trace, the mean over the probes v of v . J v, [B]."""
+
     def one(probe):
         return jnp.sum(probe * derivative(probe), axis=tuple(range(1, probe.ndim)))
 

@@ -1,0 +1,1 @@
+"""Fits samplers to a trained network and its data."""

@@ -1,4 +1,4 @@
-"""What Analytic-DPM needs of a network: gamma = E |eps_hat|^2 / d at each time, estimated once a run on its data."""
+"""Estimates gamma = E |eps_hat|^2 / d at each time, which Analytic-DPM needs, once for a trained run on its data."""
 
 import json
 from functools import partial
@@ -22,20 +22,19 @@ NUM_IMAGES = 1024
 def estimate_gamma(
     model: Model, params: Params, images: UInt8[np.ndarray, "N H W C"], times, key: jax.Array, batch_size: int = 128
 ) -> Float[np.ndarray, "K"]:
-    """E |eps_hat(x_t, t)|^2 / d (Analytic-DPM, arXiv:2201.06503, Eq. 11) by Monte Carlo over images and noise.
+    """Returns E |eps_hat(x_t, t)|^2 / d (Analytic-DPM, arXiv:2201.06503, Eq. 11) by Monte Carlo over images and noise.
 
     Args:
-      model, params: the network.
-      images: data, of which whole batches are used, at least one (filled up by repetition).
+      model, params: the model and its network's parameters.
+      images: data, of which only whole batches are used; fewer images than one batch are repeated to fill it.
       times: real, in (0, T].
       key: a JAX random key.
       batch_size: images at a time.
 
     Returns:
-      float64, one value for each time, which does not depend on the others.
+      One float64 for each time, which does not depend on the other times.
     """
-
-    # Without a condition: the estimate is of the marginal process.
+    # Ask without a condition: gamma is a mean over images of all classes.
     cond = None if model.conditions is None else model.conditions.nulls(batch_size)
 
     @jax.jit
@@ -44,10 +43,12 @@ def estimate_gamma(
         d = denoise(partial(model.apply_fn, params), x_t, cond, reading)
         return jnp.mean(jnp.square((x_t - reading.signal * d.x0) / reading.noise))
 
+    # Average over whole batches, all of one shape.
     count = max(1, len(images) // batch_size)
     data = model.space.encode(np.resize(images, (count, batch_size, *images.shape[1:])))
     gamma = np.zeros(len(times))
     for k, t in enumerate(times):
+        # The key follows from the time itself and not from its position.
         of_time = jax.random.fold_in(key, int(np.float32(t).view(np.uint32)))
         reading = predictions.reading(model.prediction, np.float64(t), *model.schedule.at(t))
         for b, x_0 in enumerate(data):
@@ -57,18 +58,19 @@ def estimate_gamma(
 
 
 def cached_gamma(folder: Path, trained: Trained, weights: str, images, tau) -> Float[np.ndarray, "S"]:
-    """gamma at tau[:-1], read from analytic_gamma.json in the folder where it was estimated before, else added.
+    """Returns gamma at tau[:-1]; what analytic_gamma.json in the folder lacks is estimated and added to it.
 
     Args:
       folder: made if it is not there.
       trained: the model.
-      weights: SHA-256 of its weights.
+      weights: SHA-256 of its parameters.
       images: uint8 [N, H, W, C], its data.
       tau: a grid.
 
     Raises:
       InputError: the file is damaged.
     """
+    # What is known for these parameters.
     path = folder / "analytic_gamma.json"
     try:
         known = json.loads(path.read_text()) if path.exists() else {}
@@ -76,6 +78,7 @@ def cached_gamma(folder: Path, trained: Trained, weights: str, images, tau) -> F
         gamma = {float(t): float(value) for t, value in of_weights.items()}
     except (ValueError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged; delete it, and it is estimated again") from None
+    # Estimate and keep the rest.
     missing = [float(t) for t in tau[:-1] if float(t) not in gamma]
     if missing:
         print(f"estimating E|eps|^2 at {len(missing)} timesteps on {min(len(images), NUM_IMAGES):,} images")

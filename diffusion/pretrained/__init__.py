@@ -1,4 +1,4 @@
-"""Trained models that ship with the project."""
+"""Loads the trained models that ship with the project."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from diffusion.model import Trained
 from diffusion.pretrained import weights
 
 FILES = {path.stem: path for path in sorted(Path(__file__).parent.glob(f"*{weights.SUFFIX}"))}
-"""The models by name."""
+"""The file of each model, by name."""
 
 
 def load(name: str = "digits") -> Trained:
-    """A trained model: its network, weights, schedule and config.
+    """Loads a trained model: its network, parameters, schedule and config.
 
     Args:
       name: a key of FILES. "digits": 8x8 grey digits, unconditional, cosine schedule, predicts eps.

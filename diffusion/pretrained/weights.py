@@ -1,4 +1,4 @@
-"""One trained model as one safetensors file: the weights of an EMA, its config, and what was measured of it."""
+"""Keeps a trained model in one safetensors file: the parameters of an EMA, its config, and what was measured."""
 
 import json
 import os
@@ -20,12 +20,12 @@ _FORMAT, _ENTRY = "jax-fast-diffusion 1", "model"
 
 
 def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | None = None) -> None:
-    """Writes weights, config and figures, whole or not at all.
+    """Writes the parameters, config and figures to a file, whole or not at all.
 
     Args:
       path: ends in .safetensors; an existing file is replaced.
       trained: from `run_folder.load_trained`.
-      figures: what JSON can hold, for the reader; `describe` returns them.
+      figures: what was measured, as anything JSON can hold; `describe` returns it to whoever asks.
     """
     arrays = {name: np.asarray(leaf) for name, leaf in flax.traverse_util.flatten_dict(trained.params, sep="/").items()}
     facts = {
@@ -38,7 +38,7 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
         "figures": figures or {},
         "sha256": digest(arrays),
     }
-    # One entry of text: safetensors writes several in any order, and the same model should give the same file.
+    # One entry holds all facts: safetensors writes several in any order, and the same model should give the same file.
     write_atomically(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(facts, sort_keys=True)}))
 
 
@@ -46,13 +46,14 @@ def load(path: str | os.PathLike) -> Trained:
     """Reads what `save` wrote.
 
     Raises:
-      InputError: there is no such file, it is damaged, or not of this project.
+      InputError: there is no such file, it is damaged, or `save` did not write it.
     """
     facts, arrays = _read(path)
     if digest(arrays) != facts["sha256"]:
         raise InputError(f"{path} is damaged: its weights are not those that were written; get it again")
     config = current_config(facts["config"])
     model = make_model(config, tuple(facts["image_shape"]), tuple(facts.get("class_names", ())))
+    # Check that the config still describes the network whose parameters these are.
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (params, wanted)]
@@ -62,11 +63,12 @@ def load(path: str | os.PathLike) -> Trained:
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns everything but the weights: config, image_shape, class_names, step, ema, figures, sha256."""
+    """Returns everything but the parameters: config, image_shape, class_names, step, ema, figures, sha256."""
     return _read(path)[0]
 
 
 def _read(path):
+    """Returns the facts and the arrays of a file."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"there is no file {path}; name a run folder or a file that convert.py wrote")

@@ -20,7 +20,10 @@ from diffusion.schedules import NoiseSchedule
 from diffusion.types import ApplyFn, Params
 
 _SMALLEST_NOISE_VAR = 1e-20
-"""The least noise variance that `ideal` divides by: small enough to give the nearest image, and finite in float32."""
+"""The least noise variance that `ideal` divides by.
+
+There the estimate is the nearest image, and squared distances divided by it are still finite in float32.
+"""
 
 
 class Testbed(NamedTuple):
@@ -200,7 +203,7 @@ def _level_of_ratio(levels, log_ratio, x):
 
 @cache
 def _network(estimate, prediction):
-    """Returns the apply_fn of estimate(params, x, a, n) -> (x_0, eps); always the same object for the same arguments."""
+    """Returns the apply_fn of estimate(params, x, a, n) -> (x_0, eps), the same object for the same arguments."""
     predictions.check_known(prediction)
     kind = predictions.PREDICTIONS[prediction]
 
@@ -214,7 +217,7 @@ def _network(estimate, prediction):
 
 
 def _with_eps(x, x0, a, n):
-    """Returns (x_0, eps) with eps = (x - a x_0) / n; at n = 0, where any eps would do, it is the mean of the noise, 0."""
+    """Returns (x_0, eps) with eps = (x - a x_0) / n, or without noise its mean, 0."""
     return x0, jnp.where(n > 0, (x - a * x0) / jnp.where(n > 0, n, 1), 0)
 
 
@@ -275,7 +278,8 @@ def _ideal(params, x, a, n):
 
     start = (jnp.full_like(noise_var, -jnp.inf), jnp.zeros_like(noise_var), jnp.zeros_like(flat))
     (_, total, weighted), _ = jax.lax.scan(absorb, start, (params["log_weights"], params["images"]))
-    # All Gaussians around images have one variance, so the mean of the images gives the estimate; at bandwidth 0 it is it.
+    # The Gaussians around the images have one variance, so the mean of the images is all they need. Without a bandwidth
+    # it is the estimate.
     mean = (weighted / total).reshape(x.shape)
     x0, eps, *_ = _component(x, a, n, mean, around)
     return x0, jnp.where(around > 0, eps, _with_eps(x, mean, a, n)[1])

@@ -1,0 +1,1 @@
+"""Trains a model: the step, the loop, checkpoints, and the folder that holds a run."""
