@@ -19,7 +19,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: the newest
 _EMA = flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "File to write, NAME.safetensors. Default: one named after the run folder.")
-_FIGURES = flags.DEFINE_string("figures", None, "JSON file with figures to keep in the file, as evaluate.py writes them.")
+_FIGURES = flags.DEFINE_string("figures", None, "JSON file with figures to keep as well, as evaluate.py writes them.")
 
 
 def main() -> None:

@@ -33,10 +33,10 @@ LONG_NAMES = {
 }
 
 sources.define_source_flags()
-_SAMPLERS = flags.DEFINE_string("samplers", None, "Samplers with commas between them, each as --sampler of sample.py. Default: the run's.")
+_SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, with commas. Default: the run's.")
 _STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default: the run's config.sample.steps (25).")
 _ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
-_TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as --tau of sample.py. Default: config.sample.tau.")
+_TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as sample.py's --tau. Default: config.sample.tau.")
 _FEATURES = flags.DEFINE_string("features", None, "pixels, classifier or inception. Default: pixels for digits.")
 _METRICS = flags.DEFINE_list(
     "metrics",
@@ -48,7 +48,7 @@ _SPLIT = flags.DEFINE_string("split", None, "Part of the data to measure or comp
 _NUM = flags.DEFINE_integer(
     "num", None, "Number of samples. Default: as many as real images.", lower_bound=65, upper_bound=10**6
 )
-_FIRST = flags.DEFINE_integer("first", None, "How many images --bound and --likelihood take. Default: all.", lower_bound=1)
+_FIRST = flags.DEFINE_integer("first", None, "Images that --bound and --likelihood take. Default: all.", lower_bound=1)
 _BOUND = flags.DEFINE_list("bound", None, "Print the variational bound with each of these numbers of steps, as 10,25.")
 _LIKELIHOOD = flags.DEFINE_list(
     "likelihood", None, "Print the likelihood under the probability flow with each of these numbers of steps, as 25,50."
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def measure_samples(source: sources.Source, out: Path) -> None:
-    """Measures samples row by row, once everything is found to be right with the flags, the model and the data."""
+    """Measures the samples of each row; finds what is wrong with flags, model or data before the first is drawn."""
     # The rows, and a table for each.
     config = source.trained.config
     tau = _TAU.value or config.sample.tau
@@ -97,7 +97,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     with files.locked(out, "measuring into", ".evaluation.lock"):
         results = sweep.Results(out)
         reference = features.make_reference(space, real, _cache(), split=split)
-        # The head of the printed table, then its rows; those that a stopped sweep left in the files are read from there.
+        # Print the table; rows that the files have from an earlier start are not measured again.
         print(f"{_of(source)}: {num:,} samples against {len(real.images):,} real images")
         if "accuracy" in space.facts:
             print(f"the classifier is right about {space.facts['accuracy']:.1%} of the images that it was not shown")

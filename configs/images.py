@@ -1,6 +1,6 @@
 """Your own images: a folder, .zip or .tar of JPEG and PNG files of any size.
 
-    python train.py --config=configs/images.py --config.data.path=photos.zip --config.data.size=64
+python train.py --config=configs/images.py --config.data.path=photos.zip --config.data.size=64
 """
 
 from configs import default

@@ -73,8 +73,8 @@ class Guidance:
         scale = self.scale(t) if callable(self.scale) else self.scale
         if jnp.shape(scale) not in ((), t.shape):
             raise InputError(
-                f"guidance scale has {jnp.size(scale)} numbers; this table makes {t.size} network calls: give one number "
-                "for all, or one for each"
+                f"guidance scale has {jnp.size(scale)} numbers; this table makes {t.size} network calls: give one "
+                "number for all, or one for each"
             )
         low, high = self.interval or (-np.inf, np.inf)
         return scale * np.ones(t.shape), 1.0 * ((t >= low) & (t <= high))

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TAKES = {"int": "a whole number", "float": "a number", "bool": "on or off", "config object": "a file", "string": ""}
 TAKES["comma separated list of strings"] = "a list with commas"
 
+DASH = " \N{EN DASH} "  # a colon would stand beside the one in "0: unconditional"
+
 # What reads as code in help texts and comments: `quoted`, --flag=value, name:option=3, folder/file.py, two_words.
 CODE = r"(`[^`]*`|--\w[\w.]*\w(?:=[^\s,;]*\w)?|\b(?!arXiv)[A-Za-z]\w+(?:[./:=,]\w+)+|\b[A-Za-z]+_\w+)"
 
@@ -159,7 +161,7 @@ def _takes(flag):
 
 def _field(name, default, source, about):
     value = "" if default is None else f" = `{ast.get_source_segment(source, default)}`"
-    return f"- `{name}`{value}{': ' * bool(about)}{about}"
+    return f"- `{name}`{value}{DASH * bool(about)}{about}"
 
 
 def _markdown(text):
