@@ -89,7 +89,7 @@ def denoise(
     else:
         output, reference, share = _ask_twice(network, x, cond, reading, options, now)
         pair = Pair(output, reference, read, reading.from_output, now.index, now.memory)
-        output, memory, output_for_eps = guide(now, pair)
+        output, output_for_eps, memory = guide(now, pair)
 
     # Clip; the eps to go on with follows from the clipped estimate, or is the predicted one.
     raw = read(output)

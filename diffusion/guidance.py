@@ -100,6 +100,9 @@ class Now(NamedTuple):
 class Pair(NamedTuple):
     """What a rule is given in one network call.
 
+    Outputs are in the network's own terms: eps, v, or whatever it predicts. A rule that mixes them linearly is the same
+    for every prediction; one that measures lengths or angles is not, unless it does so in estimates of x_0.
+
     Attributes:
       output: the network's answer for the condition.
       reference: its answer for no condition, or the weaker network's.
@@ -121,19 +124,19 @@ class Guided(NamedTuple):
 
     Attributes:
       output: the guided output.
-      memory: what the rule will be given in the next call.
-      for_eps: the output whose eps the solver goes on with; None for that of output.
+      for_eps: the output whose eps the solver goes on with; None for the guided one.
+      memory: what the rule will be given in the next call; None leaves it as it is.
     """
 
     output: Images
-    memory: Images
     for_eps: Images | None = None
+    memory: Images | None = None
 
 
 def cfg(pair: Pair, scale: Scalar) -> Guided:
     """Classifier-free guidance (arXiv:2207.12598, whose w is ours less 1): from the reference past the output."""
     guided = pair.reference + scale * (pair.output - pair.reference)
-    return Guided(guided, pair.memory)
+    return Guided(guided)
 
 
 def cfg_plus_plus(pair: Pair, scale: Scalar) -> Guided:
@@ -164,7 +167,7 @@ def apg(pair: Pair, scale: Scalar, eta: float = 0.0, norm: float = 15.0, momentu
     along = _dot(update, estimate) / jnp.maximum(_dot(estimate, estimate), 1e-12) * estimate
     update = update - (1 - eta) * along
     guided = pair.output + (scale - 1) * update / pair.x0_per_output
-    return Guided(guided, difference)
+    return Guided(guided, memory=difference)
 
 
 def cfg_zero(pair: Pair, scale: Scalar, zero_init: int = 0) -> Guided:
@@ -179,13 +182,15 @@ def cfg_zero(pair: Pair, scale: Scalar, zero_init: int = 0) -> Guided:
     fit = _dot(pair.output, pair.reference) / jnp.maximum(_dot(pair.reference, pair.reference), 1e-12)
     guided = cfg(pair._replace(reference=fit * pair.reference), scale).output
     guided = jnp.where(pair.index < zero_init, 0, guided)
-    return Guided(guided, pair.memory)
+    return Guided(guided)
 
 
 RULES: dict[str, Callable[..., Guided]] = {"cfg": cfg, "cfg++": cfg_plus_plus, "apg": apg, "cfg_zero": cfg_zero}
+"""Functions (pair, scale, options) -> Guided. The parameters after the first two are options; the type of a default is
+the type that its text is read as, so that a real number wants a default such as 1.0."""
 
 ACT_AT_ONE = ("cfg++",)
-"""The rules that change something at a scale of 1, too."""
+"""The rules that change something at a scale of 1, too; the others are not called there."""
 
 
 def guide(now: Now, pair: Pair) -> Guided:
@@ -199,7 +204,7 @@ def guide(now: Now, pair: Pair) -> Guided:
     inside = now.inside > 0
     output = jnp.where(inside, rescaled, pair.output)
     for_eps = None if guided.for_eps is None else jnp.where(inside, guided.for_eps, pair.output)
-    return Guided(output, guided.memory, for_eps)
+    return Guided(output, for_eps, now.memory if guided.memory is None else guided.memory)
 
 
 def _dot(a, b):

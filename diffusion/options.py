@@ -1,6 +1,7 @@
 """Choices written as text, the one way for flags, configs and files: "name" or "name:key=value,key=value".
 
-A name stands for a function; its options are the parameters that have a default or that the caller does not fill in.
+A name stands for a function of the library, such as a solver (schedule, tau, eta=0.0). The program fills in its first
+parameters; all others are options, and the type of an option's default is the type that its text is read as.
 """
 
 import inspect

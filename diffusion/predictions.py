@@ -30,7 +30,8 @@ class Prediction(NamedTuple):
     """One kind of prediction.
 
     Attributes:
-      pair: (a, n) -> (c, e).
+      pair: (a, n) -> (c, e), finite for every a and n in 0..1 and beyond, also where one of them is 0. Both are Python
+        floats, NumPy or JAX arrays; a coefficient that is always 0 is best written as 0.0, which drops its term.
       input_scale: (a, n) -> what x is multiplied by before the network sees it; None for 1.
       sees_log_sigma: whether the network is given log(n / a) / 4 for its time, as EDM's is, and not t.
     """

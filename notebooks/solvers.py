@@ -24,6 +24,7 @@ import numpy as np
 import optax
 
 from diffusion import data, pretrained, sample, schedules, solvers, timesteps
+from diffusion.images import to_floats
 
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
@@ -161,7 +162,7 @@ plt.show()
 
 # %%
 model, params, *_ = pretrained.load()
-digits = jnp.asarray(data.load("digits").images[:8] / 127.5 - 1, jnp.float32)
+digits = jnp.asarray(to_floats(data.load("digits").images[:8]))
 forward = solvers.ddim(model.schedule, timesteps.below(model.schedule, timesteps.uniform(model.schedule, 50), 980))
 
 

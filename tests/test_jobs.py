@@ -202,6 +202,16 @@ def test_shards_without_a_record_that_names_them_are_refused(tmp_path, record):
 
 
 @pytest.mark.usefixtures("small_shards")
+def test_a_job_in_shards_takes_the_place_of_one_of_a_single_file(tmp_path):
+    job, _ = finished(tmp_path, range(5))
+    job.finish()
+    job = jobs.Job(tmp_path, range(25), RECORD)
+    assert job.replaces == "num is 25, there 5"
+    assert not job.path(0).with_name("samples.npz").exists()
+    assert jobs.Job(tmp_path, range(25), RECORD).replaces == ""
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_sampling_json_of_shards_holds_the_record_from_the_start_and_the_facts_at_the_end(tmp_path):
     job = jobs.Job(tmp_path, range(25), RECORD)
     at_start = json.loads((tmp_path / jobs.RECORD).read_text())

@@ -56,6 +56,7 @@ MISTAKES = [
         "is one text .*write --config.schedule=linear:beta_end=0.03",
     ),
     ("train.py", ["--config.data.path.x=1"], "config.data.path is one text and has no field 'x'"),
+    ("train.py", ["--config.model.multipliers.x=1"], "config.model.multipliers is one list and has no field 'x'"),
     ("train.py", ["--config=$OLD.py"], "old.py: a schedule is one text, as config.schedule = "),
     ("train.py", ["--config.train.objective=hybrid:vlb=1"], "valid: vlb_weight"),
     ("train.py", ["--config.sample.sampler=analytic_dpm"], "needs gamma, which is estimated on a trained model"),

@@ -7,6 +7,7 @@ import numpy as np
 from benchmarks.claims.report import Findings, model_facts, new_figure, show_pictures
 from diffusion import editing, sample, solvers, timesteps
 from diffusion.commands.experiment import load_data
+from diffusion.images import to_floats
 from diffusion.model import Trained
 
 WAYS = {
@@ -25,7 +26,7 @@ def measure(
     shape = trained.model.image_shape
     a, b = jnp.split(jax.random.normal(jax.random.key(0), (2 * pairs, *shape)), 2)
     weights = np.linspace(0, 1, FINE * (points - 1) + 1)
-    real = load_data(trained.config.data).images / 127.5 - 1
+    real = to_floats(load_data(trained.config.data).images)
     first, last = _pictures(trained, a, steps), _pictures(trained, b, steps)
     rows, paths, middle = [], {}, len(weights) // 2
     for way, between in WAYS.items():

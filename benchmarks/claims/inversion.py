@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks.claims.report import Findings, model_facts, new_figure
 from diffusion import sample, schedules, solvers, timesteps
 from diffusion.commands.experiment import load_data
+from diffusion.images import to_floats
 from diffusion.model import Trained
 
 PUBLISHED = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
@@ -54,7 +55,7 @@ def _error(trained, images, tau, iterations):
     """Mean squared error per dimension of pixels in [0, 1] after the way to tau[0] and back."""
     model = trained.model
     table = solvers.ddim(model.schedule, tau)
-    x, key = jnp.asarray(images / 127.5 - 1, jnp.float32), jax.random.key(0)
+    x, key = jnp.asarray(to_floats(images)), jax.random.key(0)
     shared = {"prediction": model.prediction, "clip": "none"}
     back = x
     for one in (table.reverse(iterations), table):

@@ -134,17 +134,18 @@ def _old_schedule(arg: str) -> str:
     return f"--config.schedule={'NAME' if section == 'schedule' else section}:{name}={value}"
 
 
-def _fail_below_text(argv: Sequence[str]) -> None:
+def _fail_below_value(argv: Sequence[str]) -> None:
     """Ends the program if an override asks for a field inside a text, such as --config.schedule.name; else returns."""
     path, colon, argument = argv[1].partition("=")[2].partition(":")
     config = runpy.run_path(path)["get_config"](*[argument] * bool(colon))
     for arg in argv[2:]:
         parts, field = arg.partition("=")[0].split(".")[1:], config
         for depth, part in enumerate(parts):
-            if isinstance(field, str):
+            if isinstance(field, str | tuple):
                 name = ".".join(["config", *parts[:depth]])
+                kind = "text" if isinstance(field, str) else "list"
                 wanted = f"; write {_old_schedule(arg)}" if name == "config.schedule" else ""
-                fail(f"{name} is one text and has no field {part!r}{wanted}")
+                fail(f"{name} is one {kind} and has no field {part!r}{wanted}")
             field = field.get(part) if hasattr(field, "get") else None
 
 
@@ -183,7 +184,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         hint = f"did you mean {guess[1]!r}? " if guess else f"did you mean {elsewhere[0]!r}? " if elsewhere else ""
         fail(f"the config has no field {name!r}; {hint}configs/default.py holds every field")
     except TypeError:
-        _fail_below_text(argv)
+        _fail_below_value(argv)
         raise
     if flags.FLAGS["verbosity"].using_default_value:
         # orbax logs every file at INFO, and at ERROR it logs a traceback of each error that it also raises.

@@ -64,6 +64,7 @@ class Job:
         # A job that is killed needs its record to know its shards again. A single file is always drawn anew, so its
         # record can wait for `finish`.
         if len(self.shards) > 1:
+            (out / "samples.npz").unlink(missing_ok=True)  # of the job that this one replaces
             write_json(out / RECORD, self.record)
 
     def path(self, index: int) -> Path:

@@ -53,7 +53,8 @@ def plan(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -
 
 _ROW = ("identity", "measured", "metrics", "record")
 _COLUMNS = ("run", "checkpoint_step", "ema", "sampler", "eta", "grid", "steps", "nfe", "clip", "dynamic_threshold")
-_COLUMNS += ("guidance_scale", "labels", "features", "split", "num", "seed")
+_COLUMNS += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model_sha256")
+_COLUMNS += ("labels", "features", "split", "num", "seed")
 
 
 class Results:

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, UInt8
 from diffusion.data import Dataset, batch_indices, fingerprint
 from diffusion.errors import InputError, require_range
 from diffusion.files import digest, write_atomically
+from diffusion.images import to_floats
 
 WIDTH = 32
 """Channels of the first stage; each later one has twice as many as the one before, up to four times WIDTH."""
@@ -102,7 +103,7 @@ class Network(nn.Module):
 @partial(jax.jit, static_argnames="num_classes")
 def apply(params: dict[str, Any], images: UInt8[Array, "N H W C"], num_classes: int) -> Outputs:
     """Returns features and logits of images with pixels 0..255."""
-    return Network(num_classes).apply({"params": params}, _scale(images))
+    return Network(num_classes).apply({"params": params}, to_floats(images))
 
 
 def train(dataset: Dataset, *, epochs: int = 20, seed: int = 0) -> Classifier:
@@ -159,7 +160,7 @@ def _init(key, shape, num_classes, steps):
 @partial(jax.jit, static_argnums=(6, 7), donate_argnums=(0, 1))
 def _step(params, state, images, labels, drop, k, num_classes, steps):
     def loss(p):
-        logits = Network(num_classes).apply({"params": p}, _scale(images), jax.random.fold_in(drop, k)).logits
+        logits = Network(num_classes).apply({"params": p}, to_floats(images), jax.random.fold_in(drop, k)).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     updates, state = _optimizer(steps).update(jax.grad(loss)(params), state, params)
@@ -172,10 +173,6 @@ def _accuracy(params, dataset, chosen, num_classes):
         logits = apply(params, dataset.images[part], num_classes).logits
         right += int((np.asarray(logits).argmax(axis=1) == dataset.labels[part]).sum())
     return right / len(chosen)
-
-
-def _scale(images):
-    return images.astype(jnp.float32) / 127.5 - 1
 
 
 def save(path: str | os.PathLike, classifier: Classifier) -> None:

@@ -22,6 +22,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from diffusion.errors import InputError
+from diffusion.images import to_floats
 from diffusion.interop import torch_file
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -194,7 +195,7 @@ def apply(params: dict[str, Any], images: UInt8[Array, "N H W 3"]) -> Outputs:
 def prepare(images: UInt8[Array, "N H W 3"]) -> Float[Array, "N 299 299 3"]:
     """Returns images as the network takes them: resized, in [-1, 1]."""
     shape = (images.shape[0], SIZE, SIZE, images.shape[3])
-    return jax.image.resize(images.astype(jnp.float32) / 127.5 - 1, shape, "bilinear", antialias=False)
+    return jax.image.resize(to_floats(images), shape, "bilinear", antialias=False)
 
 
 def load(path: str | os.PathLike | None = None) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def ideal(
         raise InputError(f"block is {block}; it must be a whole number of at least 1")
     floats = np.issubdtype(images.dtype, np.floating) and np.all(np.abs(images) <= 1 + 1e-6)
     if not floats and images.dtype != np.uint8:
-        raise InputError(f"images have type {images.dtype}; give uint8, or floats in [-1, 1]")
+        span = f", from {images.min():g} to {images.max():g}" if np.issubdtype(images.dtype, np.number) else ""
+        raise InputError(f"images have type {images.dtype}{span}; give uint8, or floats in [-1, 1]")
     require_range("bandwidth", bandwidth, 0)
     # Lay the images out in blocks; those that fill up the last block get weight 0.
     block = min(int(block), len(images))
