@@ -133,7 +133,7 @@ def describe(experiment: Experiment) -> dict:
     """Returns what every checkpoint says of the run, and a resumed run must agree with."""
     return {
         "config": experiment.config.to_dict(),
-        "image_shape": experiment.model.image_shape,
+        "image_shape": tuple(map(int, experiment.dataset.images.shape[1:])),
         "num_examples": len(experiment.dataset.images),
         "class_names": experiment.dataset.class_names,
         "data": data.fingerprint(experiment.dataset),

@@ -185,7 +185,12 @@ def cfg_zero(pair: Pair, scale: Scalar, zero_init: int = 0) -> Guided:
     return Guided(guided)
 
 
-RULES: dict[str, Callable[..., Guided]] = {"cfg": cfg, "cfg++": cfg_plus_plus, "apg": apg, "cfg_zero": cfg_zero}
+RULES: dict[str, Callable[..., Guided]] = {
+    "cfg": cfg,
+    "cfg++": cfg_plus_plus,
+    "apg": apg,
+    "cfg_zero": cfg_zero,
+}
 """Functions (pair, scale, options) -> Guided. The parameters after the first two are options; the type of a default is
 the type that its text is read as, so that a real number wants a default such as 1.0."""
 

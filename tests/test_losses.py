@@ -34,7 +34,7 @@ def of_parts(objective):
 
 
 OBJECTIVES = {name: of_parts(objective) for name, objective in losses.OBJECTIVES.items()}
-simple_loss, hybrid_loss, vlb_loss = OBJECTIVES.values()
+simple_loss, hybrid_loss, vlb_loss = (OBJECTIVES[name] for name in ("simple", "hybrid", "vlb"))
 SAMPLES = ("eps", "x0", "v", "flow")
 """The predictions whose network sees x_t and t as they are."""
 

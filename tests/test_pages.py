@@ -10,6 +10,9 @@ import pytest
 import diffusion
 from configs import default
 from diffusion import schedules, solvers, timesteps
+from diffusion.guidance import RULES
+from diffusion.objectives.losses import OBJECTIVES
+from diffusion.predictions import PREDICTIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +67,26 @@ def test_the_readme_is_short_and_its_first_block_runs_as_it_stands():
     exec(python_blocks("README.md")[0], names)
     assert names["images"].shape == (64, 8, 8, 1)
     assert names["table"].nfe == 10
+
+
+@pytest.fixture
+def tables():
+    """The tables that pages add to are afterwards as they were before."""
+    before = [(table, dict(table)) for table in (PREDICTIONS, RULES, OBJECTIVES)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.usefixtures("tables")
+@pytest.mark.parametrize("page", ["index.md", "extending.md"])
+def test_the_python_blocks_of_a_page_run_as_they_stand_one_after_another(page):
+    blocks = python_blocks(f"docs/{page}")
+    assert blocks
+    names = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
 
 
 def test_the_samplers_that_the_readme_adds_are_ddim_and_second_order_adams_bashforth():

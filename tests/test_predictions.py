@@ -103,7 +103,7 @@ def test_what_says_nothing_about_x_0_is_refused_with_what_does():
     schedule = schedules.zero_terminal_snr(schedules.linear(40))
     table = solvers.ddim(schedule, timesteps.uniform(schedule, 4))
     for prediction in ("eps", "edm"):
-        with refused(f"where {prediction} says nothing about x_0; use a model that predicts one of x0, v, flow, or"):
+        with refused(f"where {prediction} says nothing about x_0; use a model that predicts one of x0, v, flow"):
             predictions.check_signal("it", prediction, table.t, table.signal, table.noise)
     for prediction in ("x0", "v", "flow"):
         predictions.check_signal("it", prediction, table.t, table.signal, table.noise)

@@ -158,7 +158,7 @@ def describe() -> str:
     for title, table, leading, note in sections:
         lines.append(f"{title}:")
         for name, function in table.items():
-            summary = function.__doc__.partition("\n")[0]
+            summary = (function.__doc__ or "").partition("\n")[0]
             lines.append(f"  {name:26} {f'{note(name)}  ' if note else ''}{summary}")
             settings = [f"{key}={_shown(value)}" for key, value in options.defaults(function, leading).items()]
             lines += [f"  {'':26} options: {', '.join(settings)}"] * bool(settings)

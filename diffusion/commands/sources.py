@@ -154,7 +154,9 @@ def define_source_flags() -> None:
     flags.DEFINE_float("guidance_rescale", 0.0, "0..1, how far to bring guided outputs back to their usual spread.")
     flags.DEFINE_string("guidance_rule", "cfg", f"One of {', '.join(RULES)}; options follow a colon: apg:eta=0.5.")
     flags.DEFINE_string(
-        "guidance_model", None, "Run folder or file of a weaker model to push away from (autoguidance), of any classes."
+        "guidance_model",
+        None,
+        "Run folder or file of a weaker model to push away from (autoguidance); needs no classes.",
     )
     flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
 
@@ -255,15 +257,15 @@ def _open(workdir, ema):
 def _open_weaker(path, model: Model) -> Trained:
     """Opens the model to push away from, which must be asked and read as the model itself."""
     weaker = _open(path, "")[2]
-    facts = {
-        "schedule": (model.schedule.alpha_bar.tolist(), weaker.model.schedule.alpha_bar.tolist()),
-        "prediction": (model.prediction, weaker.model.prediction),
-        "image size": (model.image_shape, weaker.model.image_shape),
-        "classes": (model.conditions, weaker.model.conditions),
-    }
-    for name, (ours, theirs) in facts.items():
-        if ours != theirs:
-            raise InputError(f"--guidance_model={path} has another {name} than the model; name one that differs less")
+
+    def facts(m):
+        levels = [values.tolist() for values in (m.schedule.alpha_bar, m.schedule.noise_var)]
+        return {"schedule": levels, "prediction": m.prediction, "image size": m.image_shape, "classes": m.conditions}
+
+    theirs = facts(weaker.model)
+    for name, ours in facts(model).items():
+        if theirs[name] != ours:
+            raise InputError(f"--guidance_model={path} has another {name} than the model, which must be the same")
     return weaker
 
 

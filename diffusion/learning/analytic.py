@@ -45,13 +45,14 @@ def estimate_gamma(
 
     # Average over whole batches, all of one shape.
     count = max(1, len(images) // batch_size)
-    data = model.space.encode(np.resize(images, (count, batch_size, *images.shape[1:])))
+    batches = np.resize(images, (count, batch_size, *images.shape[1:]))
     gamma = np.zeros(len(times))
     for k, t in enumerate(times):
         # The key follows from the time itself and not from its position.
         of_time = jax.random.fold_in(key, int(np.float32(t).view(np.uint32)))
         reading = predictions.reading(model.prediction, np.float64(t), *model.schedule.at(t))
-        for b, x_0 in enumerate(data):
+        for b, batch in enumerate(batches):
+            x_0 = model.space.encode(batch)
             eps = jax.random.normal(jax.random.fold_in(of_time, b), x_0.shape)
             gamma[k] += float(batch_mean(x_0, eps, reading)) / count
     return gamma

@@ -153,7 +153,11 @@ def vlb_loss(batch: Batch, schedule: NoiseSchedule, prediction: str = "eps", wei
     return Loss(_bound(schedule, batch.x_0, drawn, drawn.output, prediction), drawn.t, drawn.error)
 
 
-OBJECTIVES: dict[str, Callable[..., Loss]] = {"simple": simple_loss, "hybrid": hybrid_loss, "vlb": vlb_loss}
+OBJECTIVES: dict[str, Callable[..., Loss]] = {
+    "simple": simple_loss,
+    "hybrid": hybrid_loss,
+    "vlb": vlb_loss,
+}
 """Functions (batch, schedule, prediction, weights, options) -> Loss."""
 
 LEARN_VARIANCE = ("hybrid", "vlb")

@@ -58,7 +58,7 @@ def load(path: str | os.PathLike) -> Trained:
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (params, wanted)]
     if shapes[0] != shapes[1]:
-        raise InputError(f"{path} holds weights of another network than its config describes; export it again")
+        raise InputError(f"{path} holds weights of another network than its config describes; convert it again")
     return Trained(model, jax.tree.map(jax.numpy.asarray, params), config, facts["step"], facts["ema"])
 
 

@@ -7,11 +7,11 @@ x_s = a_s D + n_s eps for each step from `at` (t) to `to` (s):
 
     from itertools import pairwise
 
-    from diffusion.solvers import Stage, build, columns, eps_of, grid_levels
+    from diffusion.solvers.forms import Stage, build, columns, eps_of, grid_levels
 
 
     def my_ddim(schedule, tau):
-        x, D, z = columns(1)
+        x, D, _ = columns(1)
         stages = []
         for at, to in pairwise(grid_levels(schedule, tau)):
             stages.append(Stage(at, [to.signal * D + to.noise * eps_of(at, x, D)]))
@@ -23,11 +23,11 @@ where r is the ratio of this step in rho to the one before. The first step has n
 
     from itertools import pairwise
 
-    from diffusion.solvers import Stage, build, columns, eps_levels, eps_of, eps_weight, first_order
+    from diffusion.solvers.forms import Stage, build, columns, eps_levels, eps_of, eps_weight, first_order
 
 
     def my_adams(schedule, tau):
-        x, old, D, z = columns(2)  # old is the eps of the step before
+        x, old, D, _ = columns(2)  # old is the eps of the step before
         grid, stages = eps_levels("my_adams", schedule, tau), []
         for i, (at, to) in enumerate(pairwise(grid)):
             eps = eps_of(at, x, D)
