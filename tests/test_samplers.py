@@ -79,6 +79,9 @@ def test_a_table_in_a_file_is_itself(tmp_path):
     for other in (schedules.cosine(), schedules.linear(900), schedules.edm()):
         with refused("for another noise schedule than the model's"):
             make_table(other, str(tmp_path / "mine.json"), 0, "")
+    (tmp_path / "back.json").write_text(solvers.ddim(LINEAR, [1000, 500, 0]).reverse().to_json())
+    with refused("goes from images to noise"):
+        make_table(LINEAR, str(tmp_path / "back.json"), 0, "")
     with refused("--eta does nothing"):
         make_table(LINEAR, str(tmp_path / "mine.json"), 0, "", eta=0.5)
 

@@ -208,6 +208,8 @@ def _read_table(path, schedule, eta):
         ) from None
     except InputError as error:
         raise InputError(f"sampler file {path}: {error}") from None
+    if table.tau[0] < table.tau[-1]:
+        raise InputError(f"sampler file {path} holds {table.name}, which goes from images to noise and draws none")
     times = np.clip(table.t, 0, schedule.num_timesteps)
     levels = schedule.at(times)
     if not np.array_equal(times, table.t) or not np.allclose(levels, (table.signal, table.noise), rtol=1e-6, atol=1e-9):
