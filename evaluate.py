@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import __version__, data, devices, files, options
-from diffusion.commands import cli, experiment, plots, samplers, sources, sweep
+from diffusion.commands import cli, experiment, plots, samplers, shared_flags, sources, sweep
 from diffusion.errors import InputError, nearest
 from diffusion.evaluation import bound, features, likelihood
 
@@ -32,7 +32,7 @@ LONG_NAMES = {
     "prdc": "precision, {}",
 }
 
-sources.define_source_flags()
+shared_flags.define_source_flags()
 _SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, with commas. Default: the run's.")
 _STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default: the run's config.sample.steps (25).")
 _ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
@@ -82,7 +82,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     """Measures the samples of each row; finds what is wrong with flags, model or data before the first is drawn."""
     # The rows, and a table for each.
     config = source.trained.config
-    tau = _TAU.value or config.sample.tau
+    tau = config.sample.tau if _TAU.value is None else _TAU.value
     names = options.split(config.sample.sampler if _SAMPLERS.value is None else _SAMPLERS.value)
     steps = None if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
     steps = samplers.chosen_steps(tau, steps, [config.sample.steps])
@@ -90,7 +90,13 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     # What the samples are compared with, and by which figures.
     name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
     metrics = features.plain_names(_METRICS.value, name)
-    samplings = [sources.make_sampling(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
+    if all(samplers.is_file(name) for name in names):
+        _refuse(["steps", "tau"], "does nothing for tables in files, which have their own grid")
+    grids = ["" if samplers.is_file(entry.sampler) else tau for entry in entries]
+    samplings = [
+        sources.make_sampling(source, entry.sampler, entry.steps, grid, entry.eta)
+        for entry, grid in zip(entries, grids, strict=True)
+    ]
     real, split = _real_images(config)
     num = _NUM.value or len(real.images)
     space = _space(name, real)
@@ -144,7 +150,8 @@ def measure_bound(source: sources.Source, out: Path) -> None:
     # What to measure, on which grids.
     steps = _numbers("bound", _BOUND.value, int)
     images, split = _first_images(source)
-    tau, clip = _TAU.value or source.trained.config.sample.tau, source.settings["clip"]
+    tau = source.trained.config.sample.tau if _TAU.value is None else _TAU.value
+    clip = source.settings["clip"]
     schedule = source.trained.model.schedule
     if tau.partition(":")[0] in samplers.OWN_LENGTH:
         raise InputError(f"--bound gives the number of steps, and tau {tau} has its own; name a grid, as uniform")

@@ -18,11 +18,11 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import __version__, devices
-from diffusion.commands import cli, jobs, samplers, sources
+from diffusion.commands import cli, jobs, samplers, shared_flags, sources
 from diffusion.images import sheet, write_gif, write_png
 
-sources.define_source_flags()
-sources.define_sampler_flags()
+shared_flags.define_source_flags()
+shared_flags.define_sampler_flags()
 _NUM = flags.DEFINE_integer("num", 64, "Number of images, numbered from 0.", lower_bound=1, upper_bound=10**8)
 _SEEDS = flags.DEFINE_string("seeds", None, "Draw the images of these numbers instead, as 0-63 or 5,7,100-199.")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: one named after the sampler in the run folder.")
@@ -52,10 +52,11 @@ def main() -> None:
     job = jobs.Job(out, ids, sampling.record())
     if job.replaces:
         print(f"note: this replaces the images of another job in {out} ({job.replaces})")
-        shutil.rmtree(out / "png", ignore_errors=True)
-        (out / "trajectory.gif").unlink(missing_ok=True)
     mesh = devices.data_mesh()
     seconds = _draw(sampling, job, mesh)
+    if job.replaces:  # not before, or a mistake would cost the pictures of the other job
+        shutil.rmtree(out / "png", ignore_errors=True)
+        (out / "trajectory.gif").unlink(missing_ok=True)
 
     # Pictures, then the record, which says that the job is complete.
     write_png(out / "grid.png", sheet(job.images(0)[:64]))

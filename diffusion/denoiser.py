@@ -94,11 +94,9 @@ def denoise(
     # Clip; the eps to go on with follows from the clipped estimate, or is the predicted one.
     raw = read(output)
     x0 = _threshold(raw, options)
-    x_for_eps = x
+    x_for_eps = x + reading.signal * (x0 - raw) if options.clip == "keep_eps" else x
     if output_for_eps is not None:
-        x_for_eps = x + reading.signal * (x0 - read(output_for_eps))
-    elif options.clip == "keep_eps":
-        x_for_eps = x + reading.signal * (x0 - raw)
+        x_for_eps = jnp.where(now.inside > 0, x + reading.signal * (x0 - read(output_for_eps)), x_for_eps)
 
     if known is not None:
         values, mask = known

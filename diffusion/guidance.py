@@ -56,11 +56,16 @@ class Guidance:
           cond: the conditions that will be given to the network.
           acts: whether the guidance acts, and so needs conditions.
         """
-        options.parse("guidance_rule", self.rule, RULES, leading=2)
+        _try(options.parse("guidance_rule", self.rule, RULES, leading=2))
+        concrete = [v for v in (self.scale, self.rescale) if not callable(v) and not isinstance(v, jax.core.Tracer)]
+        if not all(np.all(np.isfinite(v)) for v in concrete):
+            raise InputError(f"guidance_scale is {self.scale} and guidance_rescale {self.rescale}; both must be finite")
         if not isinstance(self.rescale, jax.core.Tracer):
             require_range("guidance_rescale", float(self.rescale), 0, 1)
-        if self.interval is not None and not self.interval[0] <= self.interval[1]:
+        if self.interval is not None and not (np.shape(self.interval) == (2,) and self.interval[0] <= self.interval[1]):
             raise InputError(f"guidance_interval is {self.interval}; give (low, high) in timesteps")
+        if self.reference_fn is None and self.reference_params is not None:
+            raise InputError("guidance has reference_params without a reference_fn; give both, or neither")
         if not acts:
             return
         if self.reference_fn is None and (cond is None or self.null is None):
@@ -77,7 +82,12 @@ class Guidance:
                 "number for all, or one for each"
             )
         low, high = self.interval or (-np.inf, np.inf)
-        return scale * np.ones(t.shape), 1.0 * ((t >= low) & (t <= high))
+        inside = (t >= low) & (t <= high)
+        if not isinstance(t, jax.core.Tracer) and not np.any(inside):
+            raise InputError(
+                f"guidance_interval is {self.interval}; it holds none of this sampler's times, {t[-1]:g} to {t[0]:g}"
+            )
+        return scale * np.ones(t.shape), 1.0 * inside
 
 
 class Now(NamedTuple):
@@ -157,13 +167,14 @@ def apg(pair: Pair, scale: Scalar, eta: float = 0.0, norm: float = 15.0, momentu
         Diffusion XL and 2.5 for ImageNet in EDM2's latents; it belongs to the size of a sample.
       momentum: how much of the difference of the calls before is added to that of this one; negative pushes apart.
     """
+    require_range("eta of guidance rule apg", eta, 0, 1)
     require_range("norm of guidance rule apg", norm, 0)
     require_range("momentum of guidance rule apg", momentum, -1, 1, open_ends="low, high")
     estimate = pair.x0(pair.output)
     difference = pair.x0_per_output * (pair.output - pair.reference) + momentum * pair.memory
     update = difference
     if norm > 0:
-        update = update * jnp.minimum(1, norm / jnp.maximum(_dot(update, update) ** 0.5, 1e-12))
+        update = update * jnp.minimum(1, norm / jnp.sqrt(jnp.maximum(_dot(update, update), 1e-24)))
     along = _dot(update, estimate) / jnp.maximum(_dot(estimate, estimate), 1e-12) * estimate
     update = update - (1 - eta) * along
     guided = pair.output + (scale - 1) * update / pair.x0_per_output
@@ -175,8 +186,8 @@ def cfg_zero(pair: Pair, scale: Scalar, zero_init: int = 0) -> Guided:
 
     Args:
       pair, scale: as for every rule.
-      zero_init: in so many first calls the output is 0, which leaves x where it is if the network predicts a flow. The
-        paper does so in the first 4 % of them.
+      zero_init: in so many first network calls the output is 0. That leaves x where it is if the network predicts a
+        flow and estimates are not clipped; it is for such models. The paper does so in the first 4 % of the calls.
     """
     require_range("zero_init of guidance rule cfg_zero", zero_init, 0)
     fit = _dot(pair.output, pair.reference) / jnp.maximum(_dot(pair.reference, pair.reference), 1e-12)
@@ -212,10 +223,18 @@ def guide(now: Now, pair: Pair) -> Guided:
     return Guided(output, for_eps, now.memory if guided.memory is None else guided.memory)
 
 
+def _try(choice):
+    """Has a rule look at its options, by tracing it on nothing, so that it refuses them before any work is done."""
+    x = jnp.zeros((1, 1))
+    pair = Pair(x, x, lambda output: output, jnp.ones(()), jnp.zeros((), int), x)
+    jax.eval_shape(lambda: choice.function(pair, jnp.ones(()), **choice.options).output)
+
+
 def _dot(a, b):
     """Returns the inner product of each sample, [B, 1, ...]."""
     return jnp.sum(a * b, axis=tuple(range(1, a.ndim)), keepdims=True)
 
 
 def _spread(x):
-    return jnp.std(x, axis=tuple(range(1, x.ndim)), keepdims=True)
+    """Returns the standard deviation of each sample, [B, 1, ...]; its gradient is 0 where x is constant."""
+    return jnp.sqrt(jnp.maximum(jnp.var(x, axis=tuple(range(1, x.ndim)), keepdims=True), 1e-24))

@@ -86,7 +86,8 @@ def parse(what: str, text: str, known: Mapping[str, Callable[..., Any]], leading
             valid = nearest(key, allowed) if allowed else "it has no options"
             raise InputError(f"{what} {name} has no option {key!r}; {valid}")
         texts[key] = value
-    options = {key: _value(f"{what} option {name}:{key}", text, allowed[key]) for key, text in texts.items()}
+    parameters = inspect.signature(known[name]).parameters
+    options = {key: _value(f"{what} option {name}:{key}", text, parameters[key]) for key, text in texts.items()}
     return Choice(name, known[name], options)
 
 
@@ -108,15 +109,16 @@ def split(text: str) -> list[str]:
     """
     choices: list[str] = []
     for part in filter(None, text.split(",")):
-        if choices and ":" in choices[-1] and re.match(r"\w+=|[-+.\d]", part):
+        if choices and ":" in choices[-1] and re.match(r"\w+=|[-+]?(\d|\.\d)[\d.]*(e[-+]?\d+)?$", part):
             choices[-1] += f",{part}"
         else:
             choices.append(part)
     return choices
 
 
-def _value(what: str, text: str, default: Any) -> Any:
+def _value(what: str, text: str, parameter: inspect.Parameter) -> Any:
     """Parses an option's text as the type of its default; as a list of numbers, or else text, where there is none."""
+    default = parameter.default
     if isinstance(default, str):
         return text
     if isinstance(default, bool):
@@ -132,8 +134,11 @@ def _value(what: str, text: str, default: Any) -> Any:
         raise InputError(f"{what} is {text!r}; write a {'whole ' if whole else ''}number") from None
     if isinstance(default, float) and len(numbers) == 1:
         return float(numbers[0])
-    listed = len(numbers) > 1 or isinstance(default, tuple) or default is REQUIRED
-    return numbers if listed else numbers[0]
+    if isinstance(default, tuple) or default is REQUIRED:
+        return numbers
+    if len(numbers) > 1 and "Sequence" not in str(parameter.annotation):
+        raise InputError(f"{what} is {text!r}; write one number")
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _number(text: str) -> int | float:

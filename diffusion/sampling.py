@@ -176,6 +176,8 @@ def _check_guidance(guidance, short, cond):
     for name in short:
         if name not in _SHORT:
             raise TypeError(f"sample() has no argument {name!r}; {nearest(name, _SHORT)}")
+    if not isinstance(guidance, Guidance | None):
+        raise InputError(f"guidance is {type(guidance).__name__}; give a diffusion.Guidance")
     if guidance is not None and short:
         raise InputError(f"{next(iter(short))} is short for a field of guidance; give one or the other")
     guidance = guidance or Guidance(**{_SHORT[name]: value for name, value in short.items()})

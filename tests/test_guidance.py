@@ -249,6 +249,14 @@ def test_the_second_network_is_told_the_condition_or_the_null():
         (Guidance(2.0, NULL, rule="apg:momentum=1"), "momentum of guidance rule apg is 1"),
         (Guidance(2.0, NULL, rule="cfg_zero:zero_init=-1"), "zero_init of guidance rule cfg_zero is -1"),
         (Guidance(2.0, NULL, interval=(9, 3)), "guidance_interval"),
+        (Guidance(2.0, NULL, interval=(1,)), "guidance_interval is"),
+        (Guidance(2.0, NULL, interval=5), "guidance_interval is 5; give"),
+        (Guidance(2.0, NULL, interval=(60, 90)), "holds none of this sampler's times, 2 to 50"),
+        (Guidance(np.nan, NULL), "guidance_scale is nan .*must be finite"),
+        (Guidance(2.0, NULL, rescale=np.nan), "must be finite"),
+        (Guidance(2.0, NULL, rule="apg:eta=nan"), "eta of guidance rule apg is nan"),
+        (Guidance(2.0, NULL, reference_params=1.0), "reference_params without a reference_fn"),
+        ({"scale": 2.0}, "guidance is dict; give a diffusion.Guidance"),
         (Guidance(2.0, NULL, rescale=1.5), "guidance_rescale is 1.5"),
         (Guidance(2.0), "give cond and null_cond"),
         (Guidance(2.0, NULL[:2]), "differ in structure or shape"),
@@ -259,6 +267,34 @@ def test_the_second_network_is_told_the_condition_or_the_null():
 def test_what_cannot_be_is_refused(guidance, message):
     with refused(message):
         draw(guidance)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("clip", ["none", "recompute", "keep_eps"])
+def test_outside_its_interval_every_rule_is_no_guidance(rule, clip):
+    """In the first call only; from the state after it the paths are those of the same table without that call."""
+    options = {"clip": clip, "return_trajectory": True}
+    _, plain = diffusion.sample(network, 0.7, ddim(LINEAR, TAU), jax.random.key(0), 3, SHAPE, cond=COND, **options)
+    given = Guidance(2.5, NULL, (2, 20), rule=rule)
+    _, guided = diffusion.sample(
+        network, 0.7, ddim(LINEAR, TAU), jax.random.key(0), 3, SHAPE, cond=COND, guidance=given, **options
+    )
+    np.testing.assert_allclose(guided.x[:4], plain.x[:4], rtol=1e-12, atol=1e-13)  # up to t = 21, 9 is inside
+    assert np.max(np.abs(guided.x[-1] - plain.x[-1])) > 1e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_are_finite_where_both_outputs_agree_or_are_constant(rule):
+    """As in a network whose last layer still is zero."""
+
+    def mean(scale, slope):
+        guidance = Guidance(scale, jnp.asarray(COND), rescale=0.5, rule=rule)
+        flat = lambda params, x, t, cond: 0 * params * x  # noqa: E731
+        options = {"cond": jnp.asarray(COND), "guidance": guidance}
+        return jnp.mean(diffusion.sample(flat, slope, ddim(LINEAR, TAU), jax.random.key(0), 3, SHAPE, **options))
+
+    for part in jax.grad(mean, (0, 1))(2.0, 0.7):
+        assert np.isfinite(part)
 
 
 @pytest.mark.parametrize("rule", RULES)

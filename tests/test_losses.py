@@ -424,6 +424,10 @@ def test_a_config_names_a_weighting_with_options(text, name, options, objective)
         ({"weighting": "min_snr:gamma=-1"}, "gamma of weighting min_snr is -1"),
         ({"weighting": "snr:prediction=v"}, "no option 'prediction'; it has no options"),
         ({"objective": "vlb", "weighting": "snr"}, "config.train.weighting is 'snr', but objective vlb"),
+        ({"objective": "hybrid:vlb_weight=nan"}, "vlb_weight of objective hybrid is nan"),
+        ({"objective": "hybrid:vlb_weight=-1"}, "vlb_weight of objective hybrid is -1"),
+        ({"objective": "hybrid:vlb_weight=inf"}, "vlb_weight of objective hybrid is inf"),
+        ({"objective": "hybrid:vlb_weight=1,2"}, "write one number"),
     ],
 )
 def test_a_wrong_choice_in_the_config_is_refused(fields, message):
@@ -437,6 +441,8 @@ def test_eps_where_there_is_no_signal_is_refused_when_the_objective_is_made(fiel
         experiment.make_objective(train_section(**fields), schedules.zero_terminal_snr(SHORT))
     for prediction in ("x0", "v", "flow"):
         experiment.make_objective(train_section(prediction=prediction, **fields), schedules.zero_terminal_snr(SHORT))
+    with refused("prediction is edm, whose network is given log"):
+        experiment.make_objective(train_section(prediction="edm", **fields), schedules.zero_terminal_snr(SHORT))
 
 
 def model_config(objective, out_channels):

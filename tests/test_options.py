@@ -1,5 +1,7 @@
 """Laws of choices written as text: what is written is read again, and what cannot be read is named."""
 
+from collections.abc import Sequence
+
 import pytest
 from reference import refused
 
@@ -14,7 +16,7 @@ TABLES = ((SAMPLERS, 2), (GRIDS, 2), (OWN_LENGTH, 1), (schedules.SCHEDULES, 0), 
 EVERYTHING = [(table, leading, name) for table, leading in (*TABLES, (RULES, 2)) for name in table]
 
 
-def example(number, count=1, rate=0.5, flag=True, kind="a", sizes=(), limit=None):
+def example(number, count: int | Sequence[int] = 1, rate=0.5, flag=True, kind="a", sizes=(), limit=None):
     return count, rate, flag, kind, sizes, limit
 
 
@@ -89,6 +91,8 @@ def test_what_is_missing_is_named():
         ("example:count=1.5", "write a whole number"),
         ("example:rate=", "example:rate is ''; write a number"),
         ("example:flag=yes", "write true or false"),
+        ("example:rate=1,2", "example:rate is '1,2'; write one number"),
+        ("example:limit=1,2", "write one number"),
         ("example:count=1,count=2", "has its option 'count' twice"),
     ],
 )
@@ -98,5 +102,6 @@ def test_what_cannot_be_read_is_named(text, message):
 
 
 def test_a_list_of_choices_is_split_where_a_name_begins():
-    text = "ddim,unipc:order=1,2,2,1,variant=bh1,heun,explicit:times=900.5,-1"
-    assert options.split(text) == ["ddim", "unipc:order=1,2,2,1,variant=bh1", "heun", "explicit:times=900.5,-1"]
+    text = "ddim,unipc:order=1,2,2,1,variant=bh1,heun,explicit:times=900.5,-1,1e-3,./a.json,ddim:eta=0.5,4steps.json"
+    names = ["ddim", "unipc:order=1,2,2,1,variant=bh1", "heun", "explicit:times=900.5,-1,1e-3", "./a.json"]
+    assert options.split(text) == [*names, "ddim:eta=0.5", "4steps.json"]

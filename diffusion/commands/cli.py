@@ -19,6 +19,9 @@ from diffusion.training.stop import INTERRUPTED
 
 USER_ERROR = 2
 
+_OLD_FIELDS = "name|num_timesteps|linear|scaled_linear|cosine|shifted_cosine|edm|rectified_flow"
+"""What config.schedule had below it in version 0.1."""
+
 # What the user can do about an error of the disk, by its errno.
 _FULL = ("ENOSPC", "EDQUOT", "EFBIG")
 _NO_PLACE = ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENOENT", "ENAMETOOLONG", "ELOOP")
@@ -172,7 +175,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         # Probably a misspelt field. A bug in the config file raises the same exceptions, and keeps its traceback.
         if "no attribute 'get_config'" in str(error):
             fail(f"{argv[1].partition('=')[2]!r} has no function get_config, so it is no config file")
-        if re.search(r"'str' object has no attribute '(name|num_timesteps)'", str(error)):
+        if re.search(f"'str' object has no attribute '({_OLD_FIELDS})'", str(error)):
             file = argv[1].partition("=")[2]
             fail(f"config file {file}: a schedule is one text, as config.schedule = 'linear:beta_end=0.02'")
         below = re.search(r"lookup: ([\w.]+)", str(error))  # the override looked inside a number

@@ -87,7 +87,8 @@ def _sample(model, params, table, key, *, sample_ids, null_cond=None, guidance=N
     if guidance is None:
         options |= {} if null_cond is None else {"null_cond": null_cond}
     else:
-        options["guidance"] = guidance if guidance.reference_fn is not None else guidance.replace(null=null_cond)
+        needed = guidance.null is None and guidance.reference_fn is None
+        options["guidance"] = guidance.replace(null=null_cond) if needed else guidance
     shared = {"prediction": model.prediction, "sample_ids": sample_ids}
     return sample(model.apply_fn, params, table, key, len(sample_ids), model.space.shape, **shared, **options)
 

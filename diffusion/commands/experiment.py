@@ -5,11 +5,12 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion import data, denoiser, devices, options
+from diffusion import data, denoiser, devices, options, predictions
 from diffusion.commands import samplers
 from diffusion.data import Dataset
 from diffusion.errors import InputError, nearest, require_range
@@ -130,8 +131,19 @@ def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Bat
     Raises:
       InputError: an unknown name or option, or choices that do not go together.
     """
+    if config.prediction not in predictions.PREDICTIONS:
+        known = predictions.PREDICTIONS
+        raise InputError(f"config.train.prediction is {config.prediction!r}; {nearest(config.prediction, known)}")
     objective = options.parse("config.train.objective", config.objective, OBJECTIVES, leading=4)
     weighting = options.parse("config.train.weighting", config.weighting, WEIGHTINGS, leading=2)
+    if "vlb_weight" in objective.options:
+        require_range("vlb_weight of objective hybrid", objective.options["vlb_weight"], 0, open_ends="high")
+    last = schedule.num_timesteps
+    if not np.isfinite(predictions.reading(config.prediction, float(last), *schedule.at(last)).time):
+        raise InputError(
+            f"config.train.prediction is {config.prediction}, whose network is given log(noise / signal), and the "
+            "schedule has no signal at T; take another prediction, or a schedule such as edm"
+        )
     if objective.name == "vlb" and weighting.name != "simple":
         raise InputError(
             f"config.train.weighting is {weighting.name!r}, but objective vlb has its own weights; set it to simple"

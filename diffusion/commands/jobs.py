@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from diffusion.commands.drawing import labels_of
 from diffusion.errors import InputError
 from diffusion.files import write_atomically, write_json
+from diffusion.model import current_config
 
 SHARD = 1000
 """The most images in one file."""
@@ -109,6 +110,8 @@ class Job:
         except (OSError, ValueError):
             found = {}
         found = found if isinstance(found, dict) else {}
+        if isinstance(found.get("config"), dict):  # an earlier version may have written it
+            found["config"] = json.loads(current_config(found["config"]).to_json())
         wanted = json.loads(json.dumps(self.record))  # tuples become lists, as in the file
         different = [key for key in wanted if found.get(key) != wanted[key]]
         if not different:

@@ -62,7 +62,8 @@ def make_tau(schedule: NoiseSchedule, text: str, num_steps: int) -> Tau:
     own = _name(text) in OWN_LENGTH
     choice = options.parse("tau", text, grids, leading=1 if own else 2)
     if missing := choice.missing(leading=1 if own else 2):
-        raise InputError(f"tau {choice.name} needs {missing[0]}; write {choice.name}:{missing[0]}=1000,500,250")
+        example = {"times": "1000,500,250", "counts": "10,15,20"}.get(missing[0], "VALUE")
+        raise InputError(f"tau {choice.name} needs {missing[0]}; write {choice.name}:{missing[0]}={example}")
     return choice.function(schedule, *[num_steps] * (not own), **choice.options)
 
 
@@ -106,6 +107,9 @@ def make_table(
     choice = options.parse("sampler", sampler, SAMPLERS, leading=2)
     if eta is not None:
         choice = _with_eta(choice, eta)
+    for name, default in options.defaults(choice.function, leading=2).items():
+        if default is options.REQUIRED and name in choice.options:
+            raise InputError(f"sampler {choice.name} takes no {name} as text, it is estimated; leave it out")
     grid = make_tau(schedule, tau, num_steps)
     given = dict(choice.options)
     for name in options.defaults(choice.function, leading=2):
@@ -191,7 +195,7 @@ def _refuse_foreign(sampler):
     ours = {re.sub(r"[^a-z0-9]", "", known): known for known in SAMPLERS}
     equal = ours.get(plain) or EQUIVALENTS.get(plain) or EQUIVALENTS.get(plain.removeprefix("k"))
     if name not in SAMPLERS and equal:
-        raise InputError(f"sampler is {name!r}; here that is {equal!r} (--list shows all)")
+        raise InputError(f"sampler is {name!r}; here that is {equal!r} (sample.py --list shows all)")
 
 
 def _read_table(path, schedule, eta):
@@ -210,11 +214,23 @@ def _read_table(path, schedule, eta):
         raise InputError(f"sampler file {path}: {error}") from None
     if table.tau[0] < table.tau[-1]:
         raise InputError(f"sampler file {path} holds {table.name}, which goes from images to noise and draws none")
-    times = np.clip(table.t, 0, schedule.num_timesteps)
-    levels = schedule.at(times)
-    if not np.array_equal(times, table.t) or not np.allclose(levels, (table.signal, table.noise), rtol=1e-6, atol=1e-9):
+    try:
+        timesteps.check(schedule, table.tau)
+    except InputError as error:
+        raise InputError(f"sampler file {path}: {error}") from None
+    if not np.all((table.t > 0) & (table.t <= schedule.num_timesteps)) or not _has_levels(table, schedule):
         raise InputError(
-            f"sampler file {path} holds {table.name} for another noise schedule than the model's; make the table again "
-            "with the model's schedule"
+            f"sampler file {path} holds a table for another noise schedule than the model's; make it again with the "
+            "model's schedule"
         )
     return table
+
+
+def _has_levels(table, schedule):
+    """Whether signal and noise are the schedule's at the table's times, give or take the rounding of float32."""
+    ends = [schedule.at(np.minimum(table.t * (1 + way * 1e-6), schedule.num_timesteps)) for way in (-1, 1)]
+    for found, near in zip((table.signal, table.noise), zip(*ends, strict=True), strict=True):
+        slack = 1e-6 * np.abs(found) + 1e-9
+        if np.any(found < np.minimum(*near) - slack) or np.any(found > np.maximum(*near) + slack):
+            return False
+    return True

@@ -1,4 +1,4 @@
-"""Which model is sampled and how: the flags that sample.py and evaluate.py share, and what they ask for."""
+"""Which model is sampled and how, as the flags of sample.py and evaluate.py ask for it."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,19 +13,17 @@ from jaxtyping import UInt8
 from diffusion import guidance, pretrained
 from diffusion.commands import drawing, samplers
 from diffusion.commands.experiment import load_data
-from diffusion.denoiser import CLIPS, Options, check_options
+from diffusion.commands.shared_flags import SHIPPED
+from diffusion.denoiser import Options, check_options
 from diffusion.errors import InputError
 from diffusion.files import digest
-from diffusion.guidance import RULES, Guidance
+from diffusion.guidance import Guidance
 from diffusion.learning import analytic
-from diffusion.model import Model, Trained
+from diffusion.model import Trained
 from diffusion.pretrained import weights
 from diffusion.solvers import SamplerTable
 from diffusion.timesteps import GRIDS
 from diffusion.training import run_folder
-
-SHIPPED = "digits"
-"""The model used where nothing has been trained."""
 
 MAX_GAIN = 100
 """A step that multiplies the network's errors by more than this leaves nothing of an image but those errors."""
@@ -113,6 +111,7 @@ class Sampling(NamedTuple):
             "weights_sha256": source.sha256,
             "sampler": self.sampler,
             "update_sha256": hashlib.sha256(self.table.update.tobytes()).hexdigest(),
+            **self._file_record(),
             "table": self.table.name,
             "grid": self.tau,
             "steps": len(self.table.tau) - 1,
@@ -123,6 +122,12 @@ class Sampling(NamedTuple):
             "seed": source.seed,
             "config": source.trained.config.to_dict(),
         }
+
+    def _file_record(self):
+        """Returns what tells a table in a file apart from another one under the same name."""
+        if not samplers.is_file(self.sampler):
+            return {}
+        return {"table_sha256": hashlib.sha256(self.table.to_json().encode()).hexdigest()}
 
     def draw(self, ids: Sequence[int], mesh: Mesh, batch_size: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
         """Yields the images with these numbers, batch by batch."""
@@ -137,45 +142,6 @@ class Sampling(NamedTuple):
         return drawing.frames(model, params, self.table, ids, **shared, **source.sampling_options())
 
 
-def define_source_flags() -> None:
-    """Defines the flags that `open_source` reads."""
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        f"Run folder, or a file of convert.py. Default: the newest run in runs/, or the {SHIPPED} model that ships.",
-    )
-    flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
-    flags.DEFINE_integer("seed", 0, "Image i depends only on the seed and i.", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_string("clip", None, f"x_0 outside [-1, 1]: {', '.join(CLIPS)}. Default: what suits the model.")
-    flags.DEFINE_float("dynamic_threshold", None, "Clip x_0 at this quantile of its own pixels instead, as 0.995.")
-    flags.DEFINE_list("labels", None, "Classes that the images take in turn, as 3 or 0,1,2. Default: all, in turn.")
-    flags.DEFINE_float("guidance_scale", 1.0, "How far to push towards the class; 1 is no guidance.")
-    flags.DEFINE_list("guidance_interval", None, "LOW,HIGH: guide only at these timesteps.")
-    flags.DEFINE_float("guidance_rescale", 0.0, "0..1, how far to bring guided outputs back to their usual spread.")
-    flags.DEFINE_string("guidance_rule", "cfg", f"One of {', '.join(RULES)}; options follow a colon: apg:eta=0.5.")
-    flags.DEFINE_string(
-        "guidance_model",
-        None,
-        "Run folder or file of a weaker model to push away from (autoguidance); needs no classes.",
-    )
-    flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
-
-
-def define_sampler_flags() -> None:
-    """Defines the flags that `open_sampling` reads besides those of `define_source_flags`."""
-    flags.DEFINE_integer("steps", None, "Number of steps S. Default: config.sample.steps.")
-    flags.DEFINE_string(
-        "sampler",
-        None,
-        "A sampler of --list, options after a colon: dpm_solver_pp:order=3; or the file of a table. Default: "
-        "config.sample.sampler.",
-    )
-    flags.DEFINE_float("eta", None, "Short for the sampler's option eta: 0 is deterministic, 1 is DDPM.")
-    flags.DEFINE_string(
-        "tau", None, "Which timesteps: a grid of --list, or explicit:times=1000,500,250. Default: config.sample.tau."
-    )
-
-
 def open_source() -> Source:
     """Returns the model that the flags ask for.
 
@@ -184,7 +150,7 @@ def open_source() -> Source:
     """
     given = flags.FLAGS
     name, home, trained = _open(given.workdir, given.ema or "")
-    clip = given.clip or trained.clip
+    clip = trained.clip if given.clip is None else given.clip
     check_options(trained.model.prediction, Options(clip, given.dynamic_threshold))
     labels = _labels(given.labels, trained.model)
     settings = {
@@ -204,7 +170,7 @@ def open_source() -> Source:
     guide.check(cond=None, acts=False)
     _check_effect(given, trained)
     if given.guidance_model is not None:
-        weaker = _open_weaker(given.guidance_model, trained.model)
+        weaker = _open_weaker(given.guidance_model, trained)
         settings["guidance_model_sha256"] = digest(weaker.params)
         guide = guide.replace(reference_fn=weaker.model.apply_fn, reference_params=weaker.params)
     return Source(name, home, trained, digest(trained.params), settings, guide, labels, given.seed)
@@ -219,6 +185,8 @@ def make_sampling(source: Source, sampler: str, steps: int, tau: str, eta: float
     model = source.trained.model
     table = samplers.make_table(model.schedule, sampler, steps, tau, eta=eta, resources=source.resources())
     samplers.check_fits(table, model)
+    if source.guidance.acts():
+        source.guidance.scales(table.t)  # refuses an interval that holds none of these times
     return Sampling(source, table, sampler, steps, tau)
 
 
@@ -254,18 +222,25 @@ def _open(workdir, ema):
     return workdir or f"the {SHIPPED} model that ships", home, trained
 
 
-def _open_weaker(path, model: Model) -> Trained:
+def _open_weaker(path, trained: Trained) -> Trained:
     """Opens the model to push away from, which must be asked and read as the model itself."""
-    weaker = _open(path, "")[2]
+    if not path:
+        raise InputError("--guidance_model names no model; give a run folder or a file of convert.py")
+    try:
+        weaker = _open(path, "")[2]
+    except InputError as error:
+        raise InputError(str(error).replace("--workdir", "--guidance_model")) from None
 
     def facts(m):
         levels = [values.tolist() for values in (m.schedule.alpha_bar, m.schedule.noise_var)]
         return {"schedule": levels, "prediction": m.prediction, "image size": m.image_shape, "classes": m.conditions}
 
     theirs = facts(weaker.model)
-    for name, ours in facts(model).items():
+    for name, ours in facts(trained.model).items():
         if theirs[name] != ours:
-            raise InputError(f"--guidance_model={path} has another {name} than the model, which must be the same")
+            raise InputError(f"--guidance_model={path} differs from the model in its {name}, which must be the same")
+    if digest(weaker.params) == digest(trained.params):
+        raise InputError(f"--guidance_model={path} is the model itself, which changes nothing; name a weaker one")
     return weaker
 
 
