@@ -92,11 +92,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     metrics = features.plain_names(_METRICS.value, name)
     if all(samplers.is_file(name) for name in names):
         _refuse(["steps", "tau"], "does nothing for tables in files, which have their own grid")
-    grids = ["" if samplers.is_file(entry.sampler) else tau for entry in entries]
-    samplings = [
-        sources.make_sampling(source, entry.sampler, entry.steps, grid, entry.eta)
-        for entry, grid in zip(entries, grids, strict=True)
-    ]
+    samplings = [sources.make_sampling(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
     real, split = _real_images(config)
     num = _NUM.value or len(real.images)
     space = _space(name, real)

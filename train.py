@@ -30,6 +30,7 @@ from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment
 from diffusion.errors import InputError
 from diffusion.images import sheet, write_png
+from diffusion.model import sampling_clip
 from diffusion.training import checkpoints, environment, run_folder
 from diffusion.training.loop import Run, train
 from diffusion.training.recorder import Recorder, Silent
@@ -206,7 +207,7 @@ def sheet_drawer(
         if jax.process_index() > 0 or path.exists():
             return
         labels = () if model.conditions is None else range(model.conditions.null)
-        shared = {"seed": config.seed, "labels": labels, "clip": config.sample.clip or model.space.clip}
+        shared = {"seed": config.seed, "labels": labels, "clip": sampling_clip(config, model)}
         ids = range(config.sample.num)
         drawn = generate(model, params, experiment.table, ids, mesh=devices.data_mesh(), **shared)
         try:

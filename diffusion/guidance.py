@@ -91,10 +91,10 @@ class Guidance:
 
 
 class Now(NamedTuple):
-    """Guidance in one network call.
+    """Holds what guidance needs in one network call.
 
     Attributes:
-      guidance: the whole.
+      guidance: what was asked for, over all calls.
       scale, inside: of this call, see `Guidance.scales`.
       index: the number of this call, from 0.
       memory: what the rule kept of the calls before; zeros at first, shaped as x.
@@ -108,7 +108,7 @@ class Now(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """What a rule is given in one network call.
+    """Holds what a rule is given in one network call.
 
     Outputs are in the network's own terms: eps, v, or whatever it predicts. A rule that mixes them linearly is the same
     for every prediction; one that measures lengths or angles is not, unless it does so in estimates of x_0.
@@ -130,7 +130,7 @@ class Pair(NamedTuple):
 
 
 class Guided(NamedTuple):
-    """What a rule returns.
+    """Holds what a rule returns.
 
     Attributes:
       output: the guided output.
@@ -157,15 +157,16 @@ def cfg_plus_plus(pair: Pair, scale: Scalar) -> Guided:
 def apg(pair: Pair, scale: Scalar, eta: float = 0.0, norm: float = 15.0, momentum: float = -0.5) -> Guided:
     """Adaptive projected guidance (arXiv:2410.02416, Algorithm 1), which saturates less at a large scale.
 
-    The difference of the two estimates of x_0 is averaged over the calls, shortened, and relieved of its part along the
-    conditional estimate.
+    The difference between the two estimates of x_0 is averaged over the calls and shortened, and then loses the part
+    that points along the conditional estimate.
 
     Args:
       pair, scale: as for every rule.
       eta: the share of that part which stays; 1 keeps all of it.
-      norm: the largest Euclidean norm of the difference over one sample; 0 for any. 15 is the paper's for Stable
-        Diffusion XL and 2.5 for ImageNet in EDM2's latents; it belongs to the size of a sample.
-      momentum: how much of the difference of the calls before is added to that of this one; negative pushes apart.
+      norm: the largest Euclidean norm that the difference may have in one sample; 0 allows any. A good value depends on
+        the size of a sample: the paper takes 15 for Stable Diffusion XL, and 2.5 for ImageNet in EDM2's latents.
+      momentum: how much of the average so far is added to the difference in this call; a negative one pushes away from
+        where the calls before have pushed.
     """
     require_range("eta of guidance rule apg", eta, 0, 1)
     require_range("norm of guidance rule apg", norm, 0)
@@ -186,8 +187,9 @@ def cfg_zero(pair: Pair, scale: Scalar, zero_init: int = 0) -> Guided:
 
     Args:
       pair, scale: as for every rule.
-      zero_init: in so many first network calls the output is 0. That leaves x where it is if the network predicts a
-        flow and estimates are not clipped; it is for such models. The paper does so in the first 4 % of the calls.
+      zero_init: how many network calls, from the first, get the output 0. That leaves x where it is if the network
+        predicts a flow and estimates are not clipped, and is meant for such models. The paper does so in the first 4 %
+        of the calls.
     """
     require_range("zero_init of guidance rule cfg_zero", zero_init, 0)
     fit = _dot(pair.output, pair.reference) / jnp.maximum(_dot(pair.reference, pair.reference), 1e-12)

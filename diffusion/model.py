@@ -11,11 +11,11 @@ from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from diffusion import options, schedules
-from diffusion.errors import InputError, nearest
+from diffusion.errors import InputError
 from diffusion.images import to_floats, to_uint8
 from diffusion.models import UNet, as_apply_fn
 from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES
-from diffusion.predictions import PREDICTIONS
+from diffusion.predictions import check_known
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import ApplyFn, Params
 
@@ -110,7 +110,12 @@ class Trained(NamedTuple):
     @property
     def clip(self) -> str:
         """How its estimates of x_0 are clipped unless something else is asked for."""
-        return self.config.sample.clip or self.model.space.clip
+        return sampling_clip(self.config, self.model)
+
+
+def sampling_clip(config: ConfigDict, model: Model) -> str:
+    """Returns the clip that a config asks for, or else the one that suits the model's space."""
+    return config.sample.clip or model.space.clip
 
 
 def make_schedule(text: str) -> NoiseSchedule:
@@ -134,10 +139,7 @@ def make_model(config: ConfigDict, image_shape: tuple[int, int, int], class_name
     Raises:
       InputError: a field out of its range, or a network that does not fit the images.
     """
-    if config.train.prediction not in PREDICTIONS:
-        raise InputError(
-            f"config.train.prediction is {config.train.prediction!r}; {nearest(config.train.prediction, PREDICTIONS)}"
-        )
+    check_known(config.train.prediction, "config.train.prediction")
     objective = options.parse("config.train.objective", config.train.objective, OBJECTIVES, leading=4).name
     learned_variance = objective in LEARN_VARIANCE
     channels = image_shape[-1] * (2 if learned_variance else 1)
@@ -177,7 +179,9 @@ def current_config(saved: Mapping[str, Any]) -> ConfigDict:
         del config["schedule"]
         config.schedule = options.write(choice, leading=0)
     for name, option in (("explicit", "times"), ("sections", "counts")):
-        kind, _, rest = config.get("sample", {}).get("tau", "").partition(":")
+        if "sample" not in config or "tau" not in config.sample:
+            break
+        kind, _, rest = config.sample.tau.partition(":")
         if kind == name and "=" not in rest:
             config.sample.tau = f"{name}:{option}={rest}"
     return config

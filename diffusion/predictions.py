@@ -85,10 +85,10 @@ class Reading(NamedTuple):
         return Reading(*(jnp.asarray(field, dtype) for field in self[:-1]), self.time)
 
 
-def check_known(prediction: str) -> None:
-    """Raises InputError unless the prediction is a key of `PREDICTIONS`."""
+def check_known(prediction: str, what: str = "prediction") -> None:
+    """Raises InputError, which calls the prediction what, unless it is a key of `PREDICTIONS`."""
     if prediction not in PREDICTIONS:
-        raise InputError(f"prediction is {prediction!r}; {nearest(str(prediction), PREDICTIONS)}")
+        raise InputError(f"{what} is {prediction!r}; {nearest(str(prediction), PREDICTIONS)}")
 
 
 def reading(prediction: str, t: Level, a: Level, n: Level) -> Reading:
@@ -109,7 +109,7 @@ def reading(prediction: str, t: Level, a: Level, n: Level) -> Reading:
         determinant = xp.where(alone, 1, e * a - n * c)
         from_x = xp.where(alone, 0, e / determinant)
         from_output = xp.where(alone, 1 / xp.where(alone, c, 1), -n / determinant)
-        time = xp.log(n / a) / 4 if kind.sees_log_sigma else t
+        time = _time(kind, t, a, n)
     scale = 1 + 0 * a if kind.input_scale is None else kind.input_scale(a, n)
     return Reading(a, n, from_x, from_output, scale, time)
 
@@ -118,7 +118,7 @@ def inputs(prediction: str, t: Level, a: Level, n: Level, x: Images) -> tuple[Im
     """Returns what the network is given for x and for its time; t is [B], and a and n broadcast to x."""
     kind = PREDICTIONS[prediction]
     scaled = x if kind.input_scale is None else kind.input_scale(a, n) * x
-    return scaled, jnp.log(n / a).reshape(-1) / 4 if kind.sees_log_sigma else t
+    return scaled, _time(kind, t, *(level.reshape(-1) for level in (a, n)))
 
 
 def target(prediction: str, a: Level, n: Level, x_0: Images, eps: Images) -> Images:
@@ -152,6 +152,11 @@ def check_signal(name: str, prediction: str, t: Level, a: Level, n: Level) -> No
             f"{name} starts at zero signal, where {prediction} says nothing about x_0; use a model that predicts one "
             f"of {others}, or start lower"
         )
+
+
+def _time(kind, t, a, n):
+    """Returns what a network of this kind is given for its time."""
+    return _numpy_of(a).log(n / a) / 4 if kind.sees_log_sigma else t
 
 
 def _numpy_of(a):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from diffusion.errors import InputError, nearest
 from diffusion.training.stop import INTERRUPTED
@@ -137,10 +138,15 @@ def _old_schedule(arg: str) -> str:
     return f"--config.schedule={'NAME' if section == 'schedule' else section}:{name}={value}"
 
 
+def _read_config(chosen: str) -> ConfigDict:
+    """Returns the config of FILE or FILE:ARGUMENT, without what the command line overrides."""
+    path, colon, argument = chosen.partition(":")
+    return runpy.run_path(path)["get_config"](*[argument] * bool(colon))
+
+
 def _fail_below_value(argv: Sequence[str]) -> None:
     """Ends the program if an override asks for a field inside a text, such as --config.schedule.name; else returns."""
-    path, colon, argument = argv[1].partition("=")[2].partition(":")
-    config = runpy.run_path(path)["get_config"](*[argument] * bool(colon))
+    config = _read_config(argv[1].partition("=")[2])
     for arg in argv[2:]:
         parts, field = arg.partition("=")[0].split(".")[1:], config
         for depth, part in enumerate(parts):
@@ -154,8 +160,7 @@ def _fail_below_value(argv: Sequence[str]) -> None:
 
 def _fields_named(name: str, chosen: str) -> list[str]:
     """Returns the fields of this name in all sections of a config, FILE or FILE:ARGUMENT, as config.SECTION.NAME."""
-    path, colon, argument = chosen.partition(":")
-    sections = runpy.run_path(path)["get_config"](*[argument] * bool(colon)).items()
+    sections = _read_config(chosen).items()
     return [f"config.{section}.{name}" for section, fields in sections if hasattr(fields, "keys") and name in fields]
 
 

@@ -14,7 +14,7 @@ from diffusion import data, denoiser, devices, options, predictions
 from diffusion.commands import samplers
 from diffusion.data import Dataset
 from diffusion.errors import InputError, nearest, require_range
-from diffusion.model import Model, make_model, make_schedule
+from diffusion.model import Model, make_model, make_schedule, sampling_clip
 from diffusion.objectives.bound import bound_steps
 from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES, Batch, Loss
 from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
@@ -81,7 +81,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
             f"config.model.num_classes is {config.model.num_classes}; the data has {len(dataset.class_names)} classes"
         )
     # What fits together.
-    denoiser.check_options(settings.prediction, denoiser.Options(config.sample.clip or model.space.clip))
+    denoiser.check_options(settings.prediction, denoiser.Options(sampling_clip(config, model)))
     samplers.check_fits(table, model)
     step_options = StepOptions(
         ema_decays=ema_decays(settings),
@@ -131,9 +131,7 @@ def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Bat
     Raises:
       InputError: an unknown name or option, or choices that do not go together.
     """
-    if config.prediction not in predictions.PREDICTIONS:
-        known = predictions.PREDICTIONS
-        raise InputError(f"config.train.prediction is {config.prediction!r}; {nearest(config.prediction, known)}")
+    predictions.check_known(config.prediction, "config.train.prediction")
     objective = options.parse("config.train.objective", config.objective, OBJECTIVES, leading=4)
     weighting = options.parse("config.train.weighting", config.weighting, WEIGHTINGS, leading=2)
     if "vlb_weight" in objective.options:

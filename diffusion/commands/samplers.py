@@ -32,7 +32,6 @@ EQUIVALENTS = {
     "dpmsolvermultistep": "dpm_solver_pp:order=2,variant=official",
     "dpmsolversinglestep": "dpm_solver_pp_singlestep:order=2",
     "eulera": "euler_ancestral",
-    "eulerancestral": "euler_ancestral",
     "eulerancestraldiscrete": "euler_ancestral",
     "eulerdiscrete": "euler",
     "flowmatcheulerdiscrete": "euler",
@@ -60,8 +59,9 @@ def make_tau(schedule: NoiseSchedule, text: str, num_steps: int) -> Tau:
     """
     grids = GRIDS | OWN_LENGTH
     own = _name(text) in OWN_LENGTH
-    choice = options.parse("tau", text, grids, leading=1 if own else 2)
-    if missing := choice.missing(leading=1 if own else 2):
+    leading = 1 if own else 2
+    choice = options.parse("tau", text, grids, leading)
+    if missing := choice.missing(leading):
         example = {"times": "1000,500,250", "counts": "10,15,20"}.get(missing[0], "VALUE")
         raise InputError(f"tau {choice.name} needs {missing[0]}; write {choice.name}:{missing[0]}={example}")
     return choice.function(schedule, *[num_steps] * (not own), **choice.options)
@@ -95,7 +95,7 @@ def make_table(
         or the path of a table that `SamplerTable.to_json` wrote ("mine.json"), which has its own grid.
       num_steps, tau: see `make_tau`.
       eta: short for the option of that name; None leaves it to the text.
-      resources: what the sampler may need besides.
+      resources: options that are estimated and not written; see `Resources`.
 
     Raises:
       InputError: an unknown name or option, a value out of its range, an option without its value, a file that is no
@@ -205,17 +205,13 @@ def _read_table(path, schedule, eta):
         raise InputError(f"--eta does nothing for the table in {path}; leave it out")
     try:
         table = from_json(file.read_text())
+        if table.tau[0] < table.tau[-1]:
+            raise InputError(f"{table.name} goes from images to noise and draws none")
+        timesteps.check(schedule, table.tau)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"sampler file {path} cannot be read ({error}); "
-            "write it with SamplerTable.to_json, or take a name of --list"
+            f"sampler file {path} cannot be read ({error}); write it with SamplerTable.to_json, or name a sampler"
         ) from None
-    except InputError as error:
-        raise InputError(f"sampler file {path}: {error}") from None
-    if table.tau[0] < table.tau[-1]:
-        raise InputError(f"sampler file {path} holds {table.name}, which goes from images to noise and draws none")
-    try:
-        timesteps.check(schedule, table.tau)
     except InputError as error:
         raise InputError(f"sampler file {path}: {error}") from None
     if not np.all((table.t > 0) & (table.t <= schedule.num_timesteps)) or not _has_levels(table, schedule):

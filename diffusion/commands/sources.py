@@ -10,7 +10,7 @@ from absl import flags
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from diffusion import guidance, pretrained
+from diffusion import pretrained
 from diffusion.commands import drawing, samplers
 from diffusion.commands.experiment import load_data
 from diffusion.commands.shared_flags import SHIPPED
@@ -19,7 +19,7 @@ from diffusion.errors import InputError
 from diffusion.files import digest
 from diffusion.guidance import Guidance
 from diffusion.learning import analytic
-from diffusion.model import Trained
+from diffusion.model import Model, Trained
 from diffusion.pretrained import weights
 from diffusion.solvers import SamplerTable
 from diffusion.timesteps import GRIDS
@@ -69,7 +69,14 @@ class Source(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """A source and the sampler that draws from it: a table, on the grid named tau with steps steps asked for."""
+    """A source and the sampler that draws from it.
+
+    Attributes:
+      source: the model.
+      table: the sampler.
+      sampler, steps, tau: the names and the number that the table was asked for by; a table from a file has its own
+        grid, and steps 0 and tau "".
+    """
 
     source: Source
     table: SamplerTable
@@ -80,14 +87,14 @@ class Sampling(NamedTuple):
     def title(self, num: int) -> str:
         """Says in one line which model draws how many images with what."""
         source = f"{self.source.name}, step {self.source.trained.step:,}"
-        on = "" if samplers.is_file(self.sampler) else f" on {self.tau}"
+        on = f" on {self.tau}" if self.tau else ""
         return f"{source}: {num:,} images with {self.table.name}{on}, {self.table.nfe} network calls"
 
     def notes(self) -> Iterator[str]:
         """Yields what a user may not expect of the images."""
         table, schedule = self.table, self.source.trained.model.schedule
         steps, start = len(table.tau) - 1, table.tau[0]
-        if self.tau in GRIDS and steps != self.steps and not samplers.is_file(self.sampler):
+        if self.tau in GRIDS and steps != self.steps:
             yield f"tau {self.tau} makes {steps} steps of --steps={self.steps}"
         if start < schedule.num_timesteps:
             yield (
@@ -168,12 +175,15 @@ def open_source() -> Source:
         rule=given.guidance_rule,
     )
     guide.check(cond=None, acts=False)
-    _check_effect(given, trained)
+    _check_effect(given, trained, guide.acts())
+    sha256 = digest(trained.params)
     if given.guidance_model is not None:
-        weaker = _open_weaker(given.guidance_model, trained)
+        weaker = _open_weaker(given.guidance_model, trained.model)
         settings["guidance_model_sha256"] = digest(weaker.params)
+        if settings["guidance_model_sha256"] == sha256:
+            raise InputError("--guidance_model is the model itself, which changes nothing; name a weaker one")
         guide = guide.replace(reference_fn=weaker.model.apply_fn, reference_params=weaker.params)
-    return Source(name, home, trained, digest(trained.params), settings, guide, labels, given.seed)
+    return Source(name, home, trained, sha256, settings, guide, labels, given.seed)
 
 
 def make_sampling(source: Source, sampler: str, steps: int, tau: str, eta: float | None = None) -> Sampling:
@@ -183,6 +193,8 @@ def make_sampling(source: Source, sampler: str, steps: int, tau: str, eta: float
       InputError: an unknown name, a value out of its range, or a sampler that the model cannot serve.
     """
     model = source.trained.model
+    if samplers.is_file(sampler):
+        steps, tau = 0, ""  # the table has its own grid
     table = samplers.make_table(model.schedule, sampler, steps, tau, eta=eta, resources=source.resources())
     samplers.check_fits(table, model)
     if source.guidance.acts():
@@ -200,7 +212,6 @@ def open_sampling() -> Sampling:
         useless = [name for name in ("steps", "tau") if given[name].value is not None]
         if useless:
             raise InputError(f"the table in {sampler} has its own grid; leave out --{useless[0]}")
-        return make_sampling(source, sampler, 0, "", given.eta)
     return make_sampling(source, sampler, samplers.chosen_steps(tau, given.steps, config.steps), tau, given.eta)
 
 
@@ -222,7 +233,7 @@ def _open(workdir, ema):
     return workdir or f"the {SHIPPED} model that ships", home, trained
 
 
-def _open_weaker(path, trained: Trained) -> Trained:
+def _open_weaker(path, model: Model) -> Trained:
     """Opens the model to push away from, which must be asked and read as the model itself."""
     if not path:
         raise InputError("--guidance_model names no model; give a run folder or a file of convert.py")
@@ -236,11 +247,9 @@ def _open_weaker(path, trained: Trained) -> Trained:
         return {"schedule": levels, "prediction": m.prediction, "image size": m.image_shape, "classes": m.conditions}
 
     theirs = facts(weaker.model)
-    for name, ours in facts(trained.model).items():
+    for name, ours in facts(model).items():
         if theirs[name] != ours:
             raise InputError(f"--guidance_model={path} differs from the model in its {name}, which must be the same")
-    if digest(weaker.params) == digest(trained.params):
-        raise InputError(f"--guidance_model={path} is the model itself, which changes nothing; name a weaker one")
     return weaker
 
 
@@ -254,7 +263,7 @@ def _interval(texts):
     return low, high
 
 
-def _check_effect(given, trained):
+def _check_effect(given, trained, guides):
     """Refuses flags that would have no effect, and guidance that the model has not learned."""
     guiding = [name for name in given if name.startswith("guidance_") and given[name].value != given[name].default]
     others = [name for name in guiding if name != "guidance_scale"]
@@ -263,11 +272,10 @@ def _check_effect(given, trained):
             raise InputError(f"this model has no classes: leave out --{guiding[0]}")
         if trained.config.train.label_dropout == 0:
             raise InputError(
-                f"this model was trained with config.train.label_dropout=0 and so has not learned what no class means, "
+                "this model was trained with config.train.label_dropout=0 and so has not learned what no class means, "
                 f"which guidance needs: leave out --{guiding[0]}, or train with label_dropout above 0"
             )
-    acts = given.guidance_scale != 1 or given.guidance_rule.partition(":")[0] in guidance.ACT_AT_ONE
-    if others and not acts:
+    if others and not guides:
         raise InputError(f"--{others[0]} does nothing at --guidance_scale=1; give a scale, or leave it out")
     if given.clip == "none" and given.dynamic_threshold is not None:
         raise InputError("--clip=none and --dynamic_threshold exclude each other; leave one out")

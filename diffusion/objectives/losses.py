@@ -18,6 +18,7 @@ from diffusion.denoiser import Network, log_variance_between, split_variance
 from diffusion.errors import InputError
 from diffusion.gaussian import signal_noise
 from diffusion.objectives.bound import bound_steps, step_bits
+from diffusion.objectives.weightings import Weights
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import Images
 
@@ -64,9 +65,6 @@ class Loss(NamedTuple):
     error: Float[Array, "B"]
 
 
-LossWeights = Float[np.ndarray, "T+1"]
-
-
 def stratified_timesteps(
     uniforms: Float[Array, "B"], index: Int[Array, "B"], batch_size: int, num_timesteps: int
 ) -> Int[Array, "B"]:
@@ -89,9 +87,7 @@ def stratified_timesteps(
     return jnp.minimum(jnp.floor(share * num_timesteps).astype(int), num_timesteps - 1) + 1
 
 
-def simple_loss(
-    batch: Batch, schedule: NoiseSchedule, prediction: str = "eps", weights: LossWeights | None = None
-) -> Loss:
+def simple_loss(batch: Batch, schedule: NoiseSchedule, prediction: str = "eps", weights: Weights | None = None) -> Loss:
     """Returns DDPM's L_simple: the squared error of the prediction at one random t a sample, weighted.
 
     DDPM, arXiv:2006.11239, Eq. 14.
@@ -115,7 +111,7 @@ def hybrid_loss(
     batch: Batch,
     schedule: NoiseSchedule,
     prediction: str = "eps",
-    weights: LossWeights | None = None,
+    weights: Weights | None = None,
     vlb_weight: float = 0.001,
 ) -> Loss:
     """Returns L_simple + vlb_weight L_vlb, which learns the variance as well (improved DDPM, arXiv:2102.09672, Eq. 16).
