@@ -1,48 +1,6 @@
-"""Writes a trained run to one file: `python convert.py --workdir=runs/digits --out=digits.safetensors`.
+"""Writes a trained run to one file; the program is diffusion/commands/convert.py, and --help lists its flags."""
 
-The file holds one EMA of the parameters, the config and, with --figures=FILE.json, what was measured. sample.py and
-evaluate.py take it as --workdir.
-"""
-
-import json
-from pathlib import Path
-
-from absl import flags
-
-from diffusion.commands import cli
-from diffusion.errors import InputError
-from diffusion.pretrained import weights
-from diffusion.training import run_folder
-from diffusion.training.run_folder import load_trained
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")
-_EMA = flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
-_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "File to write, NAME.safetensors. Default: one named after the run folder.")
-_FIGURES = flags.DEFINE_string("figures", None, "JSON file with figures to keep as well, as evaluate.py writes them.")
-
-
-def main() -> None:
-    folder = run_folder.existing(_WORKDIR.value) if _WORKDIR.value else run_folder.newest("runs")
-    if folder is None:
-        raise InputError("there is no run in runs/; train one with `python train.py`, or name one with --workdir")
-    out = Path(_OUT.value or f"{folder.path.name}{weights.SUFFIX}").expanduser()
-    if out.suffix != weights.SUFFIX:
-        raise InputError(f"out is {str(out)!r}; its name must end in {weights.SUFFIX}")
-    figures = _read_figures(_FIGURES.value) if _FIGURES.value else {}
-    trained = load_trained(folder, _EMA.value or "", _STEP.value)
-    weights.save(out, trained, figures)
-    size = out.stat().st_size / 2**20
-    print(f"{folder.path}, step {trained.step:,}, EMA {trained.ema}: wrote {out}, {size:.2f} MiB")
-
-
-def _read_figures(path):
-    """Returns what a JSON file holds."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"figures {path} cannot be read as JSON ({error})") from None
-
+from diffusion.commands import convert
 
 if __name__ == "__main__":
-    cli.start(main)
+    convert.launch()

@@ -1,4 +1,4 @@
-"""Packaging. `pip install -e .` installs the library; train.py, sample.py and evaluate.py run from a clone."""
+"""Packaging. `pip install .` installs the library, its programs (`python -m diffusion.train`) and the configs."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ setup(
         "Topic :: Scientific/Engineering :: Image Processing",
         "Typing :: Typed",
     ],
-    packages=find_packages(include=["diffusion", "diffusion.*"]),
+    packages=find_packages(include=["diffusion", "diffusion.*", "configs"]),
     package_data={"diffusion": ["py.typed"], "diffusion.pretrained": ["*.safetensors"]},
     python_requires=">=3.11",
     install_requires=[

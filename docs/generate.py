@@ -35,7 +35,7 @@ print(json.dumps({"about": program.__doc__.partition("\\n\\n")[0], "flags": [
     {"module": module, "name": flag.name, "takes": flag.flag_type(), "default": flag.default, "help": flag.help,
      "bounds": bounds(flag)}
     for module, found in flags.FLAGS.flags_by_module_dict().items() for flag in found
-    if module.partition(".")[0] in ("diffusion", sys.argv[1])
+    if module.partition(".")[0] == "diffusion"
 ]}))
 """
 
@@ -47,8 +47,10 @@ def fill(page: str) -> str:
 
 
 def public_modules() -> list[str]:
-    """Returns the names of all modules of the library that hold something and have no leading underscore."""
+    """Returns the names of all modules of the library, but not of its programs: diffusion/train.py and the like."""
+    programs = {path.name for path in ROOT.glob("*.py")}
     paths = [path for path in sorted((ROOT / "diffusion").glob("**/*.py")) if path.stat().st_size]
+    paths = [path for path in paths if path.parent.name != "diffusion" or path.name not in programs]
     parts = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
     names = [".".join(part).removesuffix(".__init__") for part in parts]
     return sorted(name for name in names if "._" not in name and name != "diffusion")
@@ -138,7 +140,7 @@ KINDS = {"modules": modules, "flags": flags, "fields": fields, "recipes": recipe
 
 
 def _dump_flags(program):
-    command = [sys.executable, "-c", DUMP_FLAGS, program.removesuffix(".py")]
+    command = [sys.executable, "-c", DUMP_FLAGS, f"diffusion.commands.{program.removesuffix('.py')}"]
     # The parent's JAX may hold the accelerator.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -48,7 +48,7 @@ def test_the_page_of_recipes_has_every_config(generate):
 def test_the_page_of_commands_has_the_flags_of_a_program_and_none_of_its_libraries(generate):
     section = generate.fill("<!-- generated: flags train.py -->").split("\n## ")[0]
     listed = re.findall(r"^`--(\w+)`$", section, re.MULTILINE)
-    defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "train.py").read_text())
+    defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "diffusion/commands/train.py").read_text())
     assert set(defined) <= set(listed)
     assert not {"verbosity", "help", "log_dir"} & set(listed)
 

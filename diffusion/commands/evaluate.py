@@ -1,0 +1,264 @@
+"""Measures a trained model: `python evaluate.py --samplers=ddim,ddpm --steps=5,10,25 --etas=0,1`.
+
+Draws as many samples as there are real images (or --num) with every sampler, number of steps and eta, and compares them
+with the real ones in a space of features: pixels, a classifier trained on the data, or Inception. Only the distance in
+Inception's space is called FID. Writes evaluation.csv, evaluation.json (everything needed to repeat a row) and
+evaluation.png; the same command goes on with the row where it was stopped.
+
+`python evaluate.py --bound=10,25` prints the variational bound of the data in bits per dimension instead, for each
+variance and number of steps, and writes bound.json with the part of every step. `--likelihood=25,50` prints the data's
+likelihood under the probability flow, solved in 25 and in 50 steps, and writes likelihood.json.
+"""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pooch
+from absl import flags
+from tqdm import tqdm
+
+from diffusion import __version__, data, devices, files, options
+from diffusion.commands import cli, experiment, plots, samplers, shared_flags, sources, sweep
+from diffusion.errors import InputError, nearest
+from diffusion.evaluation import bound, features, likelihood
+
+SPACES = ("classifier", "inception", "pixels")
+LONG_NAMES = {
+    "frechet": "Fréchet distance, {}",
+    "kernel": "kernel distance, {}",
+    "score": "class score, {}",
+    "prdc": "precision, {}",
+}
+
+shared_flags.define_source_flags()
+_SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, with commas. Default: the run's.")
+_STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default: the run's config.sample.steps (25).")
+_ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
+_TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as sample.py's --tau. Default: config.sample.tau.")
+_FEATURES = flags.DEFINE_string("features", None, "pixels, classifier or inception. Default: pixels for digits.")
+_METRICS = flags.DEFINE_list(
+    "metrics",
+    ["frechet", "prdc"],
+    "frechet, kernel, score, prdc; in Inception's space the first three are fid, kid, is.",
+)
+_INCEPTION = flags.DEFINE_string("inception", None, "File of the standard Inception weights. Default: downloaded.")
+_SPLIT = flags.DEFINE_string("split", None, "Part of the data to measure or compare with, as test. Default: the run's.")
+_NUM = flags.DEFINE_integer(
+    "num", None, "Number of samples. Default: as many as real images.", lower_bound=65, upper_bound=10**6
+)
+_FIRST = flags.DEFINE_integer("first", None, "Images that --bound and --likelihood take. Default: all.", lower_bound=1)
+_BOUND = flags.DEFINE_list("bound", None, "Print the variational bound with each of these numbers of steps, as 10,25.")
+_LIKELIHOOD = flags.DEFINE_list(
+    "likelihood", None, "Print the likelihood under the probability flow with each of these numbers of steps, as 25,50."
+)
+_OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
+
+OF_SAMPLES = ("samplers", "steps", "etas", "features", "metrics", "inception", "num", "labels", "dynamic_threshold")
+OF_SAMPLES += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
+"""The flags that only matter if samples are drawn."""
+
+
+def main() -> None:
+    devices.prepare()
+    if _BOUND.value is None and _LIKELIHOOD.value is None:
+        _refuse(["first"], "goes with --bound and --likelihood")
+    else:
+        _refuse(OF_SAMPLES, "is for samples, which --bound and --likelihood do not draw")
+    if _BOUND.value is None and _LIKELIHOOD.value is not None:
+        _refuse(["tau", "clip"], "goes with --bound or samples, not with --likelihood alone")
+    source = sources.open_source()
+    out = Path(_OUT.value or source.home).expanduser()
+    if _BOUND.value is None and _LIKELIHOOD.value is None:
+        measure_samples(source, out)
+    if _BOUND.value is not None:
+        measure_bound(source, out)
+    if _LIKELIHOOD.value is not None:
+        measure_likelihood(source, out)
+
+
+def measure_samples(source: sources.Source, out: Path) -> None:
+    """Measures the samples of each row; finds what is wrong with flags, model or data before the first is drawn."""
+    # The rows, and a table for each.
+    config = source.trained.config
+    tau = config.sample.tau if _TAU.value is None else _TAU.value
+    names = options.split(config.sample.sampler if _SAMPLERS.value is None else _SAMPLERS.value)
+    steps = None if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
+    steps = samplers.chosen_steps(tau, steps, [config.sample.steps])
+    entries = sweep.plan(names, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [])
+    # What the samples are compared with, and by which figures.
+    name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
+    metrics = features.plain_names(_METRICS.value, name)
+    if all(samplers.is_file(name) for name in names):
+        _refuse(["steps", "tau"], "does nothing for tables in files, which have their own grid")
+    samplings = [sources.make_sampling(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
+    real, split = _real_images(config)
+    num = _NUM.value or len(real.images)
+    space = _space(name, real)
+    with files.locked(out, "measuring into", ".evaluation.lock"):
+        results = sweep.Results(out)
+        reference = features.make_reference(space, real, _cache(), split=split)
+        # Print the table; rows that the files have from an earlier start are not measured again.
+        print(f"{_of(source)}: {num:,} samples against {len(real.images):,} real images")
+        if "accuracy" in space.facts:
+            print(f"the classifier is right about {space.facts['accuracy']:.1%} of the images that it was not shown")
+        shown = [figure for metric in metrics for figure in features.figure_names(metric, space.name)]
+        print(f"{'sampler':32} {'steps':>5} {'calls':>5} " + " ".join(f"{figure:>18}" for figure in shown))
+        facts = {"num": num, "features": space.key, "split": split, "data": data.fingerprint(real)}
+        rows = []
+        for entry, sampling in zip(entries, samplings, strict=True):
+            record = {**sampling.record(), "eta": entry.eta, **facts}
+            row = results.find(record, metrics)
+            if row is None:
+                row = _measure(sampling, num, space, reference, metrics, results, record)
+            values = [row["metrics"][figure] for figure in shown]
+            print(_line(entry, sampling, values), flush=True)
+            rows.append((entry.label(), sampling.table.nfe, values[0]))
+    _plot(out, source, rows, metrics[0], space.name)
+    print(f"wrote evaluation.csv, evaluation.json and evaluation.png in {out}")
+
+
+def _measure(sampling, num, space, reference, metrics, results, record):
+    """Draws the samples of a row, measures them and writes it down."""
+    for note in sampling.notes():
+        print(f"note: {note}")
+    # Draw.
+    start, batches = time.perf_counter(), []
+    with tqdm(total=num, unit="image", desc=sampling.table.name, leave=False, disable=None) as progress:
+        for images in sampling.draw(range(num), devices.data_mesh(), flags.FLAGS.batch_size):
+            batches.append(images)
+            progress.update(len(images))
+    seconds = time.perf_counter() - start
+    # Measure.
+    found = space.extract(np.concatenate(batches))
+    if note := features.too_few(reference, found):
+        print(f"note: {note}")
+    values = features.measure(reference, found, metrics)
+    # Write down, with how it went.
+    versions = {"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__}
+    facts = {"seconds": round(seconds, 3), "versions": versions, "space": {"name": space.name, **space.facts}}
+    return results.add(record, metrics, values, facts)
+
+
+def measure_bound(source: sources.Source, out: Path) -> None:
+    """Prints and writes the variational bound of the data in bits per dimension, with each variance the model has."""
+    # What to measure, on which grids.
+    steps = _numbers("bound", _BOUND.value, int)
+    images, split = _first_images(source)
+    tau = source.trained.config.sample.tau if _TAU.value is None else _TAU.value
+    clip = source.settings["clip"]
+    schedule = source.trained.model.schedule
+    if tau.partition(":")[0] in samplers.OWN_LENGTH:
+        raise InputError(f"--bound gives the number of steps, and tau {tau} has its own; name a grid, as uniform")
+    grids = [samplers.make_tau(schedule, tau, count) for count in steps]
+    # A row for each variance and number of steps.
+    print(f"{_of(source)}: variational bound of {len(images.images):,} images of its data on {tau}, clip {clip}")
+    key = jax.random.key(source.seed)
+    rows = bound.bits_table(source.trained, images, key, grids=grids, clip=clip)
+    print(f"{'variance':10} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
+    for row in rows:
+        print(f"{row.variance:10} {row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
+    _write_bits(source, out / "bound.json", images, rows, split=split, grid=tau, clip=clip)
+
+
+def measure_likelihood(source: sources.Source, out: Path) -> None:
+    """Prints and writes the likelihood of the data in bits per dimension under the flow that DDIM discretizes."""
+    steps = _numbers("likelihood", _LIKELIHOOD.value, int)
+    images, split = _first_images(source)
+    print(f"{_of(source)}: likelihood of {len(images.images):,} images of its data under the probability flow")
+    rows = likelihood.bits_table(source.trained, images, jax.random.key(source.seed), steps=steps)
+    print(f"{'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
+    for row in rows:
+        print(f"{row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
+    _write_bits(source, out / "likelihood.json", images, rows, split=split)
+
+
+def _of(source):
+    """Says which model is measured."""
+    return f"{source.name}, step {source.trained.step:,}"
+
+
+def _refuse(names, why):
+    """Raises InputError for a flag that was given and would have no effect."""
+    for name in names:
+        if not flags.FLAGS[name].using_default_value:
+            raise InputError(f"--{name} {why}; leave it out")
+
+
+def _real_images(config):
+    """Returns (data, split): what the run was trained on, or with --split another part of the same source."""
+    section = config.data.copy_and_resolve_references()
+    if _SPLIT.value is not None:
+        section.split = _SPLIT.value
+    return experiment.load_data(section), section.split
+
+
+def _first_images(source):
+    """Returns (data, split) as `_real_images` does; with --first only so many images."""
+    (real, split), first = _real_images(source.trained.config), _FIRST.value
+    if first is None:
+        return real, split
+    if first > len(real.images):
+        raise InputError(f"--first={first} is more than the {len(real.images)} images of the data")
+    labels = None if real.labels is None else real.labels[:first]
+    return real._replace(images=real.images[np.arange(first)], labels=labels), split
+
+
+def _write_bits(source, path, images, rows, **facts):
+    """Writes the rows to a JSON file, with everything that is needed to repeat them."""
+    trained = source.trained
+    record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "weights_sha256": source.sha256}
+    record |= {"seed": source.seed, "num": len(images.images), **facts, "rows": [row._asdict() for row in rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, record)
+    print(f"wrote {path}")
+
+
+def _space(name, real):
+    """Returns the space of features of that name."""
+    if name not in SPACES:
+        raise InputError(f"features is {name!r}; {nearest(name, SPACES)}")
+    if _INCEPTION.value and name != "inception":
+        raise InputError(f"--inception goes with --features=inception, not {name}")
+    if name == "inception":
+        return features.inception(_INCEPTION.value)
+    return features.classifier(real, _cache()) if name == "classifier" else features.pixels()
+
+
+def _cache():
+    """Returns the folder that keeps statistics of real images, and classifiers, for all runs of this user."""
+    return Path(pooch.os_cache("diffusion"), "evaluation")
+
+
+def _numbers(flag, texts, kind):
+    """Returns the numbers in the value of a flag; raises InputError for anything else."""
+    try:
+        if texts:
+            return [kind(text) for text in texts]
+    except ValueError:
+        pass
+    example = "5,10,25" if kind is int else "0,0.5,1"
+    raise InputError(f"{flag} is {','.join(texts)!r}; write numbers as {example}") from None
+
+
+def _line(entry, sampling, values):
+    """Returns a row of the printed table."""
+    steps = len(sampling.table.tau) - 1
+    return f"{entry.label():32} {steps:5} {sampling.table.nfe:5} " + " ".join(f"{value:18.4f}" for value in values)
+
+
+def _plot(out, source, rows, metric, space):
+    """Plots the first figure of each row against its network calls, with a curve for each sampler."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for label, calls, value in rows:
+        series.setdefault(label, []).append((calls, value))
+    name = LONG_NAMES[metric].format(space)
+    if space == "inception":
+        name = {"frechet": "FID", "kernel": "KID", "score": "Inception Score"}.get(metric, "precision")
+    plots.curves(out / "evaluation.png", series, xlabel="network calls", ylabel=name, title=_of(source))
+
+
+def launch() -> None:
+    """Runs the program with the flags of the command line; never returns."""
+    cli.start(main)

@@ -1,0 +1,226 @@
+"""Trains a diffusion model: `python train.py --config=configs/cifar.py`, or without a config the embedded digits.
+
+The run folder (runs/<config name>, or --workdir) gets config.json, environment.json, checkpoints, metrics.csv,
+TensorBoard events and sample grids. The same command resumes an interrupted run, from the newest checkpoint that is as
+it was written. Ctrl-C and SIGTERM save the step in progress; the exit codes are 130 and 75.
+
+Several processes train one model together when each gets --coordinator, --num_processes and --process_id, or
+--distributed where a cluster's own environment tells them.
+"""
+
+import contextlib
+import hashlib
+import json
+import shlex
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import config_flags
+
+from configs import default
+from diffusion import data, devices
+from diffusion.commands import cli
+from diffusion.commands.drawing import generate
+from diffusion.commands.experiment import Experiment, make_experiment
+from diffusion.errors import InputError
+from diffusion.images import sheet, write_png
+from diffusion.model import sampling_clip
+from diffusion.training import checkpoints, environment, run_folder
+from diffusion.training.loop import Run, train
+from diffusion.training.recorder import Recorder, Silent
+from diffusion.training.step import TrainState, ema_name, make_train_step
+from diffusion.training.stop import Stopped, StopRequest
+
+DEFAULT_CONFIG = Path(default.__file__).parent / "digits.py"
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file. Any field: --config.train.num_steps=100")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: runs/<config name>.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to RUN/profile, for TensorBoard or XProf.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several train one model.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train one model.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this one, from 0.", lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes that Slurm or the like has started.")
+
+
+def main() -> int:
+    devices.prepare()
+    if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+        devices.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
+        raise InputError("--num_processes and --process_id go with --coordinator=HOST:PORT")
+    # After jax.distributed, which hears SIGTERM itself.
+    with StopRequest() as stop:
+        if jax.process_count() > 1:
+            stop.defer()  # all stop after the same step
+        try:
+            return start(stop)
+        except Stopped:
+            print("stopped before the first step; nothing is lost")
+            return stop.exit_code
+
+
+def start(stop: StopRequest) -> int:
+    """Builds what the config asks for, which finds its mistakes before anything is written, and goes on to `run`."""
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    folder = run_folder.RunFolder(_WORKDIR.value or Path("runs", name))
+    experiment = make_experiment(_CONFIG.value)
+    with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
+        return run(experiment, folder, stop)
+
+
+def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest) -> int:
+    """Starts or resumes the run; returns the exit code."""
+    config, plan, model, mesh = experiment.config, experiment.plan, experiment.model, experiment.mesh
+    metadata = describe(experiment)
+    key = jax.random.key(config.seed)
+
+    # The state: a new one, or that of the newest good checkpoint.
+    begin = folder.latest_step()
+    require_agreement({**metadata, "checkpoint": begin}, folder)
+    state = open_state(experiment, folder, begin, metadata)
+    begin = begin or 0
+    # A run stopped while it drew its last sheet still has that to do.
+    if begin >= plan.num_steps and (begin > plan.num_steps or folder.sheet(begin).exists()):
+        say(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
+        return 0
+    count = sum(p.size for p in jax.tree.leaves(state.params))
+    say(f"resuming {folder.path} at step {begin:,}" if begin else f"training {folder.path}")
+    say(f"{metadata['num_examples']:,} images {model.image_shape}, {count:,} parameters, {devices.describe(mesh)}")
+
+    # What the loop works with.
+    keys = jax.random.fold_in(key, 1)
+    train_step = make_train_step(model, experiment.objective, experiment.optimizer, mesh, keys, experiment.step_options)
+    if jax.process_index() == 0:
+        folder.create(config, environment.describe(mesh, begin))
+    recorder = Recorder(folder.path, begin) if jax.process_index() == 0 else Silent()
+    writer = checkpoints.CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_best, begin)
+    with writer, recorder:
+        work = Run(
+            train_step=train_step,
+            batches=placed_batches(experiment, begin),
+            learning_rate=experiment.rate,
+            recorder=recorder,
+            writer=writer,
+            metadata=metadata,
+            draw_sheet=sheet_drawer(experiment, folder, recorder),
+            examples=lambda step: data.batch_indices(metadata["num_examples"], plan.batch_size, config.seed, step),
+            stop=stop,
+            profile=folder.profile if _PROFILE.value else None,
+        )
+        state, finished = train(state, plan, work)
+
+    # Where it ended.
+    if not finished:
+        say(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
+        return stop.exit_code
+    workdir = shlex.quote(str(folder.path))
+    say(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={workdir}")
+    return 0
+
+
+def say(line: str) -> None:
+    """Prints a line, from the first process only."""
+    if jax.process_index() == 0:
+        print(line)
+
+
+def describe(experiment: Experiment) -> dict:
+    """Returns what every checkpoint says of the run, and a resumed run must agree with."""
+    return {
+        "config": experiment.config.to_dict(),
+        "image_shape": tuple(map(int, experiment.dataset.images.shape[1:])),
+        "num_examples": len(experiment.dataset.images),
+        "class_names": experiment.dataset.class_names,
+        "data": data.fingerprint(experiment.dataset),
+    }
+
+
+def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int | None, metadata: dict) -> TrainState:
+    """Returns the state to start from, laid over the devices.
+
+    Raises:
+      InputError: the checkpoint was trained otherwise.
+    """
+    key = jax.random.key(experiment.config.seed)
+    shapes = jax.eval_shape(experiment.make_state, key)
+    shardings = devices.state_sharding(experiment.mesh, shapes)
+    if begin is None:
+        return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
+    defaults = {"config": default.get_config().to_dict()}
+    run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return checkpoints.load_state(folder.checkpoints, begin, like)
+
+
+def require_agreement(facts: dict, folder: run_folder.RunFolder) -> None:
+    """Raises InputError in all processes of a run if they differ in what they are about to train."""
+    if jax.process_count() == 1:
+        return
+    local = ("path", "workers", "max_memory")  # of each host
+    of_data = {name: value for name, value in facts["config"]["data"].items() if name not in local}
+    facts = {**facts, "config": {**facts["config"], "data": of_data}}
+    digests = [hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest()[:4] for fact in facts.values()]
+    mine = np.array([int.from_bytes(digest) for digest in digests], np.uint32)
+    found = multihost_utils.process_allgather(mine)
+    different = [name for name, column in zip(facts, found.T, strict=True) if len(set(column.tolist())) > 1]
+    if different:
+        raise InputError(
+            f"the processes of the run differ in {', '.join(different)}; all need the same command, the same images "
+            f"and the same file system for {folder.path}"
+        )
+
+
+def placed_batches(experiment: Experiment, begin: int):
+    """Yields (images, labels or None) of each step on the devices; every process loads its own rows."""
+    config, mesh, size = experiment.config, experiment.mesh, experiment.plan.batch_size
+    options = {"flip": config.data.flip, "workers": config.data.workers, "rows": devices.local_rows(mesh, size)}
+    local = data.batches(experiment.dataset, batch_size=size, seed=config.seed, start=begin, **options)
+    sharding = devices.batch_sharding(mesh)
+
+    def place(part):
+        return jax.make_array_from_process_local_data(sharding, part, (size, *part.shape[1:]))
+
+    conditional = experiment.model.conditions is not None
+    with contextlib.closing(local):
+        for batch in local:
+            yield place(batch.images), place(batch.labels) if conditional else None
+
+
+def sheet_drawer(
+    experiment: Experiment, folder: run_folder.RunFolder, recorder: Recorder | Silent
+) -> Callable[[TrainState], None]:
+    """Returns state -> None: the first process draws samples of the first EMA. A sheet that fails ends no run."""
+    model, config = experiment.model, experiment.config
+    ema = ema_name(experiment.step_options.ema_decays[0])
+    gather = jax.jit(lambda params: params, out_shardings=NamedSharding(experiment.mesh, PartitionSpec()))
+
+    def draw(state):
+        step = int(state.step)
+        path = folder.sheet(step)
+        params = jax.tree.map(lambda x: x.addressable_data(0), gather(state.ema_params[ema]))
+        if jax.process_index() > 0 or path.exists():
+            return
+        labels = () if model.conditions is None else range(model.conditions.null)
+        shared = {"seed": config.seed, "labels": labels, "clip": sampling_clip(config, model)}
+        ids = range(config.sample.num)
+        drawn = generate(model, params, experiment.table, ids, mesh=devices.data_mesh(), **shared)
+        try:
+            picture = sheet(np.concatenate(list(drawn)))
+        except (InputError, jax.errors.JaxRuntimeError) as error:  # weights gone astray for a while, or no memory
+            warnings.warn(f"no sheet of step {step:,}: {str(error).splitlines()[0][:200]}", stacklevel=2)
+            return
+        write_png(path, picture)
+        recorder.image("samples", picture, step)
+
+    return draw
+
+
+def launch() -> None:
+    """Runs the program with the flags of the command line; never returns."""
+    cli.start(main, default_config=str(DEFAULT_CONFIG))
