@@ -125,6 +125,13 @@ def write_atomically(path: str | os.PathLike, content: bytes, within: str | os.P
       InputError: there is such a link.
       OSError: the file cannot be written.
     """
+    with open_atomically(path, within) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def open_atomically(path: str | os.PathLike, within: str | os.PathLike | None = None) -> Iterator[BinaryIO]:
+    """Opens a file to be written part by part; it appears whole when the context ends, as with `write_atomically`."""
     path = Path(path)
     if within is not None:
         refuse_links(path, within)
@@ -132,7 +139,7 @@ def write_atomically(path: str | os.PathLike, content: bytes, within: str | os.P
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, UInt8
 
 from diffusion.data import Dataset, batch_indices, fingerprint
 from diffusion.errors import InputError, require_range
+from diffusion.evaluation.metrics import prdc
 from diffusion.files import digest, write_atomically
 from diffusion.images import to_floats
 
@@ -37,7 +38,10 @@ HELD_OUT = 0.2
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 DROPOUT = 0.3
-_FORMAT, _ENTRY = "jax-fast-diffusion classifier 1", "classifier"
+JUDGED = 1000
+"""At most so many images of a kind show whether the features tell real images from noise."""
+
+_FORMAT, _ENTRY = "jax-fast-diffusion classifier 2", "classifier"
 
 
 class Outputs(NamedTuple):
@@ -60,6 +64,9 @@ class Classifier(NamedTuple):
       image_shape: (H, W, C) of the images that it judges.
       num_classes: number of classes K.
       accuracy: share of right answers on the images that it was not trained on, 0..1.
+      chance: the accuracy of always guessing the most frequent class.
+      held_out_precision: precision of those images beside those that it was trained on, 0..1, see `metrics.prdc`.
+      noise_precision: the same of uniform noise, which should be 0.
       data: `diffusion.data.fingerprint` of the data that it was trained on.
       seed, epochs: as given to `train`.
     """
@@ -68,6 +75,9 @@ class Classifier(NamedTuple):
     image_shape: tuple[int, int, int]
     num_classes: int
     accuracy: float
+    chance: float
+    held_out_precision: float
+    noise_precision: float
     data: str
     seed: int
     epochs: int
@@ -75,6 +85,22 @@ class Classifier(NamedTuple):
     def sha256(self) -> str:
         """Returns the identity of the parameters, as 64 hex digits."""
         return digest(self.params)
+
+    def doubts(self) -> list[str]:
+        """Returns a sentence for each reason not to trust figures in the space of its features."""
+        result = []
+        if self.accuracy < (1 + self.chance) / 2:
+            result.append(
+                f"the classifier is right about only {self.accuracy:.1%} of the images that it was not shown, where "
+                f"guessing is about {self.chance:.1%}; take more images of each class, or other features"
+            )
+        if self.noise_precision > 0.5:
+            result.append(
+                f"the classifier's features give uniform noise a precision of {self.noise_precision:.3f}, and real "
+                f"images {self.held_out_precision:.3f}, so that precision and density here do not tell noise from "
+                "images; take more images of each class, or other features"
+            )
+        return result
 
 
 class Network(nn.Module):
@@ -131,9 +157,9 @@ def train(dataset: Dataset, *, epochs: int = 20, seed: int = 0) -> Classifier:
     order = np.random.default_rng(seed).permutation(len(dataset.images))
     held_out, kept = np.split(order, [math.ceil(HELD_OUT * len(order))])
     params = _fit(dataset, np.sort(kept), num_classes, epochs, seed)
-    accuracy = _accuracy(params, dataset, np.sort(held_out), num_classes)
+    facts = _judge(params, dataset, np.sort(kept), np.sort(held_out), seed)
     shape = tuple(map(int, dataset.images.shape[1:]))
-    return Classifier(params, shape, num_classes, accuracy, fingerprint(dataset), seed, epochs)
+    return Classifier(params, shape, num_classes, **facts, data=fingerprint(dataset), seed=seed, epochs=epochs)
 
 
 def _fit(dataset, kept, num_classes, epochs, seed):
@@ -167,12 +193,30 @@ def _step(params, state, images, labels, drop, k, num_classes, steps):
     return optax.apply_updates(params, updates), state
 
 
-def _accuracy(params, dataset, chosen, num_classes):
-    right = 0
-    for part in np.array_split(chosen, math.ceil(len(chosen) / 500)):
-        logits = apply(params, dataset.images[part], num_classes).logits
-        right += int((np.asarray(logits).argmax(axis=1) == dataset.labels[part]).sum())
-    return right / len(chosen)
+def _judge(params, dataset, kept, held_out, seed):
+    """Returns how well a classifier knows images that it was not shown, and whether it takes noise for images."""
+    num_classes, counts = len(dataset.class_names), np.bincount(dataset.labels)
+
+    def outputs(images, places):
+        # In batches of one size, filled up with the last image, so that one compilation serves all.
+        parts = []
+        for start in range(0, len(places), BATCH_SIZE):
+            batch = places[np.minimum(np.arange(start, start + BATCH_SIZE), len(places) - 1)]
+            parts.append(jax.device_get(apply(params, images[batch], num_classes)))
+        return Outputs(*(np.concatenate(part)[: len(places)] for part in zip(*parts, strict=True)))
+
+    rng = np.random.default_rng(seed)
+    seen = outputs(dataset.images, np.sort(rng.permutation(kept)[:JUDGED])).features
+    others = outputs(dataset.images, held_out)
+    noise = rng.integers(0, 256, (min(JUDGED, len(kept)), *dataset.images.shape[1:]), np.uint8)
+    noise = outputs(noise, np.arange(len(noise))).features
+    k = min(5, len(seen) - 1, len(others.features) - 1)
+    return {
+        "accuracy": float((others.logits.argmax(axis=1) == dataset.labels[held_out]).mean()),
+        "chance": float(counts.max() / counts.sum()),
+        "held_out_precision": prdc(seen, others.features[:JUDGED], k).precision,
+        "noise_precision": prdc(seen, noise, k).precision,
+    }
 
 
 def save(path: str | os.PathLike, classifier: Classifier) -> None:
