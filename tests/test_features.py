@@ -317,18 +317,23 @@ def test_a_set_of_one_image_is_refused_before_anything_is_drawn():
             features.settings(features.METRICS, *sizes)
 
 
-def test_features_that_take_noise_for_images_or_do_not_know_the_classes_are_doubted(digits, trained, tmp_path):
-    assert trained.doubts() == []
+def test_features_that_take_noise_for_images_or_do_not_know_the_classes_are_doubted(trained):
+    assert trained.chance == pytest.approx(0.1, abs=0.01)
     assert trained.noise_precision < 0.3 < 0.8 < trained.held_out_precision
-    # Images whose classes mean nothing: the network learns nothing that tells an image from noise.
-    rng = np.random.default_rng(0)
-    images = np.kron(rng.uniform(0, 255, (100, 4, 4, 3)), np.ones((1, 2, 2, 1))).astype(np.uint8)
-    labels = rng.integers(0, 2, 100).astype(np.int32)
-    facts = features.classifier(Dataset(images, labels, ("a", "b")), tmp_path, epochs=2).facts
-    assert facts["noise_precision"] > 0.5
-    assert facts["accuracy"] < 0.75
-    assert "guessing" in facts["doubts"][0]
-    assert "uniform noise" in facts["doubts"][1]
+    assert trained.doubts() == []
+    (doubt,) = trained._replace(noise_precision=0.6).doubts()
+    assert "uniform noise a precision of 0.600" in doubt
+    (doubt,) = trained._replace(accuracy=0.54).doubts()
+    assert "right about only 54.0%" in doubt
+    assert trained._replace(accuracy=0.74, chance=0.5).doubts()
+    assert trained._replace(accuracy=0.76, chance=0.5).doubts() == []
+    # Without training the features of noise lie among those of images.
+    key = jax.random.key(0)
+    untrained = classifier._init(key, (8, 8, 1), 10, 449)[0]
+    dataset, places = data.load("digits"), np.arange(300)
+    facts = classifier._judge(untrained, dataset, places[:240], places[240:], 0)
+    assert facts["accuracy"] < 0.4
+    assert trained._replace(**facts).doubts()
 
 
 def test_a_network_that_is_not_there_is_refused(tmp_path):
