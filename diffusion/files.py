@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -63,8 +64,13 @@ def open_to_read(path: str | os.PathLike, within: str | os.PathLike | None = Non
 
 
 def open_to_append(path: str | os.PathLike, within: str | os.PathLike | None = None) -> BinaryIO:
-    """Opens a regular file that exists for appending, unbuffered; raises as `open_to_read` does."""
-    return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND, within), "ab", buffering=0)
+    """Opens a regular file that exists for appending; raises as `open_to_read` does."""
+    return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND, within), "ab")
+
+
+def create(path: str | os.PathLike, within: str | os.PathLike | None = None) -> BinaryIO:
+    """Makes a file that is not there yet, and opens it for writing; raises FileExistsError, or as `open_to_read`."""
+    return os.fdopen(_open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, within), "wb")
 
 
 def _open(path, flags, within):
@@ -99,12 +105,7 @@ def read_json(path: str | os.PathLike, limit: int = READ_LIMIT, within: str | os
 
 
 def make_folder(path: str | os.PathLike, within: str | os.PathLike | None = None) -> None:
-    """Makes a folder with its parents, unless it is there.
-
-    Raises:
-      InputError: a part of it below `within` is a link.
-      OSError: it cannot be made.
-    """
+    """Makes a folder with its parents unless it is there; raises InputError if a part below `within` is a link."""
     if within is not None:
         refuse_links(path, within)
     Path(path).mkdir(parents=True, exist_ok=True)
@@ -149,9 +150,7 @@ def open_atomically(path: str | os.PathLike, within: str | os.PathLike | None = 
 
 
 def write_json(
-    path: str | os.PathLike,
-    record: Mapping[str, Any] | Sequence[Any],
-    within: str | os.PathLike | None = None,
+    path: str | os.PathLike, record: Mapping[str, Any] | Sequence[Any], within: str | os.PathLike | None = None
 ) -> None:
     """Writes a readable JSON file as `write_atomically` does; NaN and infinity, which JSON lacks, become null."""
     write_atomically(path, (json.dumps(_finite(record), indent=2, allow_nan=False) + "\n").encode(), within)
@@ -166,12 +165,7 @@ def _finite(value):
 
 
 def remove(path: str | os.PathLike, within: str | os.PathLike | None = None) -> None:
-    """Removes a file if it is there; a link in its place goes, and what the link points to stays.
-
-    Args:
-      path: the file.
-      within: where given, a link between this folder and the file's own is refused.
-    """
+    """Removes a file if it is there; of a link in its place the target stays, and links to its folder are refused."""
     path = Path(path)
     if within is not None:
         refuse_links(path.parent, within)
@@ -207,16 +201,64 @@ def remove_temporaries(folder: str | os.PathLike, name: str, within: str | os.Pa
 
 
 def remove_folder(path: str | os.PathLike, within: str | os.PathLike | None = None) -> None:
-    """Removes a folder with all that is in it, if it is there; links in it go, and what they point to stays.
-
-    Args:
-      path: a folder that the caller itself has made.
-      within: where given, a link between this folder and the path, or in its place, is refused.
-    """
+    """Removes a folder that the caller has made, if it is there, but not what links in it point to."""
     if within is not None:
         refuse_links(path, within)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
+
+
+def keep_aside(path: str | os.PathLike, within: str | os.PathLike | None = None) -> Path:
+    """Renames a file to a free name beside it, metrics.csv to metrics-kept-1.csv, and returns where it is now."""
+    path = Path(path)
+    if within is not None:
+        refuse_links(path, within)
+    names = (path.with_name(f"{path.stem}-kept-{count}{path.suffix}") for count in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, aside)
+    return aside
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Puts a file, or the names in a folder, on disk, in case the machine loses power."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: str | os.PathLike) -> None:
+    """Puts a folder with all that is in it on disk."""
+    for path in [*Path(folder).rglob("*"), folder]:
+        sync(path)
+
+
+@contextlib.contextmanager
+def in_use(path: str | os.PathLike) -> Iterator[None]:
+    """Keeps a file from those who ask `unused` before they remove it; what cannot be opened or locked is not kept.
+
+    Any number of processes may use a file, which may have gone just before.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, InputError):
+            file = stack.enter_context(open_to_read(path))
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def unused(path: str | os.PathLike) -> Iterator[bool]:
+    """Yields whether nobody has the file `in_use`; while the `with` block lasts nobody begins to."""
+    with open_to_read(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # some network file systems have no locks
+            pass
+        yield True
 
 
 class Lock:

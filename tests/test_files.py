@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,10 +191,11 @@ def test_only_files_of_the_names_asked_for_are_removed(tmp_path, monkeypatch):
     files.remove_matching(tmp_path, r"\d{6}\.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:4], "000002.png"])
     # What a killed process leaves behind is such a name.
-    monkeypatch.setattr(os, "replace", lambda *_: os._exit(9))
-    if (child := os.fork()) == 0:
+    monkeypatch.setattr(os, "replace", lambda *_: sys.exit())
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(SystemExit):
         files.write_atomically(tmp_path / "a.csv", b"new")
-    os.waitpid(child, 0)
+    monkeypatch.undo()
     assert len(list(tmp_path.glob(".a.csv.*.unfinished"))) == 1
     files.remove_temporaries(tmp_path, r"a\.csv")
     assert not list(tmp_path.glob(".a.csv.*.unfinished"))
@@ -210,3 +213,22 @@ def test_a_lock_knows_that_its_folder_is_another_now(run, what):
                 assert other.is_ours()
                 assert not lock.is_ours()
         assert not lock.is_ours()
+
+
+def test_a_file_that_is_kept_aside_never_takes_the_place_of_another(tmp_path):
+    for content in ("1", "2"):
+        (tmp_path / "a.csv").write_text(content)
+        files.keep_aside(tmp_path / "a.csv", tmp_path)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a-kept-1.csv": "1", "a-kept-2.csv": "2"}
+
+
+def test_a_file_in_use_is_not_unused(tmp_path):
+    path = tmp_path / "a"
+    path.touch()
+    for _ in range(2):
+        with files.in_use(path), files.in_use(path), files.unused(path) as free:
+            assert not free
+        with files.unused(path) as free:
+            assert free
+    with files.in_use(tmp_path / "nothing"):
+        pass

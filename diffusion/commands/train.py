@@ -34,6 +34,7 @@ from diffusion.model import sampling_clip
 from diffusion.training import checkpoints, environment, run_folder
 from diffusion.training.loop import Run, train
 from diffusion.training.recorder import Recorder, Silent
+from diffusion.training.saving import CheckpointWriter
 from diffusion.training.step import TrainState, ema_name, make_train_step
 from diffusion.training.stop import Stopped, StopRequest
 
@@ -70,12 +71,12 @@ def start(stop: StopRequest) -> int:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     folder = run_folder.RunFolder(_WORKDIR.value or Path("runs", name))
     experiment = make_experiment(_CONFIG.value)
-    with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
-        return run(experiment, folder, stop)
+    with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:
+        return run(experiment, folder, stop, (lambda: True) if lock is None else lock.is_ours)
 
 
-def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest) -> int:
-    """Starts or resumes the run; returns the exit code."""
+def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest, is_ours: Callable[[], bool]) -> int:
+    """Starts or resumes the run, as long as the folder is ours; returns the exit code."""
     config, plan, model, mesh = experiment.config, experiment.plan, experiment.model, experiment.mesh
     metadata = describe(experiment)
     key = jax.random.key(config.seed)
@@ -98,8 +99,10 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest)
     train_step = make_train_step(model, experiment.objective, experiment.optimizer, mesh, keys, experiment.step_options)
     if jax.process_index() == 0:
         folder.create(config, environment.describe(mesh, begin))
-    recorder = Recorder(folder.path, begin) if jax.process_index() == 0 else Silent()
-    writer = checkpoints.CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_best, begin)
+    sealed = checkpoints.sealed_record(folder.checkpoints, begin) if begin else {}
+    recorder = Recorder(folder.path, begin, sealed) if jax.process_index() == 0 else Silent()
+    keep = (config.train.keep, config.train.keep_best)
+    writer = CheckpointWriter(folder.checkpoints, *keep, begin=begin, is_ours=is_ours)
     with writer, recorder:
         work = Run(
             train_step=train_step,
@@ -215,7 +218,10 @@ def sheet_drawer(
         except (InputError, jax.errors.JaxRuntimeError) as error:  # weights gone astray for a while, or no memory
             warnings.warn(f"no sheet of step {step:,}: {str(error).splitlines()[0][:200]}", stacklevel=2)
             return
-        write_png(path, picture)
+        try:
+            write_png(path, picture, within=folder.path)
+        except OSError as error:
+            warnings.warn(f"no sheet of step {step:,}: {path} cannot be written ({error.strerror})", stacklevel=2)
         recorder.image("samples", picture, step)
 
     return draw

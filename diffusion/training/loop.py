@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from diffusion import devices
 from diffusion.errors import InputError
-from diffusion.training.checkpoints import CheckpointWriter
 from diffusion.training.recorder import Recorder, Row, Silent
+from diffusion.training.saving import CheckpointWriter
 from diffusion.training.step import Metrics, TrainState
 from diffusion.training.stop import Stopped, StopRequest
 
@@ -142,6 +142,7 @@ class _Loop:
 
     def _draws_sheet(self):
         """Draws the sheet; returns False if a signal cut it off. The loop then saves and stops as after any signal."""
+        self.run.writer.require_ours()
         try:
             self._interruptible(self.run.draw_sheet, self.state)
         except Stopped:
@@ -248,7 +249,8 @@ class _Loop:
         totals = self.state.totals
         # keep_best compares mean losses, and after a stop in between the mean may be over a single batch.
         loss = float(totals.loss / totals.steps) if step % self.plan.save_every == 0 else math.nan
-        self.run.writer.save(step, self.state, self.run.metadata, loss)
+        # The record is on disk before the checkpoint that vouches for it.
+        self.run.writer.save(step, self.state, self.run.metadata, loss, self.run.recorder.seal())
 
     def _say(self, line):
         """Prints a line above the progress bar, from the first process only."""

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from diffusion import files
 from diffusion.errors import InputError, nearest
-from diffusion.files import locked, write_atomically
 from diffusion.model import Trained, current_config, make_model
-from diffusion.training import checkpoints, environment
+from diffusion.training import checkpoints, environment, saving
 from diffusion.training.step import ema_name
 
 # Fields that do not change what is being trained, so a resumed run may have other values.
@@ -70,15 +70,30 @@ class RunFolder:
         """Returns where the sheet of samples drawn after a step lies."""
         return self.grids / f"step_{step:08d}.png"
 
-    def locked(self) -> contextlib.AbstractContextManager[None]:
-        """Makes the folder and keeps other processes from training in it, see `files.locked`."""
-        return locked(self.path, "training in")
+    def locked(self) -> contextlib.AbstractContextManager[files.Lock]:
+        """Makes the folder and keeps other processes from training in it, see `files.locked`.
+
+        Raises:
+          InputError: also if checkpoints could not be read there.
+        """
+        checkpoints.require_plain_path(self.path)
+        return files.locked(self.path, "training in")
 
     def create(self, config: ConfigDict, start: dict[str, Any]) -> None:
-        """Makes the folder of the sheets, writes config.json and adds this start to environment.json."""
-        self.grids.mkdir(exist_ok=True)
-        environment.append(self.environment, start)
-        write_atomically(self.config, (config.to_json(indent=2, sort_keys=True) + "\n").encode())
+        """Clears away what killed starts left, writes config.json, and adds this start to environment.json.
+
+        The caller must hold the lock. Links are refused here, before the training.
+        """
+        for folder in (self.checkpoints, self.grids, self.profile):
+            files.refuse_links(folder, self.path)
+        files.remove_temporaries(
+            self.path, r"(config|environment)\.json|(metrics|speed)\.csv|skipped\.jsonl", self.path
+        )
+        files.remove_temporaries(self.grids, r"step_\d+\.png", self.path)
+        saving.remove_unfinished(self.checkpoints)
+        files.make_folder(self.grids, self.path)
+        environment.append(self.environment, start, within=self.path)
+        files.write_atomically(self.config, (config.to_json(indent=2, sort_keys=True) + "\n").encode(), self.path)
 
 
 def newest(root: str | os.PathLike) -> RunFolder | None:
@@ -111,7 +126,13 @@ def load_trained(folder: RunFolder, ema: str = "", step: int | None = None) -> T
     Raises:
       InputError: it is damaged, or does not fit its own config; there is no such step or EMA.
     """
-    step = folder.latest_step() if step is None else checkpoints.verified(folder.checkpoints, step)
+    with checkpoints.opened(folder.checkpoints, step) as found:
+        return _load(folder, found, ema)
+
+
+def _load(folder, step, ema):
+    if step is None:
+        raise InputError(f"{folder.path} holds no checkpoint; --workdir names a run folder such as runs/digits")
     saved = folder.metadata(step)
     config = ConfigDict(saved["config"])
     names = [ema_name(decay) for decay in config.train.ema_decays]
