@@ -99,6 +99,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     settings = features.settings(metrics, len(real.images), num)
     space = _space(name, real)
     with files.locked(out, "measuring into", ".evaluation.lock"):
+        files.remove_temporaries(out, r"evaluation\.(json|csv|png)", out)
         results = sweep.Results(out)
         reference = features.make_reference(space, real, _cache(), split=split)
         # Print the table; figures that the files have from an earlier start are not measured again.

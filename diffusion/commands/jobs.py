@@ -38,6 +38,7 @@ SHARD = 1000
 """The most images in one file."""
 
 PNG, EXPORT = r"\d{6,10}\.png", "arr_0.npz"
+TEMPORARIES = r"samples.*\.npz|samples\.sha256|sampling\.json|grid\.png|trajectory\.gif|arr_0\.npz"
 PICTURES = ("grid.png", "trajectory.gif", "png", EXPORT)
 """What else lies beside the images; PNG is a regular expression for the files in the folder png."""
 
@@ -88,6 +89,7 @@ class Job:
         for name in (RECORD, CHECKSUMS, *PICTURES, *(self.path(i).name for i in range(len(self.shards)))):
             files.refuse_links(out / name, out)
         self.replaces = self._check_same()
+        files.remove_temporaries(out, TEMPORARIES, out)
         # A single file is always drawn anew, so its record and checksum can wait until it is there.
         self._sums, self.damaged = {}, []
         if len(self.shards) > 1:

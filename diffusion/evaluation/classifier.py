@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors
 import safetensors.numpy
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
@@ -27,6 +26,8 @@ from diffusion.errors import InputError, require_range
 from diffusion.evaluation.metrics import prdc
 from diffusion.files import digest, write_atomically
 from diffusion.images import to_floats
+from diffusion.interop.safetensors_file import read_header, read_tensors
+from diffusion.model import check_finite
 
 WIDTH = 32
 """Channels of the first stage; each later one has twice as many as the one before, up to four times WIDTH."""
@@ -236,18 +237,30 @@ def load(path: str | os.PathLike) -> Classifier:
       InputError: there is no such file, it is damaged, or holds something else.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no file {path}; train a classifier first")
+    header = read_header(path)
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            facts = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({str(error)[:100]}); remove it, and train again") from error
-    if facts.get("format") != _FORMAT:
-        raise InputError(f"{path} is no classifier of this version; remove it, and train again")
-    params = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    if digest(params) != facts["sha256"]:
+        facts = json.loads(header.metadata.get(_ENTRY, "{}"))
+        if facts.get("format") != _FORMAT:
+            raise InputError(f"{path} is no classifier of this version; remove it, and train again")
+        known = {name: facts[name] for name in Classifier._fields if name != "params"}
+        shape, num_classes = tuple(known["image_shape"]), known["num_classes"]
+        shares = [known[name] for name in ("accuracy", "chance", "held_out_precision", "noise_precision")]
+        if not all(isinstance(n, int) and 1 <= n <= 2**16 for n in (*shape, num_classes)) or len(shape) != 3:
+            raise ValueError(f"images of shape {shape}, {num_classes} classes")
+        if not all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
+            raise ValueError("a share that is none")
+        wanted = jax.eval_shape(Network(num_classes).init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
+        wanted = flax.traverse_util.flatten_dict(wanted, sep="/")
+        if {name: t.shape for name, t in header.tensors.items()} != {name: x.shape for name, x in wanted.items()}:
+            raise ValueError("parameters of another network")
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({str(error)[:100]}); remove it, and train again") from None
+    params = flax.traverse_util.unflatten_dict(read_tensors(path, header.tensors), sep="/")
+    if digest(params) != facts.get("sha256"):
         raise InputError(f"{path} is damaged: its parameters are not what was written; remove it, and train again")
-    known = {name: facts[name] for name in Classifier._fields if name != "params"}
-    return Classifier(params=params, **known | {"image_shape": tuple(known["image_shape"])})
+    check_finite(params, str(path))
+    return Classifier(params=params, **known | {"image_shape": shape})

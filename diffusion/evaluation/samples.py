@@ -189,4 +189,5 @@ def add_checksum(folder: Path, name: str, value: str) -> None:
     """Adds the line of one file to samples.sha256, which is there; a job of many files does not write it all again."""
     with files.open_to_append(folder / CHECKSUMS, folder) as file:
         file.write(f"{value}  {name}\n".encode())
+        file.flush()
         os.fsync(file.fileno())

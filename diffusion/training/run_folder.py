@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusion import files
 from diffusion.errors import InputError, nearest
-from diffusion.model import Trained, current_config, make_model
+from diffusion.model import Trained, check_finite, from_record
 from diffusion.training import checkpoints, environment, saving
 from diffusion.training.step import ema_name
 
@@ -64,7 +65,8 @@ class RunFolder:
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns the metadata of a checkpoint, with the config in today's form."""
         saved = checkpoints.metadata(self.checkpoints, step)
-        return {**saved, "config": current_config(saved["config"]).to_dict()}
+        config, _ = from_record(saved, f"checkpoint {self.checkpoints / str(step)}")
+        return {**saved, "config": config.to_dict()}
 
     def sheet(self, step: int) -> Path:
         """Returns where the sheet of samples drawn after a step lies."""
@@ -133,18 +135,18 @@ def load_trained(folder: RunFolder, ema: str = "", step: int | None = None) -> T
 def _load(folder, step, ema):
     if step is None:
         raise InputError(f"{folder.path} holds no checkpoint; --workdir names a run folder such as runs/digits")
-    saved = folder.metadata(step)
-    config = ConfigDict(saved["config"])
+    where = f"checkpoint {folder.checkpoints / str(step)}"
+    config, model = from_record(checkpoints.metadata(folder.checkpoints, step), where)
     names = [ema_name(decay) for decay in config.train.ema_decays]
-    if ema and ema not in names:
+    if not names or (ema and ema not in names):
         raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
-    class_names = tuple(saved["class_names"]) if config.model.num_classes else ()
-    model = make_model(config, tuple(saved["image_shape"]), class_names)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     ema = ema or names[0]
-    return Trained(model, checkpoints.load_ema(folder.checkpoints, step, ema, like), config, step, ema)
+    params = checkpoints.load_ema(folder.checkpoints, step, ema, like)
+    check_finite(params, where)
+    return Trained(model, params, config, step, ema)
 
 
 def check_resumable(
@@ -164,7 +166,7 @@ def check_resumable(
     # Under a cosine the number of steps shapes the learning rate of each step.
     shaped = old.get("config.optimizer.decay") == "cosine"
     different = [
-        f"{field} is {new.get(field, 'missing')!r}, the run has {old.get(field, 'missing')!r}"
+        _difference(field, new.get(field, "missing"), old.get(field, "missing"))
         for field in sorted(old | new)
         if old.get(field) != new.get(field)
         and (not field.startswith(_FREE) or (shaped and field == "config.train.num_steps"))
@@ -174,6 +176,13 @@ def check_resumable(
             f"{folder.path} is another run: {'; '.join(different)}. Name another folder with --workdir, or give the "
             f"fields their old values{' (under a cosine the length shapes every step)' if shaped else ''}"
         )
+
+
+def _difference(field, new, old):
+    """Says how a field differs; a digest says nothing to people."""
+    if all(re.fullmatch(r"[0-9a-f]{64}", str(value)) for value in (new, old)):
+        return f"{field} differs (by its SHA-256)"
+    return f"{field} is {new!r}, the run has {old!r}"
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
