@@ -94,7 +94,11 @@ def read(path: str | os.PathLike, limit: int = READ_LIMIT, within: str | os.Path
     return content
 
 
-def read_json(path: str | os.PathLike, limit: int = READ_LIMIT, within: str | os.PathLike | None = None) -> Any:
+JSON_LIMIT = 2**24
+"""The most bytes that `read_json` takes unless it is told otherwise: as objects they take up to twenty times that."""
+
+
+def read_json(path: str | os.PathLike, limit: int = JSON_LIMIT, within: str | os.PathLike | None = None) -> Any:
     """Reads a JSON file; raises InputError if it is no JSON, else as `read` does."""
     try:
         return json.loads(read(path, limit, within))

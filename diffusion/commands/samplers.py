@@ -9,6 +9,7 @@ import numpy as np
 
 from diffusion import options, schedules, timesteps
 from diffusion.errors import InputError
+from diffusion.files import read
 from diffusion.guidance import RULES
 from diffusion.model import Model
 from diffusion.sampling import check_prediction, check_variance
@@ -204,7 +205,7 @@ def _read_table(path, schedule, eta):
     if eta is not None:
         raise InputError(f"--eta does nothing for the table in {path}; leave it out")
     try:
-        table = from_json(file.read_text())
+        table = from_json(read(file).decode())
         if table.tau[0] < table.tau[-1]:
             raise InputError(f"{table.name} goes from images to noise and draws none")
         timesteps.check(schedule, table.tau)
