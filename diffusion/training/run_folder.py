@@ -133,17 +133,23 @@ def load_trained(folder: RunFolder, ema: str = "", step: int | None = None) -> T
 def _load(folder, step, ema):
     if step is None:
         raise InputError(f"{folder.path} holds no checkpoint; --workdir names a run folder such as runs/digits")
-    saved = folder.metadata(step)
-    config = ConfigDict(saved["config"])
-    names = [ema_name(decay) for decay in config.train.ema_decays]
+    try:
+        saved = folder.metadata(step)
+        config = ConfigDict(saved["config"])
+        names = [ema_name(decay) for decay in config.train.ema_decays]
+        class_names = tuple(saved["class_names"]) if config.model.num_classes else ()
+        model = make_model(config, tuple(saved["image_shape"]), class_names)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+    except InputError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+        place = folder.checkpoints / str(step)
+        raise InputError(f"checkpoint {place} describes no model ({checkpoints.first_line(error)})") from error
     if ema and ema not in names:
         raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
-    class_names = tuple(saved["class_names"]) if config.model.num_classes else ()
-    model = make_model(config, tuple(saved["image_shape"]), class_names)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     ema = ema or names[0]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     return Trained(model, checkpoints.load_ema(folder.checkpoints, step, ema, like), config, step, ema)
 
 
