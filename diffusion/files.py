@@ -137,8 +137,10 @@ def write_atomically(path: str | os.PathLike, content: bytes, within: str | os.P
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)  # missing if a signal came just after the renaming
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
 
 
