@@ -25,6 +25,7 @@ from commands import (
 from PIL import Image
 
 from diffusion import pretrained
+from diffusion.evaluation import load_samples
 from diffusion.pretrained import weights
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -95,8 +96,31 @@ def test_a_large_job_is_resumed_where_it_was_killed(trained, tmp_path):
     chosen = np.load(tmp_path / "some" / "samples.npz")["samples"].astype(int)
     assert np.abs(chosen - np.stack([contents[1][500], contents[0][3]])).max() <= 1
     assert sorted(path.name for path in (tmp_path / "some" / "png").iterdir()) == ["000003.png", "001500.png"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".sampling.lock"]
     other = run("sample.py", "--steps=2", *args[1:], cwd=trained)
     assert "holds images of another job" in error_line(other)
+    # The same run by another spelling of its path is the same job; a changed file is drawn again.
+    shards[2].write_bytes(shards[1].read_bytes())
+    workdir = f"--workdir={trained}/runs/../runs/digits/"
+    spelled = run("sample.py", *args, workdir, "--npz", cwd=trained)
+    assert "1 file(s) are not as they were written, and are drawn again: samples-00002-of-00003.npz" in spelled.stdout
+    assert "2,000 of 2,100 images are there already" in spelled.stdout
+    np.testing.assert_array_equal(load_samples(tmp_path).images, np.concatenate(contents))
+    np.testing.assert_array_equal(np.load(tmp_path / "arr_0.npz")["arr_0"], np.concatenate(contents))
+
+
+def test_a_linked_folder_of_samples_is_refused_and_what_it_points_to_stays(trained, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "samples.npz").write_text("dear")
+    (trained / "runs" / "digits" / "samples").mkdir(exist_ok=True)
+    link = trained / "runs" / "digits" / "samples" / "ddim-4steps-uniform-seed0"
+    link.symlink_to(theirs)
+    try:
+        assert "is a link" in error_line(run("sample.py", "--steps=4", "--num=2", cwd=trained))
+    finally:
+        link.unlink()
+    assert [(path.name, path.read_text()) for path in theirs.iterdir()] == [("samples.npz", "dear")]
 
 
 def test_analytic_dpm_estimates_its_variances_once(trained):

@@ -57,9 +57,10 @@ def main() -> None:
 
 def _make_folder(sampling, ids):
     """Makes and returns the output folder; no link on the way from the run folder to it is followed."""
-    home = sampling.source.home.absolute()
+    home = sampling.source.home
     out = Path(_OUT.value or home / "samples" / _label(sampling, ids)).expanduser()
-    files.make_folder(out.absolute(), home if out.absolute().is_relative_to(home) else None)
+    below = out.absolute().is_relative_to(home.absolute())
+    files.make_folder(out.absolute(), home.absolute() if below else None)
     return out
 
 

@@ -4,9 +4,11 @@ It is built as in pytorch-fid: averages leave out the padding, and the last bloc
 average. Batch normalisation is folded into the convolutions.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
+import tempfile
 import warnings
 from functools import partial
 from pathlib import Path
@@ -208,7 +210,10 @@ def load(path: str | os.PathLike | None = None) -> dict[str, Any]:
     Raises:
       InputError: the download fails, or the file is missing, damaged or of another network.
     """
-    path = Path(path).expanduser() if path else _download()
+    if not path:
+        with contextlib.ExitStack() as stack:
+            return load(_download(stack))
+    path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"there is no file {path}; {REMEDY}")
     try:
@@ -230,10 +235,20 @@ def load(path: str | os.PathLike | None = None) -> dict[str, Any]:
         raise InputError(f"{path} cannot be used ({reason}); {REMEDY}") from error
 
 
-def _download() -> Path:
+def _download(stack: contextlib.ExitStack) -> Path:
+    """Returns the file in the user's cache; where that cannot be written, one that the stack removes in the end."""
     import pooch
 
-    options = {"fname": FILE, "path": pooch.os_cache("diffusion"), "progressbar": sys.stderr.isatty()}
+    folder = Path(pooch.os_cache("diffusion"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        usable = (folder / FILE).exists() or os.access(folder, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        warnings.warn(f"{folder} cannot be written, so the Inception network is downloaded each time", stacklevel=3)
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+    options = {"fname": FILE, "path": folder, "progressbar": sys.stderr.isatty()}
     try:
         return Path(pooch.retrieve(URL, known_hash=f"sha256:{SHA256}", **options))
     except (OSError, ValueError) as error:  # OSError: no network, no space or no cache; ValueError: a wrong hash
