@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.attention_resolutions = (16,)  # image heights at which self-attention follows every block
     config.model.num_heads = 1  # attention heads
     config.model.dropout = 0.0  # rate inside the residual blocks, in training
-    config.model.num_classes = 0  # classes that the network is given as a condition; 0: unconditional
+    config.model.num_classes = 0  # classes that the network is told; 0: none, -1: all that the data has
     config.model.out_channels = 0  # 0: as many as the images have
     config.model.dtype = "float32"  # or bfloat16, for the arithmetic; parameters and normalisation stay float32
     config.model.remat = False  # compute activations again in the backward pass, to save memory

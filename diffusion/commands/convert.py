@@ -9,12 +9,13 @@ from pathlib import Path
 
 from absl import flags
 
-from diffusion.commands import cli
+from diffusion.commands import cli, usage
 from diffusion.errors import InputError
 from diffusion.pretrained import weights
 from diffusion.training import run_folder
 from diffusion.training.run_folder import load_trained
 
+usage.group("The model, and the file")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")
 _EMA = flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.", lower_bound=1)
@@ -46,4 +47,4 @@ def _read_figures(path):
 
 def launch() -> None:
     """Runs the program with the flags of the command line; never returns."""
-    cli.start(main)
+    cli.start(main, about=__doc__)

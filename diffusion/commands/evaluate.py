@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import __version__, data, devices, files, options
-from diffusion.commands import cli, experiment, plots, samplers, shared_flags, sources, sweep
+from diffusion.commands import cli, experiment, plots, samplers, shared_flags, sources, sweep, usage
 from diffusion.errors import InputError, nearest
 from diffusion.evaluation import bound, features, likelihood
 
@@ -33,10 +33,12 @@ LONG_NAMES = {
 }
 
 shared_flags.define_source_flags()
+usage.group("The samples")
 _SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, with commas. Default: the run's.")
 _STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default: the run's config.sample.steps (25).")
 _ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
 _TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as sample.py's --tau. Default: config.sample.tau.")
+usage.group("What they are compared with, and how")
 _FEATURES = flags.DEFINE_string("features", None, "pixels, classifier or inception. Default: pixels for digits.")
 _METRICS = flags.DEFINE_list(
     "metrics",
@@ -48,11 +50,13 @@ _SPLIT = flags.DEFINE_string("split", None, "Part of the data to measure or comp
 _NUM = flags.DEFINE_integer(
     "num", None, "Number of samples. Default: as many as real images.", lower_bound=65, upper_bound=10**6
 )
+usage.group("Bounds and likelihoods, in place of samples")
 _FIRST = flags.DEFINE_integer("first", None, "Images that --bound and --likelihood take. Default: all.", lower_bound=1)
 _BOUND = flags.DEFINE_list("bound", None, "Print the variational bound with each of these numbers of steps, as 10,25.")
 _LIKELIHOOD = flags.DEFINE_list(
     "likelihood", None, "Print the likelihood under the probability flow with each of these numbers of steps, as 25,50."
 )
+usage.group("Where the figures go")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
 OF_SAMPLES = ("samplers", "steps", "etas", "features", "metrics", "inception", "num", "labels", "dynamic_threshold")
@@ -261,4 +265,4 @@ def _plot(out, source, rows, metric, space):
 
 def launch() -> None:
     """Runs the program with the flags of the command line; never returns."""
-    cli.start(main)
+    cli.start(main, about=__doc__)

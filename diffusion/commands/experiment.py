@@ -1,7 +1,7 @@
 """From the config of a training run to the objects that it names."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion import data, denoiser, devices, options, predictions
-from diffusion.commands import samplers
+from diffusion.commands import config_files, samplers
 from diffusion.data import Dataset
 from diffusion.errors import InputError, nearest, require_range
 from diffusion.model import Model, make_model, make_schedule, sampling_clip
@@ -63,6 +63,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
     Raises:
       InputError: an unknown name, a value out of its range, choices that do not go together, or unreadable data.
     """
+    config_files.check(config)
     settings = config.train
     # Numbers first, then what takes time.
     plan = Plan(*(settings[name] for name in ("num_steps", "batch_size", "log_every", "save_every", "grid_every")))
@@ -75,11 +76,8 @@ def make_experiment(config: ConfigDict) -> Experiment:
     table = samplers.make_table(schedule, config.sample.sampler, config.sample.steps, config.sample.tau)
     # The data and the network.
     dataset = load_data(config.data)
+    config = with_classes(config, dataset.class_names)
     model = make_model(config, dataset.images.shape[1:], dataset.class_names if config.model.num_classes else ())
-    if model.conditions is not None and len(dataset.class_names) != model.conditions.null:
-        raise InputError(
-            f"config.model.num_classes is {config.model.num_classes}; the data has {len(dataset.class_names)} classes"
-        )
     # What fits together.
     denoiser.check_options(settings.prediction, denoiser.Options(sampling_clip(config, model)))
     samplers.check_fits(table, model)
@@ -90,6 +88,27 @@ def make_experiment(config: ConfigDict) -> Experiment:
         label_dropout=settings.label_dropout if model.conditions is not None else 0.0,
     )
     return Experiment(config, plan, dataset, model, objective, rate, optimizer, mesh, step_options, table)
+
+
+def with_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:
+    """Returns a config in which config.model.num_classes is the number of classes that the network is told.
+
+    Args:
+      config: the whole config; -1 in that field stands for as many classes as the data has.
+      class_names: of the data, none if it has no classes.
+
+    Raises:
+      InputError: the field names another number than the data has.
+    """
+    wanted = config.model.num_classes
+    if wanted not in (-1, 0, len(class_names)):
+        raise InputError(
+            f"config.model.num_classes is {wanted}; the data has {len(class_names)} classes; -1 takes those, 0 none"
+        )
+    config = config.copy_and_resolve_references()
+    if wanted == -1:  # a single class would tell the network nothing
+        config.model.num_classes = len(class_names) if len(class_names) > 1 else 0
+    return config
 
 
 def _check_numbers(config):

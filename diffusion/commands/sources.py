@@ -15,7 +15,7 @@ from diffusion.commands import drawing, samplers
 from diffusion.commands.experiment import load_data
 from diffusion.commands.shared_flags import SHIPPED
 from diffusion.denoiser import Options, check_options
-from diffusion.errors import InputError
+from diffusion.errors import InputError, nearest
 from diffusion.files import digest
 from diffusion.guidance import Guidance
 from diffusion.learning import analytic
@@ -27,6 +27,10 @@ from diffusion.training import run_folder
 
 MAX_GAIN = 100
 """A step that multiplies the network's errors by more than this leaves nothing of an image but those errors."""
+
+
+MAX_NAMED = 5
+"""The most classes that the title of a job names."""
 
 
 class Source(NamedTuple):
@@ -88,7 +92,16 @@ class Sampling(NamedTuple):
         """Says in one line which model draws how many images with what."""
         source = f"{self.source.name}, step {self.source.trained.step:,}"
         on = f" on {self.tau}" if self.tau else ""
-        return f"{source}: {num:,} images with {self.table.name}{on}, {self.table.nfe} network calls"
+        return (
+            f"{source}: {num:,} images{self._of_classes()} with {self.table.name}{on}, {self.table.nfe} network calls"
+        )
+
+    def _of_classes(self):
+        """Says which classes the images take in turn, or nothing for a model without classes."""
+        labels, model = self.source.labels, self.source.trained.model
+        if len(labels) > MAX_NAMED:
+            return f" of {len(labels)} classes in turn"
+        return f" of {', '.join(model.conditions.names[label] for label in labels)}" if labels else ""
 
     def notes(self) -> Iterator[str]:
         """Yields what a user may not expect of the images."""
@@ -282,13 +295,18 @@ def _check_effect(given, trained, guides):
 
 
 def _labels(texts, model):
+    """Returns the classes that --labels names, by their names or, where no class is called that, their numbers."""
     if model.conditions is None:
         if texts:
             raise InputError("this model has no classes: leave out --labels")
         return ()
-    count = model.conditions.null
+    names = list(model.conditions.names)
+    numbers = {str(number): number for number in range(len(names))} | {name: i for i, name in enumerate(names)}
     if not texts:
-        return tuple(range(count))
-    if not all(text.isdecimal() and int(text) < count for text in texts):
-        raise InputError(f"labels are {','.join(texts)!r}; classes are numbered 0..{count - 1}")
-    return tuple(map(int, texts))
+        return tuple(range(len(names)))
+    if unknown := [text for text in texts if text.strip() not in numbers]:
+        shown = names if names != list(numbers) else [f"0..{len(names) - 1}"]
+        raise InputError(
+            f"labels are {','.join(texts)!r}; there is no class {unknown[0]!r}; {nearest(unknown[0], shown)}"
+        )
+    return tuple(numbers[text.strip()] for text in texts)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shlex
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from configs import default
 from diffusion import data, devices
-from diffusion.commands import cli
+from diffusion.commands import cli, forecast, usage
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment
 from diffusion.errors import InputError
@@ -39,9 +39,14 @@ from diffusion.training.stop import Stopped, StopRequest
 
 DEFAULT_CONFIG = Path(default.__file__).parent / "digits.py"
 
+SHOWN_CLASSES = 12
+"""The most classes that the log names."""
+
+usage.group("The run")
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file. Any field: --config.train.num_steps=100")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: runs/<config name>.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to RUN/profile, for TensorBoard or XProf.")
+usage.group("Several processes that train one model")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several train one model.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train one model.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this one, from 0.", lower_bound=0)
@@ -89,9 +94,11 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest)
     if begin >= plan.num_steps and (begin > plan.num_steps or folder.sheet(begin).exists()):
         say(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
         return 0
-    count = sum(p.size for p in jax.tree.leaves(state.params))
     say(f"resuming {folder.path} at step {begin:,}" if begin else f"training {folder.path}")
+    count = sum(p.size for p in jax.tree.leaves(state.params))
     say(f"{metadata['num_examples']:,} images {model.image_shape}, {count:,} parameters, {devices.describe(mesh)}")
+    for note in notes(experiment, plan.num_steps - begin):
+        say(note)
 
     # What the loop works with.
     keys = jax.random.fold_in(key, 1)
@@ -139,6 +146,32 @@ def describe(experiment: Experiment) -> dict:
         "class_names": experiment.dataset.class_names,
         "data": data.fingerprint(experiment.dataset),
     }
+
+
+def notes(experiment: Experiment, num_steps: int) -> Iterator[str]:
+    """Yields what a user may not expect of so many steps of this training."""
+    if experiment.dataset.class_names:
+        yield describe_classes(experiment)
+    if jax.process_count() > 1:  # what the other machines do is not known here
+        return
+    seconds = forecast.training_seconds(experiment.model, experiment.plan.batch_size, num_steps, experiment.mesh)
+    if seconds > forecast.LONG:
+        yield (
+            f"note: {num_steps:,} steps would take about {seconds / 86400:,.0f} days on this machine. Recipes for a "
+            "CPU are configs/images_small.py and configs/small.py; a training gets shorter by smaller "
+            "config.train.num_steps, train.batch_size, model.width, model.num_blocks or data.size"
+        )
+
+
+def describe_classes(experiment: Experiment) -> str:
+    """Says in one line which classes the data has, how many images each, and whether the network is told them."""
+    dataset = experiment.dataset
+    counts = np.bincount(dataset.labels, minlength=len(dataset.class_names))
+    shown = [f"{name} ({count:,})" for name, count in zip(dataset.class_names, counts, strict=True)]
+    if len(shown) > SHOWN_CLASSES:
+        shown = [*shown[: SHOWN_CLASSES - 1], "...", shown[-1]]
+    kind = "classes" if experiment.model.conditions is not None else "classes that the network is not told"
+    return f"{kind}: {', '.join(shown)}"
 
 
 def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int | None, metadata: dict) -> TrainState:
@@ -223,4 +256,4 @@ def sheet_drawer(
 
 def launch() -> None:
     """Runs the program with the flags of the command line; never returns."""
-    cli.start(main, default_config=str(DEFAULT_CONFIG))
+    cli.start(main, about=__doc__, default_config=str(DEFAULT_CONFIG))

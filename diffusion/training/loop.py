@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from diffusion import devices
 from diffusion.errors import InputError
 from diffusion.training.checkpoints import CheckpointWriter
+from diffusion.training.progress import Progress
 from diffusion.training.recorder import Recorder, Row, Silent
 from diffusion.training.step import Metrics, TrainState
 from diffusion.training.stop import Stopped, StopRequest
@@ -92,9 +91,7 @@ def train(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, bool]:
     if start and (start % plan.grid_every == 0 or start == plan.num_steps):
         draw = run.stop.call if jax.process_count() == 1 else lambda function, *args: function(*args)
         draw(run.draw_sheet, state)
-    progress = tqdm(
-        total=plan.num_steps, initial=start, unit="step", dynamic_ncols=True, disable=jax.process_index() > 0 or None
-    )
+    progress = Progress(start, plan.num_steps, shown=jax.process_index() == 0)
     run.stop.defer()
     with contextlib.closing(run.batches), progress:
         return _Loop(state, plan, run, progress).go()
@@ -110,7 +107,6 @@ class _Loop:
         self.skipped = int(state.skipped)  # as far as they have been reported
         self.votes = 0.0  # above 0 once a process wants to stop
         self.ballots: dict[bool, jax.Array] = {}  # either vote of this process, once it is on the devices
-        self.clock = _Clock()
         self.tracing = self.traced = False
 
     def go(self):
@@ -127,7 +123,7 @@ class _Loop:
             if saved:
                 self._save(step)
             if step % plan.grid_every == 0 or step == plan.num_steps:
-                with self.clock.paused():
+                with self.progress.paused("drawing samples"):
                     finished = self._draws_sheet()
             last = step == plan.num_steps or self._stopping()
             if last and not saved:
@@ -136,7 +132,7 @@ class _Loop:
                 break
         self._end_trace()
         if run.profile is not None and not self.traced:
-            self._say(f"no trace: a start of fewer than {PROFILED.start + 1} steps ends before it begins")
+            self.progress.say(f"no trace: a start of fewer than {PROFILED.start + 1} steps ends before it begins")
         run.writer.wait()
         return self.state, finished and step >= plan.num_steps
 
@@ -156,14 +152,12 @@ class _Loop:
         images, cond = self._next_batch(step)
         first = step == self.start + 1
         call = self._interruptible if first else lambda function, *args: function(*args)
-        self.state, metrics = call(self.run.train_step, self.state, images, cond, self._vote(images))
-        self.in_flight.append((step, metrics))
-        self._settle(0 if first else 2)
-        self.clock.steps += 1
-        self.progress.update()
-        if first:
-            self._say(f"first step after {self.clock.elapsed():.1f} s, compilation included")
-            self.clock.restart()
+        with self.progress.compiling() if first else contextlib.nullcontext():
+            self.state, metrics = call(self.run.train_step, self.state, images, cond, self._vote(images))
+            self.in_flight.append((step, metrics))
+            self._settle(0 if first else 2)
+        if not first:
+            self.progress.step(step)
         return metrics
 
     def _next_batch(self, step):
@@ -214,7 +208,7 @@ class _Loop:
         facts = {"in_row": in_row, "examples": self.run.examples(step - 1).tolist()}
         self.run.recorder.skipped(step, loss=str(loss), grad_norm=str(grad_norm), **facts)  # JSON has no NaN
         what = f"the loss is {loss:g}, the norm of the gradient {grad_norm:g}"
-        self._say(f"step {step:,}: {what}; skipped ({in_row} in a row), see skipped.jsonl")
+        self.progress.say(f"step {step:,}: {what}; skipped ({in_row} in a row), see skipped.jsonl")
         if in_row >= MAX_SKIPPED_IN_ROW:
             raise InputError(
                 f"{in_row} steps in a row up to step {step} gave no finite gradient ({what}); earlier checkpoints are "
@@ -224,16 +218,17 @@ class _Loop:
     def _log(self, step, metrics):
         """Writes one line on the terminal and one row on disk."""
         plan = self.plan
-        seconds, pace = self.clock.take()
+        seconds, pace = self.progress.take()
         skipped = int(metrics.skipped)
         # The rate goes by updates, and a skipped step made none.
         row = _row(step, metrics, float(self.run.learning_rate(max(0, step - skipped - 1))))
         memory = devices.memory_in_use() / 2**30
         self.run.recorder.scalars(row, pace * plan.batch_size, seconds, memory)
-        left = tqdm.format_interval((plan.num_steps - step) / pace) if pace > 0 else "?"
-        self._say(
+        measured = f"{pace * plan.batch_size:.1f} images/s" if pace else "measuring the pace"
+        left = f"  {self.progress.left(step, pace)} left" if pace and step < plan.num_steps else ""
+        self.progress.say(
             f"step {step:,}/{plan.num_steps:,}  loss {row.loss:.4f}  gradient {row.grad_norm:.3f}  "
-            f"rate {row.learning_rate:.2e}  {pace * plan.batch_size:.1f} images/s  {memory:.2f} GiB  {left} left"
+            f"rate {row.learning_rate:.2e}  {measured}  {memory:.2f} GiB{left}"
             + (f"  {skipped} skipped" if skipped else "")
         )
 
@@ -250,11 +245,6 @@ class _Loop:
         loss = float(totals.loss / totals.steps) if step % self.plan.save_every == 0 else math.nan
         self.run.writer.save(step, self.state, self.run.metadata, loss)
 
-    def _say(self, line):
-        """Prints a line above the progress bar, from the first process only."""
-        if jax.process_index() == 0:
-            self.progress.write(line)
-
     def _trace(self, step):
         """Begins or ends the trace where it is this step's turn."""
         done = step - self.start - 1
@@ -270,7 +260,7 @@ class _Loop:
             self._settle(0)
             jax.profiler.stop_trace()
             self.tracing = False
-            self._say(f"wrote a trace to {self.run.profile}")
+            self.progress.say(f"wrote a trace to {self.run.profile}")
 
 
 @jax.jit
@@ -286,29 +276,3 @@ def _row(step, metrics, learning_rate):
         loss, grad_norm = totals.loss / totals.steps, totals.grad_norm / totals.steps
         errors = totals.errors / totals.counts
     return Row(step, float(loss), float(grad_norm), learning_rate, int(metrics.skipped), tuple(map(float, errors)))
-
-
-class _Clock:
-    """Measures the pace since the last row of the log; compilation and drawing do not count as time."""
-
-    def __init__(self):
-        self.restart()
-
-    def elapsed(self) -> float:
-        return time.monotonic() - self._mark
-
-    def restart(self) -> None:
-        self._mark, self.steps = time.monotonic(), 0
-
-    @contextlib.contextmanager
-    def paused(self):
-        before = time.monotonic()
-        yield
-        self._mark += time.monotonic() - before
-
-    def take(self) -> tuple[float, float]:
-        """Returns (seconds, steps a second) since the last call; the pace is 0 if no step but the first was made."""
-        seconds = self.elapsed()
-        pace = self.steps / seconds if self.steps else 0.0
-        self.restart()
-        return seconds, pace
