@@ -182,7 +182,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
         fields = ", and --config.FIELD" if "config" in ours else ""
         fail(f"there is no flag --{error.flagname}; {nearest(error.flagname, ours)}{fields}")
     except flags.Error as error:
-        fail(f"{str(error).strip().splitlines()[-1]}; --help lists all flags")
+        told = str(error).strip().splitlines()[-1]
+        told = re.sub(r"invalid literal for int.*", "write a whole number", told)
+        told = re.sub(r"could not convert string to float.*", "write a number", told)
+        fail(f"{told}; --help lists all flags")
     except (KeyError, AttributeError) as error:  # a misspelt field
         below = re.search(r"lookup: ([\w.]+)", str(error))  # the override looked inside a number
         name = below[1].rpartition(".")[2] if below else re.search(r"\w+", str(error))[0]

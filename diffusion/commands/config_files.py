@@ -16,7 +16,7 @@ from configs import default
 from diffusion.errors import InputError, nearest
 
 _EVERY = "configs/default.py holds every field"
-_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a list of numbers"}
 
 
 def read(chosen: str) -> ConfigDict:
@@ -55,7 +55,7 @@ def check(config: ConfigDict, where: str = "") -> None:
       where: begins the message, as "config file mine.py: ".
     """
     known = default.get_config()
-    for name, field in _leaves(config):
+    for name, field in leaves(config):
         section, _, last = name.rpartition(".")
         inside = _at(known, section)
         if not isinstance(inside, ConfigDict) or last not in inside:
@@ -63,16 +63,25 @@ def check(config: ConfigDict, where: str = "") -> None:
         if not _fits(field, inside[last]):
             kind = _KINDS.get(type(inside[last]), "a section")
             raise InputError(f"{where}{name} is {_shown(field)}; it must be {kind}, as {_shown(inside[last])}")
-    for name, _ in _leaves(known):
+    for name, _ in leaves(known):
         section, _, last = name.rpartition(".")
         inside = _at(config, section)
         if not isinstance(inside, ConfigDict) or last not in inside:
             raise InputError(f"{where}field {name} is missing; begin with `config = default.get_config()`")
 
 
+def leaves(config: ConfigDict, prefix: str = "config") -> Iterator[tuple[str, Any]]:
+    """Yields the full name and the value of every field that is no section, or is an empty one."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict) and len(value):
+            yield from leaves(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value
+
+
 def fields_named(name: str, config: ConfigDict) -> list[str]:
     """Returns the fields of a config with this last name, as config.SECTION.NAME."""
-    return [full for full, _ in _leaves(config) if full.rpartition(".")[2] == name]
+    return [full for full, _ in leaves(config) if full.rpartition(".")[2] == name]
 
 
 class Field(NamedTuple):
@@ -97,15 +106,6 @@ def fields() -> list[Field]:
     return found
 
 
-def _leaves(config: ConfigDict, prefix: str = "config") -> Iterator[tuple[str, Any]]:
-    """Yields the full name and the value of every field that is no section, or is an empty one."""
-    for name, value in config.items():
-        if isinstance(value, ConfigDict) and len(value):
-            yield from _leaves(value, f"{prefix}.{name}")
-        else:
-            yield f"{prefix}.{name}", value
-
-
 def _at(config: ConfigDict, section: str) -> Any:
     """Returns the section of a full name such as config.model, or None if there is none."""
     for part in section.split(".")[1:]:
@@ -118,7 +118,7 @@ def _guess(name: str, known: ConfigDict) -> str:
     last = name.rpartition(".")[2]
     if elsewhere := fields_named(last, known):
         return f"did you mean {elsewhere[0]!r}? "
-    every = [full for full, _ in _leaves(known)]
+    every = [full for full, _ in leaves(known)]
     sections = {full.rpartition(".")[0] for full in every} - {"config"}
     return nearest(name, [*every, *sections]).partition("valid:")[0]
 
@@ -133,7 +133,7 @@ def _fits(value: Any, example: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple | list) else repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 

@@ -1,6 +1,7 @@
 """From the config of a training run to the objects that it names."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -111,8 +112,29 @@ def with_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:
     return config
 
 
+def require_levels(config: ConfigDict, image_shape: Sequence[int]) -> None:
+    """Raises InputError if config.model.attention_resolutions names a height that no level of the network has.
+
+    A new run has to pass; one that was begun before there was this check goes on, as it has no such attention.
+    """
+    heights = [image_shape[0] >> level for level in range(len(config.model.multipliers))]
+    for height in config.model.attention_resolutions:
+        if height not in (0, *heights):
+            raise InputError(
+                f"config.model.attention_resolutions has {height}; images of {image_shape[0]} pixels have levels of "
+                f"{', '.join(map(str, heights))}, and 0 stands for no attention but in the middle"
+            )
+
+
 def _check_numbers(config):
+    for name, value in config_files.leaves(config):
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, int) and name != "config.seed":
+                require_range(name, number, -(2**31), 2**31 - 1)
+            elif isinstance(number, float) and math.isnan(number):
+                raise InputError(f"{name} is nan; it must be a number")
     require_range("config.seed", config.seed, 0, 2**32 - 1)
+    require_range("config.data.max_memory", config.data.max_memory, 0)
     require_range("config.sample.num", config.sample.num, 1)
     require_range("config.train.keep", config.train.keep, 1)
     require_range("config.train.keep_best", config.train.keep_best, 0)

@@ -27,7 +27,7 @@ from configs import default
 from diffusion import data, devices
 from diffusion.commands import cli, forecast, usage
 from diffusion.commands.drawing import generate
-from diffusion.commands.experiment import Experiment, make_experiment
+from diffusion.commands.experiment import Experiment, make_experiment, require_levels
 from diffusion.errors import InputError
 from diffusion.images import sheet, write_png
 from diffusion.model import sampling_clip
@@ -88,6 +88,8 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest)
     # The state: a new one, or that of the newest good checkpoint.
     begin = folder.latest_step()
     require_agreement({**metadata, "checkpoint": begin}, folder)
+    if begin is None:
+        require_levels(config, model.image_shape)
     state = open_state(experiment, folder, begin, metadata)
     begin = begin or 0
     # A run stopped while it drew its last sheet still has that to do.
@@ -122,7 +124,6 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest)
         )
         state, finished = train(state, plan, work)
 
-    # Where it ended.
     if not finished:
         say(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
         return stop.exit_code
