@@ -30,11 +30,12 @@ def sinusoidal_embedding(t: Float[Array, "B"] | Timesteps, dim: int) -> Float[Ar
 
 
 def num_groups(channels: int, max_groups: int = 32) -> int:
-    """Returns the number of groups to normalise in: as many as have at least four channels, at most max_groups.
+    """Returns the number of groups to normalise in: as many equal ones of at least four channels as max_groups allows.
 
     A group of one channel would remove exactly what the timestep adds to that channel: a constant over its pixels.
     """
-    return max(1, min(max_groups, channels // 4))
+    most = max(1, min(max_groups, channels // 4))
+    return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
 class GroupNorm(nn.Module):
