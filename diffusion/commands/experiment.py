@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion import data, denoiser, devices, options, predictions
-from diffusion.commands import samplers
+from diffusion.commands import own, samplers
 from diffusion.data import Dataset
 from diffusion.errors import InputError, nearest, require_range
 from diffusion.model import Model, make_model, make_schedule, sampling_clip
@@ -75,7 +75,8 @@ def make_experiment(config: ConfigDict) -> Experiment:
     table = samplers.make_table(schedule, config.sample.sampler, config.sample.steps, config.sample.tau)
     # The data and the network.
     dataset = load_data(config.data)
-    model = make_model(config, dataset.images.shape[1:], dataset.class_names if config.model.num_classes else ())
+    class_names = dataset.class_names if config.model.num_classes else ()
+    model = make_model(config, dataset.images.shape[1:], class_names, own.networks(config.network))
     if model.conditions is not None and len(dataset.class_names) != model.conditions.null:
         raise InputError(
             f"config.model.num_classes is {config.model.num_classes}; the data has {len(dataset.class_names)} classes"

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import shlex
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from ml_collections import config_flags
 
 from configs import default
 from diffusion import data, devices
-from diffusion.commands import cli
+from diffusion.commands import cli, own
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment
 from diffusion.errors import InputError
@@ -41,6 +42,9 @@ DEFAULT_CONFIG = Path(default.__file__).parent / "digits.py"
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file. Any field: --config.train.num_steps=100")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: runs/<config name>.")
+_NETWORK = flags.DEFINE_string(
+    "network", None, "Your own network, as package.module:function; short for --config.network."
+)
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to RUN/profile, for TensorBoard or XProf.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several train one model.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train one model.", lower_bound=1)
@@ -69,6 +73,9 @@ def start(stop: StopRequest) -> int:
     """Builds what the config asks for, which finds its mistakes before anything is written, and goes on to `run`."""
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     folder = run_folder.RunFolder(_WORKDIR.value or Path("runs", name))
+    if _NETWORK.value is not None:
+        _CONFIG.value.network = _NETWORK.value
+    own.check_unet_fields(_CONFIG.value.network, sys.argv)
     experiment = make_experiment(_CONFIG.value)
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
         return run(experiment, folder, stop)
@@ -120,7 +127,9 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest)
         say(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
         return stop.exit_code
     workdir = shlex.quote(str(folder.path))
-    say(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={workdir}")
+    say(
+        f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={workdir}{own.flag(config.network)}"
+    )
     return 0
 
 
