@@ -15,6 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from diffusion.commands import recipes
 from diffusion.errors import InputError, nearest
 from diffusion.training.stop import INTERRUPTED
 
@@ -116,11 +117,12 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
     fields = [arg.partition("=")[0] if re.match(r"--?config\.[^=]+=", arg) else None for arg in others]
     last = {field: i for i, field in enumerate(fields)}
     others = [arg for i, arg in enumerate(others) if fields[i] is None or last[fields[i]] == i]
+    chosen[-1] = recipes.find(chosen[-1])
+    recipes.alias()
     # Check that the file is there and is Python, for a better message than an import gives.
     path = Path(chosen[-1].partition(":")[0])  # the text after a colon is an argument of get_config
     if not path.is_file() or path.suffix != ".py":
-        own = sorted(str(p) for p in Path(default_config).parent.glob("*.py") if p.stem not in ("__init__", "default"))
-        fail(f"{str(path)!r} is no config file; {nearest(str(path), own)}")
+        fail(f"{str(path)!r} is no config file; {nearest(str(path), recipes.names())}")
     try:
         compile(path.read_bytes(), str(path), "exec")
     except (SyntaxError, ValueError) as error:

@@ -24,9 +24,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from configs import default
 from diffusion import data, devices
-from diffusion.commands import cli, own
+from diffusion.commands import cli, own, recipes
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment
 from diffusion.errors import InputError
@@ -38,7 +37,7 @@ from diffusion.training.recorder import Recorder, Silent
 from diffusion.training.step import TrainState, ema_name, make_train_step
 from diffusion.training.stop import Stopped, StopRequest
 
-DEFAULT_CONFIG = Path(default.__file__).parent / "digits.py"
+DEFAULT_CONFIG = recipes.FOLDER / "digits.py"
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file. Any field: --config.train.num_steps=100")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: runs/<config name>.")
@@ -126,10 +125,8 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest)
     if not finished:
         say(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
         return stop.exit_code
-    workdir = shlex.quote(str(folder.path))
-    say(
-        f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={workdir}{own.flag(config.network)}"
-    )
+    named = f"--workdir={shlex.quote(str(folder.path))}{own.flag(config.network)}"
+    say(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 {named}")
     return 0
 
 
@@ -161,7 +158,7 @@ def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int 
     shardings = devices.state_sharding(experiment.mesh, shapes)
     if begin is None:
         return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
-    defaults = {"config": default.get_config().to_dict()}
+    defaults = {"config": recipes.defaults().to_dict()}
     run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return checkpoints.load_state(folder.checkpoints, begin, like)

@@ -40,8 +40,8 @@ def adapt(
         module. It works inside jit.
       apply: (params, x, t, cond) -> prediction. x is float [B, H, W, C]; t float32 [B], as a rule timesteps in 1..T;
         cond int32 [B], labels in 0..num_classes where num_classes itself means "no class", or None if num_classes is
-        0. The prediction is a float [B, H, W, out_channels]. With a parameter dropout_keys it gets typed keys [B] in training,
-        one for each sample, and None elsewhere.
+        0. The prediction is a float [B, H, W, out_channels]. With a parameter dropout_keys it gets typed keys [B] in
+        training, one for each sample, and None elsewhere.
       image_shape: (H, W, C) of x.
       out_channels: of the prediction; 0 for as many as x has.
       num_classes: 0 for an unconditional network.
