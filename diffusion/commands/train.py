@@ -1,7 +1,7 @@
 """Trains a diffusion model: `python train.py --config=configs/cifar.py`, or without a config the embedded digits.
 
-The run folder (runs/<config name>, or --workdir) gets config.json, environment.json, checkpoints, metrics.csv,
-TensorBoard events and sample grids. The same command resumes an interrupted run, from the newest checkpoint that is as
+The run folder (runs/<config name>, or --workdir) gets config.json, environment.json, checkpoints, metrics.csv and a plot
+of it, TensorBoard events and sample grids. The same command resumes an interrupted run, from the newest checkpoint that is as
 it was written. Ctrl-C and SIGTERM save the step in progress; the exit codes are 130 and 75.
 
 Several processes train one model together when each gets --coordinator, --num_processes and --process_id, or
@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from diffusion import data, devices
-from diffusion.commands import cli, own, recipes
+from diffusion.commands import cli, own, plots, recipes
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment
 from diffusion.errors import InputError
@@ -201,7 +201,7 @@ def placed_batches(experiment: Experiment, begin: int):
 def sheet_drawer(
     experiment: Experiment, folder: run_folder.RunFolder, recorder: Recorder | Silent
 ) -> Callable[[TrainState], None]:
-    """Returns state -> None: the first process draws samples of the first EMA. A sheet that fails ends no run."""
+    """Returns state -> None: the first process draws the loss, and samples of the first EMA. No picture ends a run."""
     model, config = experiment.model, experiment.config
     ema = ema_name(experiment.step_options.ema_decays[0])
     gather = jax.jit(lambda params: params, out_shardings=NamedSharding(experiment.mesh, PartitionSpec()))
@@ -212,6 +212,7 @@ def sheet_drawer(
         params = jax.tree.map(lambda x: x.addressable_data(0), gather(state.ema_params[ema]))
         if jax.process_index() > 0 or path.exists():
             return
+        plots.losses(folder.path / "metrics.csv", folder.path / "loss.png")
         labels = () if model.conditions is None else range(model.conditions.null)
         shared = {"seed": config.seed, "labels": labels, "clip": sampling_clip(config, model)}
         ids = range(config.sample.num)
