@@ -1,8 +1,8 @@
 """Trains a diffusion model: `python train.py --config=configs/cifar.py`, or without a config the embedded digits.
 
-The run folder (runs/<config name>, or --workdir) gets config.json, environment.json, checkpoints, metrics.csv and a plot
-of it, TensorBoard events and sample grids. The same command resumes an interrupted run, from the newest checkpoint that is as
-it was written. Ctrl-C and SIGTERM save the step in progress; the exit codes are 130 and 75.
+The run folder (runs/<config name>, or --workdir) gets config.json, environment.json, checkpoints, metrics.csv and its
+plot loss.png, TensorBoard events and sample grids. The same command resumes an interrupted run, from the newest
+checkpoint that is as it was written. Ctrl-C and SIGTERM save the step in progress; the exit codes are 130 and 75.
 
 Several processes train one model together when each gets --coordinator, --num_processes and --process_id, or
 --distributed where a cluster's own environment tells them.
