@@ -25,7 +25,10 @@ def get_config() -> ml_collections.ConfigDict:
     # The noise schedule. Options follow a colon, as in cosine:max_beta=0.99,num_timesteps=500. The names are:
     config.schedule = "linear"  # linear, cosine, scaled_linear, shifted_cosine; edm and rectified_flow for edm and flow
 
-    # The network: these are the arguments of diffusion.models.UNet.
+    # The network. One of your own has its options after a second colon, as in mine:net:depth=4, not in config.model.
+    config.network = "unet"  # unet, or a function of your own as package.module:function
+
+    # The UNet: these are its arguments. Of these, num_classes also goes to a network of your own.
     config.model = ml_collections.ConfigDict()
     config.model.width = 128  # channels at full resolution
     config.model.multipliers = (1, 2, 2, 2)  # channels of each level over width; from level to level the image halves

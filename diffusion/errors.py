@@ -3,7 +3,10 @@
 import difflib
 import math
 import numbers
+import re
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -45,3 +48,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), lower, n=1)
     guess = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{guess}valid: {', '.join(known)}"
+
+
+def failure(error: BaseException) -> str:
+    """Describes an error in the user's own code in one line: what it is, and where in that code it arose."""
+    ours = str(Path(__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not re.search(r"site-packages|<frozen", f.filename) and ours not in f.filename]
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f" ({Path(error.filename).name}, line {error.lineno})"
+    else:
+        place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    said = str(error.msg if isinstance(error, SyntaxError) else error).strip().partition("\n")[0][:300]
+    return f"{type(error).__name__}: {said}{place}" if said else f"{type(error).__name__}{place}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +12,16 @@ from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from diffusion import options, schedules
-from diffusion.errors import InputError
+from diffusion.errors import InputError, failure, require_range
 from diffusion.images import to_floats, to_uint8
-from diffusion.models import UNet, as_apply_fn
+from diffusion.models import Network, UNet, adapt, as_apply_fn
 from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES
 from diffusion.predictions import check_known
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import ApplyFn, Params
+
+UNET = "unet"
+"""What config.network is for the network that comes with the library, `models.UNet`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,22 +132,49 @@ def make_schedule(text: str) -> NoiseSchedule:
     return choice.function(**choice.options)
 
 
-def make_model(config: ConfigDict, image_shape: tuple[int, int, int], class_names: tuple[str, ...] = ()) -> Model:
+def make_model(
+    config: ConfigDict,
+    image_shape: tuple[int, int, int],
+    class_names: tuple[str, ...] = (),
+    networks: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+) -> Model:
     """Returns the model that the config of a run describes.
 
     Args:
       config: the whole config; see `current_config` for those of earlier versions.
       image_shape: (H, W, C) of the images.
       class_names: of the data; numbers if not given.
+      networks: functions of the user's own by the names that config.network gives them, as {"mine:net": mine.net}. Each
+        takes (image_shape, out_channels, num_classes) and its options, and returns init and apply as `models.adapt`
+        takes them. Nothing is imported here, because a config can come from anybody.
 
     Raises:
-      InputError: a field out of its range, or a network that does not fit the images.
+      InputError: a field out of its range, or a network that does not fit the images or is not in `networks`.
     """
     check_known(config.train.prediction, "config.train.prediction")
     objective = options.parse("config.train.objective", config.train.objective, OBJECTIVES, leading=4).name
     learned_variance = objective in LEARN_VARIANCE
     channels = image_shape[-1] * (2 if learned_variance else 1)
-    module = UNet(**{**config.model, "out_channels": config.model.out_channels or channels})
+    name, num_classes = config.get("network", UNET), config.model.num_classes
+    if name == UNET:
+        network = _unet(config.model, image_shape, channels, objective)
+    else:
+        network = _own_network(name, networks, image_shape, channels, num_classes)
+    names = tuple(class_names) or tuple(map(str, range(num_classes)))
+    return Model(
+        apply_fn=network.apply_fn,
+        schedule=make_schedule(config.schedule),
+        space=pixels(image_shape),
+        prediction=config.train.prediction,
+        conditions=Conditions(names, num_classes) if num_classes else None,
+        init=jax.jit(network.init),
+        learned_variance=learned_variance,
+    )
+
+
+def _unet(config, image_shape, channels, objective):
+    """Returns the UNet of the section config.model."""
+    module = UNet(**{**config, "out_channels": config.out_channels or channels})
 
     def init(key):
         return module.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
@@ -154,16 +185,31 @@ def make_model(config: ConfigDict, image_shape: tuple[int, int, int], class_name
             f"config.model.out_channels is {module.out_channels}; images have {image_shape[-1]} channels and objective "
             f"{objective} wants {channels}, set 0 or that"
         )
-    names = tuple(class_names) or tuple(map(str, range(module.num_classes)))
-    return Model(
-        apply_fn=as_apply_fn(module),
-        schedule=make_schedule(config.schedule),
-        space=pixels(image_shape),
-        prediction=config.train.prediction,
-        conditions=Conditions(names, module.num_classes) if module.num_classes else None,
-        init=jax.jit(init),
-        learned_variance=learned_variance,
-    )
+    return Network(init, as_apply_fn(module))
+
+
+def _own_network(text, networks, image_shape, channels, num_classes):
+    """Returns the network that a function of the user's own makes."""
+    name = options.own_name(text)
+    if not name:
+        raise InputError(f"config.network is {text!r}; it must be {UNET}, or your own as package.module:function")
+    if name not in networks:
+        raise InputError(
+            f"the network of this model is {name}, Python code that does not come with it; if you trust that code, "
+            f"name it: --network={name}, or networks={{{name!r}: function}} in Python"
+        )
+    require_range("config.model.num_classes", num_classes, 0)
+    what = f"network {name}"
+    choice = options.parse_own("network", text, networks[name], ("image_shape", "out_channels", "num_classes"))
+    try:
+        parts = choice.function(tuple(image_shape), channels, num_classes, **choice.options)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} fails with {failure(error)}") from error
+    if not isinstance(parts, tuple | list) or len(parts) != 2:
+        raise InputError(f"{what} returns a {type(parts).__name__}; it must return two functions, init and apply")
+    return adapt(*parts, image_shape, out_channels=channels, num_classes=num_classes, what=what)
 
 
 def current_config(saved: Mapping[str, Any]) -> ConfigDict:

@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from diffusion.commands import usage
+from diffusion.commands import recipes, usage
 from diffusion.errors import InputError, nearest
 from diffusion.training.stop import INTERRUPTED
 
@@ -128,11 +128,12 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
     fields = [arg.partition("=")[0] if re.match(r"--?config\.[^=]+=", arg) else None for arg in others]
     last = {field: i for i, field in enumerate(fields)}
     others = [arg for i, arg in enumerate(others) if fields[i] is None or last[fields[i]] == i]
+    chosen[-1] = recipes.find(chosen[-1])
+    recipes.alias()
     # Check the file here, for a better message than that of config_flags, which is going to read it again.
     path = Path(chosen[-1].partition(":")[0])  # the text after a colon is an argument of get_config
     if not path.is_file() or path.suffix != ".py":
-        own = sorted(str(p) for p in Path(default_config).parent.glob("*.py") if p.stem not in ("__init__", "default"))
-        fail(f"{str(path)!r} is no config file; {nearest(str(path), own)}")
+        fail(f"{str(path)!r} is no config file; {nearest(str(path), recipes.names())}")
     _read_config(chosen[-1])
     sys.argv[:] = [program, f"--config={chosen[-1]}", *others]  # config_flags reads sys.argv itself
     return list(sys.argv)

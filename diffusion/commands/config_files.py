@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import default
+from diffusion.commands import recipes
 from diffusion.errors import InputError, nearest
 
 _EVERY = "configs/default.py holds every field"
@@ -54,7 +54,7 @@ def check(config: ConfigDict, where: str = "") -> None:
       config: the whole config.
       where: begins the message, as "config file mine.py: ".
     """
-    known = default.get_config()
+    known = recipes.defaults()
     for name, field in leaves(config):
         section, _, last = name.rpartition(".")
         inside = _at(known, section)
@@ -94,7 +94,7 @@ class Field(NamedTuple):
 
 def fields() -> list[Field]:
     """Returns all fields and sections of configs/default.py, in its order, each section before its fields."""
-    source = Path(default.__file__).read_text()
+    source = (recipes.FOLDER / "default.py").read_text()
     comments = _comments(source)
     body = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "get_config").body
     found = []
@@ -147,7 +147,7 @@ def _line(path: str, error: BaseException) -> int | str:
 
 def _told(error: BaseException) -> str:
     """Says in one line what went wrong in a config file."""
-    known, words = default.get_config(), " ".join(str(error).split())
+    known, words = recipes.defaults(), " ".join(str(error).split())
     if isinstance(error, AttributeError) and "'str' object has no attribute" in words:  # as in version 0.1
         return f"{words}; a schedule is one text, as config.schedule = 'linear:beta_end=0.02'"
     trace = traceback.extract_tb(error.__traceback__)

@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import __version__, data, devices, files, options
-from diffusion.commands import cli, experiment, plots, samplers, shared_flags, sources, sweep, usage
+from diffusion.commands import cli, experiment, own, plots, samplers, shared_flags, sources, sweep, usage
 from diffusion.errors import InputError, nearest
 from diffusion.evaluation import bound, features, likelihood
 
@@ -87,7 +87,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     # The rows, and a table for each.
     config = source.trained.config
     tau = config.sample.tau if _TAU.value is None else _TAU.value
-    names = options.split(config.sample.sampler if _SAMPLERS.value is None else _SAMPLERS.value)
+    names = options.split(own.stored("sampler", "samplers", _SAMPLERS.value, config.sample.sampler))
     steps = None if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
     steps = samplers.chosen_steps(tau, steps, [config.sample.steps])
     entries = sweep.plan(names, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [])

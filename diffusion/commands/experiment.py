@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion import data, denoiser, devices, options, predictions
-from diffusion.commands import config_files, samplers
+from diffusion.commands import config_files, own, samplers
 from diffusion.data import Dataset
 from diffusion.errors import InputError, nearest, require_range
-from diffusion.model import Model, make_model, make_schedule, sampling_clip
+from diffusion.model import UNET, Model, make_model, make_schedule, sampling_clip
 from diffusion.objectives.bound import bound_steps
 from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES, Batch, Loss
 from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
@@ -78,7 +78,8 @@ def make_experiment(config: ConfigDict) -> Experiment:
     # The data and the network.
     dataset = load_data(config.data)
     config = with_classes(config, dataset.class_names)
-    model = make_model(config, dataset.images.shape[1:], dataset.class_names if config.model.num_classes else ())
+    class_names = dataset.class_names if config.model.num_classes else ()
+    model = make_model(config, dataset.images.shape[1:], class_names, own.networks(config.network))
     # What fits together.
     denoiser.check_options(settings.prediction, denoiser.Options(sampling_clip(config, model)))
     samplers.check_fits(table, model)
@@ -113,10 +114,12 @@ def with_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:
 
 
 def require_levels(config: ConfigDict, image_shape: Sequence[int]) -> None:
-    """Raises InputError if config.model.attention_resolutions names a height that no level of the network has.
+    """Raises InputError if config.model.attention_resolutions names a height that no level of the UNet has.
 
     A new run has to pass; one that was begun before there was this check goes on, as it has no such attention.
     """
+    if config.network != UNET:
+        return
     heights = [image_shape[0] >> level for level in range(len(config.model.multipliers))]
     for height in config.model.attention_resolutions:
         if height not in (0, *heights):

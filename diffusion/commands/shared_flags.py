@@ -18,6 +18,11 @@ def define_source_flags() -> None:
         None,
         f"Run folder, or a file of convert.py. Default: the newest run in runs/, or the {SHIPPED} model that ships.",
     )
+    flags.DEFINE_string(
+        "network",
+        None,
+        "The model's own network, as package.module:function: says that you trust that code, which is imported.",
+    )
     flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
     flags.DEFINE_integer("seed", 0, "Image i depends only on the seed and i.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
@@ -45,8 +50,8 @@ def define_sampler_flags() -> None:
     flags.DEFINE_string(
         "sampler",
         None,
-        "A sampler of --list, options after a colon: dpm_solver_pp:order=3; or the file of a table. Default: "
-        "config.sample.sampler.",
+        "A sampler of --list, options after a colon: dpm_solver_pp:order=3; a function of your own, as "
+        "package.module:function; or the file of a table. Default: config.sample.sampler.",
     )
     flags.DEFINE_float("eta", None, "Short for the sampler's option eta: 0 is deterministic, 1 is DDPM.")
     flags.DEFINE_string(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from diffusion import pretrained
-from diffusion.commands import drawing, samplers
+from diffusion.commands import drawing, own, samplers
 from diffusion.commands.experiment import load_data
 from diffusion.commands.shared_flags import SHIPPED
 from diffusion.denoiser import Options, check_options
@@ -144,8 +144,8 @@ class Sampling(NamedTuple):
         }
 
     def _file_record(self):
-        """Returns what tells a table in a file apart from another one under the same name."""
-        if not samplers.is_file(self.sampler):
+        """Returns what tells a table from a file or a function of the user's apart from another of the same name."""
+        if not samplers.is_file(self.sampler) and not samplers.is_own(self.sampler):
             return {}
         return {"table_sha256": hashlib.sha256(self.table.to_json().encode()).hexdigest()}
 
@@ -189,13 +189,15 @@ def open_source() -> Source:
     )
     guide.check(cond=None, acts=False)
     _check_effect(given, trained, guide.acts())
-    sha256 = digest(trained.params)
+    sha256, configs = digest(trained.params), [trained.config]
     if given.guidance_model is not None:
         weaker = _open_weaker(given.guidance_model, trained.model)
         settings["guidance_model_sha256"] = digest(weaker.params)
         if settings["guidance_model_sha256"] == sha256:
             raise InputError("--guidance_model is the model itself, which changes nothing; name a weaker one")
         guide = guide.replace(reference_fn=weaker.model.apply_fn, reference_params=weaker.params)
+        configs.append(weaker.config)
+    own.check_used(given.network, *configs)
     return Source(name, home, trained, sha256, settings, guide, labels, given.seed)
 
 
@@ -220,7 +222,8 @@ def open_sampling() -> Sampling:
     given = flags.FLAGS
     source = open_source()
     config = source.trained.config.sample
-    sampler, tau = (config[name] if given[name].value is None else given[name].value for name in ("sampler", "tau"))
+    sampler = own.stored("sampler", "sampler", given.sampler, config.sampler)
+    tau = config.tau if given.tau is None else given.tau
     if samplers.is_file(sampler):
         useless = [name for name in ("steps", "tau") if given[name].value is not None]
         if useless:
@@ -230,14 +233,14 @@ def open_sampling() -> Sampling:
 
 def _open(workdir, ema):
     """Returns (source, home, trained): a run folder, a weights file, the newest run, or the model that ships."""
-    folder = None
+    folder, networks = None, own.networks(flags.FLAGS.network)
     if not workdir:
         folder = run_folder.newest("runs")
     elif not workdir.endswith(weights.SUFFIX):
         folder = run_folder.existing(workdir)
     if folder is not None:
-        return str(folder.path), folder.path, run_folder.load_trained(folder, ema)
-    trained = weights.load(workdir) if workdir else pretrained.load(SHIPPED)
+        return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
+    trained = weights.load(workdir, networks) if workdir else pretrained.load(SHIPPED)
     if ema and ema != trained.ema:
         raise InputError(f"ema is {ema}; this file holds only that of {trained.ema}")
     if not workdir:

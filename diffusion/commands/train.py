@@ -1,8 +1,8 @@
 """Trains a diffusion model: `python train.py --config=configs/cifar.py`, or without a config the embedded digits.
 
-The run folder (runs/<config name>, or --workdir) gets config.json, environment.json, checkpoints, metrics.csv,
-TensorBoard events and sample grids. The same command resumes an interrupted run, from the newest checkpoint that is as
-it was written. Ctrl-C and SIGTERM save the step in progress; the exit codes are 130 and 75.
+The run folder (runs/<config name>, or --workdir) gets config.json, environment.json, checkpoints, metrics.csv and its
+plot loss.png, TensorBoard events and sample grids. The same command resumes an interrupted run, from the newest
+checkpoint that is as it was written. Ctrl-C and SIGTERM save the step in progress; the exit codes are 130 and 75.
 
 Several processes train one model together when each gets --coordinator, --num_processes and --process_id, or
 --distributed where a cluster's own environment tells them.
@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import shlex
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +24,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from configs import default
 from diffusion import data, devices
-from diffusion.commands import cli, forecast, usage
+from diffusion.commands import cli, forecast, own, plots, recipes, usage
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment, require_levels
 from diffusion.errors import InputError
@@ -37,7 +37,7 @@ from diffusion.training.recorder import Recorder, Silent
 from diffusion.training.step import TrainState, ema_name, make_train_step
 from diffusion.training.stop import Stopped, StopRequest
 
-DEFAULT_CONFIG = Path(default.__file__).parent / "digits.py"
+DEFAULT_CONFIG = recipes.FOLDER / "digits.py"
 
 SHOWN_CLASSES = 12
 """The most classes that the log names."""
@@ -45,6 +45,9 @@ SHOWN_CLASSES = 12
 usage.group("The run")
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file. Any field: --config.train.num_steps=100")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: runs/<config name>.")
+_NETWORK = flags.DEFINE_string(
+    "network", None, "Your own network, as package.module:function; short for --config.network."
+)
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to RUN/profile, for TensorBoard or XProf.")
 usage.group("Several processes that train one model")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several train one model.")
@@ -74,6 +77,9 @@ def start(stop: StopRequest) -> int:
     """Builds what the config asks for, which finds its mistakes before anything is written, and goes on to `run`."""
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     folder = run_folder.RunFolder(_WORKDIR.value or Path("runs", name))
+    if _NETWORK.value is not None:
+        _CONFIG.value.network = _NETWORK.value
+    own.check_unet_fields(_CONFIG.value.network, sys.argv)
     experiment = make_experiment(_CONFIG.value)
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
         return run(experiment, folder, stop)
@@ -127,8 +133,8 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest)
     if not finished:
         say(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
         return stop.exit_code
-    workdir = shlex.quote(str(folder.path))
-    say(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={workdir}")
+    named = f"--workdir={shlex.quote(str(folder.path))}{own.flag(config.network)}"
+    say(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 {named}")
     return 0
 
 
@@ -186,7 +192,7 @@ def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int 
     shardings = devices.state_sharding(experiment.mesh, shapes)
     if begin is None:
         return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
-    defaults = {"config": default.get_config().to_dict()}
+    defaults = {"config": recipes.defaults().to_dict()}
     run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return checkpoints.load_state(folder.checkpoints, begin, like)
@@ -229,7 +235,7 @@ def placed_batches(experiment: Experiment, begin: int):
 def sheet_drawer(
     experiment: Experiment, folder: run_folder.RunFolder, recorder: Recorder | Silent
 ) -> Callable[[TrainState], None]:
-    """Returns state -> None: the first process draws samples of the first EMA. A sheet that fails ends no run."""
+    """Returns state -> None: the first process draws the loss, and samples of the first EMA. No picture ends a run."""
     model, config = experiment.model, experiment.config
     ema = ema_name(experiment.step_options.ema_decays[0])
     gather = jax.jit(lambda params: params, out_shardings=NamedSharding(experiment.mesh, PartitionSpec()))
@@ -240,6 +246,7 @@ def sheet_drawer(
         params = jax.tree.map(lambda x: x.addressable_data(0), gather(state.ema_params[ema]))
         if jax.process_index() > 0 or path.exists():
             return
+        plots.losses(folder.path / "metrics.csv", folder.path / "loss.png")
         labels = () if model.conditions is None else range(model.conditions.null)
         shared = {"seed": config.seed, "labels": labels, "clip": sampling_clip(config, model)}
         ids = range(config.sample.num)

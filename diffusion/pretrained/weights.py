@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax.traverse_util
@@ -42,8 +44,12 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
     write_atomically(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(facts, sort_keys=True)}))
 
 
-def load(path: str | os.PathLike) -> Trained:
+def load(path: str | os.PathLike, networks: Mapping[str, Callable[..., Any]] = MappingProxyType({})) -> Trained:
     """Reads what `save` wrote.
+
+    Args:
+      path: the file.
+      networks: see `make_model`.
 
     Raises:
       InputError: there is no such file, it is damaged, or `save` did not write it.
@@ -52,7 +58,7 @@ def load(path: str | os.PathLike) -> Trained:
     if digest(arrays) != facts["sha256"]:
         raise InputError(f"{path} is damaged: its weights are not those that were written; get it again")
     config = current_config(facts["config"])
-    model = make_model(config, tuple(facts["image_shape"]), tuple(facts.get("class_names", ())))
+    model = make_model(config, tuple(facts["image_shape"]), tuple(facts.get("class_names", ())), networks)
     # Check that the config still describes the network whose parameters these are.
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
     wanted = jax.eval_shape(model.init, jax.random.key(0))

@@ -2,8 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -100,13 +101,19 @@ def existing(path: str | os.PathLike) -> RunFolder:
     return folder
 
 
-def load_trained(folder: RunFolder, ema: str = "", step: int | None = None) -> Trained:
+def load_trained(
+    folder: RunFolder,
+    ema: str = "",
+    step: int | None = None,
+    networks: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+) -> Trained:
     """Reads the model of a run from a checkpoint.
 
     Args:
       folder: the run.
       ema: which of its EMAs, by decay; "" is the first.
       step: which checkpoint; None is the newest good one.
+      networks: see `make_model`.
 
     Raises:
       InputError: it is damaged, or does not fit its own config; there is no such step or EMA.
@@ -118,7 +125,7 @@ def load_trained(folder: RunFolder, ema: str = "", step: int | None = None) -> T
     if ema and ema not in names:
         raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
     class_names = tuple(saved["class_names"]) if config.model.num_classes else ()
-    model = make_model(config, tuple(saved["image_shape"]), class_names)
+    model = make_model(config, tuple(saved["image_shape"]), class_names, networks)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
