@@ -49,11 +49,13 @@ def sheet(
     return canvas
 
 
-def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "H W C"]) -> None:
-    """Writes a PNG of 1 or 3 channels, whole or not at all."""
+def write_png(
+    path: str | os.PathLike, image: UInt8[np.ndarray, "H W C"], within: str | os.PathLike | None = None
+) -> None:
+    """Writes a PNG of 1 or 3 channels, as `files.write_atomically` does."""
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue(), within)
 
 
 def write_gif(path: str | os.PathLike, frames: Sequence[UInt8[np.ndarray, "H W C"]], milliseconds: int = 80) -> None:

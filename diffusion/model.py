@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,3 +232,72 @@ def current_config(saved: Mapping[str, Any]) -> ConfigDict:
         if kind == name and "=" not in rest:
             config.sample.tau = f"{name}:{option}={rest}"
     return config
+
+
+_FIELDS = {
+    "data": {"name": str},
+    "model": {},
+    "train": {"prediction": str, "objective": str, "label_dropout": int | float, "ema_decays": list | tuple},
+    "sample": {"sampler": str, "tau": str, "steps": int, "clip": str | None},
+}
+"""The fields of a saved config that programs read before anything checks them, and the types of these."""
+
+MAX_SIDE, MAX_BLOCKS, MAX_NUMBER = 2**16, 1000, 2**20
+"""The largest height or width of images, and number of blocks and any other number of a network, in a file.
+
+Describing a network takes time for each block, and none for its width; a million of anything is no network.
+"""
+
+
+def from_record(
+    saved: Mapping[str, Any],
+    where: str,
+    networks: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+) -> tuple[ConfigDict, Model]:
+    """Returns the config and the model that a file or checkpoint describes, which may come from anybody.
+
+    Args:
+      saved: holds "config", "image_shape" and, where there are classes, "class_names".
+      where: what the error calls it, such as "checkpoint runs/digits/checkpoints/5".
+      networks: see `make_model`.
+
+    Raises:
+      InputError: a field is missing, of another type, out of its range, or so large that no network has it.
+    """
+    try:
+        config = current_config(saved["config"])
+        for section, fields in _FIELDS.items():
+            for name, kind in fields.items():
+                if not isinstance(config[section][name], kind):
+                    raise TypeError(f"config.{section}.{name} is {config[section][name]!r}"[:100])
+        shape, names = saved["image_shape"], saved.get("class_names") or ()
+        if len(shape) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in shape):
+            raise ValueError(f"image_shape is {shape!r}"[:100])
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise TypeError("class_names are no list of texts")
+        _check_size(config.model)
+        count = config.model.num_classes
+        if names and count and len(names) != count:
+            raise ValueError(f"it has {len(names)} names for {count} classes")
+        return config, make_model(config, tuple(shape), tuple(names) if count else (), networks)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except Exception as error:  # what a stranger wrote raises nearly any exception
+        reason = " ".join(f"{'no ' if isinstance(error, KeyError) else ''}{error}".split())[:200]
+        raise InputError(f"{where} describes no model that this version knows ({reason})") from None
+
+
+def _check_size(config):
+    """Refuses a network that would take forever only to describe."""
+    numbers = [n for value in config.values() for n in (value if isinstance(value, list | tuple) else [value])]
+    if any(isinstance(n, int | float) and not abs(n) <= MAX_NUMBER for n in numbers):
+        raise ValueError(f"config.model has a number above {MAX_NUMBER:,}")
+    if config.num_blocks * len(config.multipliers) > MAX_BLOCKS:
+        raise ValueError(f"config.model has more than {MAX_BLOCKS:,} blocks")
+
+
+def check_finite(params: Params, where: str) -> None:
+    """Raises InputError if a parameter is NaN or infinite, as after a training that diverged."""
+    for name, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
+        if not np.isfinite(np.asarray(leaf)).all():
+            raise InputError(f"{where} has weights that are not finite ({name}): the training diverged; take another")

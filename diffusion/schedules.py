@@ -283,6 +283,6 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
 
 def _count(num_timesteps: int) -> int:
     """Returns the number of timesteps as an int if it is whole and at least 1."""
-    if not is_whole(num_timesteps) or num_timesteps < 1:
-        raise InputError(f"num_timesteps is {num_timesteps}; it must be a whole number of at least 1")
+    if not is_whole(num_timesteps) or not 1 <= num_timesteps <= 10**6:  # a schedule holds arrays of T + 1 numbers
+        raise InputError(f"num_timesteps is {num_timesteps}; it must be a whole number in 1..1,000,000")
     return int(num_timesteps)

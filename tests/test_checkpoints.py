@@ -13,7 +13,8 @@ from tiny import assert_same, make_step, start
 
 from diffusion import devices
 from diffusion.errors import InputError
-from diffusion.training import checkpoints, run_folder
+from diffusion.training import checkpoints, run_folder, saving
+from diffusion.training.saving import CheckpointWriter
 
 DECAYS = (0.9, 0.99)
 METADATA = {"config": {"a": 1, "b": (1, 2)}}
@@ -26,7 +27,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     mesh, step = make_step(2, OPTIMIZER, ema_decays=DECAYS)
     state = start(OPTIMIZER, mesh, DECAYS)
-    with checkpoints.CheckpointWriter(folder, keep=2) as writer:
+    with CheckpointWriter(folder, keep=2) as writer:
         for k in range(1, 4):
             state, _ = step(state)
             writer.save(k, state, METADATA)
@@ -142,7 +143,7 @@ def test_what_is_no_checkpoint_is_passed_over_and_remains_of_a_save_are_removed(
     (copied / "6").touch()
     assert checkpoints.newest_good(copied) == 3
     assert not capsys.readouterr().err
-    with checkpoints.CheckpointWriter(copied, keep=1, begin=3):
+    with CheckpointWriter(copied, keep=1, begin=3):
         pass
     assert sorted(path.name for path in copied.iterdir()) == ["2", "3", "6", "junk"]
 
@@ -162,7 +163,7 @@ def test_a_folder_without_checkpoints_is_the_start_of_a_run(tmp_path):
 
 
 def test_metadata_without_a_config_is_refused(tmp_path):
-    with checkpoints.CheckpointWriter(tmp_path, keep=1) as writer:
+    with CheckpointWriter(tmp_path, keep=1) as writer:
         writer.save(1, like(), {"something": 1})
     with pytest.raises(InputError, match=r"1 cannot be read \(it has no config"):
         checkpoints.metadata(tmp_path, 1)
@@ -172,13 +173,13 @@ def test_metadata_without_a_config_is_refused(tmp_path):
 def test_damaged_checkpoints_never_count_as_the_newest(tmp_path, keep):
     """A run that goes on from before them keeps what it saves, under the same numbers and others."""
     state = like()
-    with checkpoints.CheckpointWriter(tmp_path, keep=4) as writer:
+    with CheckpointWriter(tmp_path, keep=4) as writer:
         for step in (1, 2, 3, 9):
             writer.save(step, state, METADATA)
     for step in ("2", "3", "9"):
         truncate(tmp_path / step / "manifest.json")
     assert checkpoints.newest_good(tmp_path) == 1
-    with checkpoints.CheckpointWriter(tmp_path, keep, begin=1) as writer:
+    with CheckpointWriter(tmp_path, keep, begin=1) as writer:
         for step in (2, 4):
             writer.save(step, state, METADATA)
             writer.wait()
@@ -189,7 +190,7 @@ def test_damaged_checkpoints_never_count_as_the_newest(tmp_path, keep):
 
 def test_the_best_step_is_kept_whatever_comes_after_and_losses_that_are_not_finite_are_never_best(tmp_path):
     state = like()
-    with checkpoints.CheckpointWriter(tmp_path, keep=1, keep_best=1) as writer:
+    with CheckpointWriter(tmp_path, keep=1, keep_best=1) as writer:
         for step, loss in enumerate([9, 3, np.nan, 5, np.inf, 7, -np.inf], start=1):
             writer.save(step, state, METADATA, loss)
     assert checkpoints.steps(tmp_path) == [2, 7]
@@ -199,8 +200,8 @@ def test_an_old_checkpoint_goes_only_when_a_newer_one_is_whole(copied, monkeypat
     def fails(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.manifest, "write", fails)
-    with checkpoints.CheckpointWriter(copied, keep=1, begin=3) as writer:
+    monkeypatch.setattr(saving.manifest, "write", fails)
+    with CheckpointWriter(copied, keep=1, begin=3) as writer:
         writer.save(4, like(), METADATA)
         with pytest.raises(InputError, match=r"No space left.* step 3 is the last good one"):
             writer.wait()

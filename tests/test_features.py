@@ -208,10 +208,21 @@ def test_a_reference_of_images_that_are_not_there_is_refused(small, tmp_path, co
         features.make_reference(features.pixels(), small, tmp_path, count=count)
 
 
-def test_a_folder_that_cannot_be_made_is_refused(small, tmp_path):
+def test_a_cache_that_cannot_be_used_is_a_warning_and_the_result_is_the_same(small, one_training, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="folder"):
-        features.make_reference(features.pixels(), small, tmp_path / "file" / "folder")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        found = features.make_reference(features.pixels(), small, tmp_path / "file" / "folder")
+    wanted = features.make_reference(features.pixels(), small, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, found[:2], wanted[:2])
+    with pytest.warns(UserWarning, match="cannot be written"):
+        space = features.classifier(small, tmp_path / "file" / "folder")
+    assert space.key == features.classifier(small, tmp_path).key
+    # A folder lies where the file should be.
+    path = next(tmp_path.glob("pixels-*"))
+    path.unlink()
+    path.mkdir()
+    with pytest.warns(UserWarning, match="made again"):
+        features.make_reference(features.pixels(), small, tmp_path)
 
 
 def test_figures_are_those_of_the_metrics_and_named_after_their_space(small, one_training, tmp_path):
@@ -228,8 +239,8 @@ def test_figures_are_those_of_the_metrics_and_named_after_their_space(small, one
             assert found[f"{name}_{space.name}"] == value
         assert len(found) == 7
     assert features.measure(reference, fake, ["score"]) == {
-        "score_classifier": metrics.class_score(fake.probabilities).mean,
-        "score_classifier_std": metrics.class_score(fake.probabilities).std,
+        "score_classifier": metrics.class_score(fake.probabilities, 5).mean,
+        "score_classifier_std": metrics.class_score(fake.probabilities, 5).std,
     }
 
 
@@ -277,9 +288,52 @@ def test_a_caller_learns_of_too_few_samples(small, tmp_path):
     few = features.make_reference(space, small, tmp_path)
     images = np.tile(small.images, (2, 1, 1, 1))
     many = features.make_reference(space, Dataset(images, None, ()), tmp_path)
-    assert "64 dimensions" in features.too_few(few, space.extract(images))
-    assert "60 samples" in features.too_few(many, space.extract(small.images))
-    assert features.too_few(many, space.extract(images)) == ""
+    assert "64 dimensions" in features.too_few(few, 120)
+    assert "60 samples" in features.too_few(many, 60)
+    assert features.too_few(many, 120) == ""
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 6, 19, 20, 60])
+def test_small_sets_lower_what_the_metrics_take_and_say_so_and_every_figure_is_there(digits, count):
+    """On a made-up space with classes, whatever the size of either set."""
+    space = fake_inception()
+    vectors = space.extract(digits.images[:60]).vectors
+    identity = {"space": "inception", "count": 60}
+    reference = features.Reference(metrics.moments(vectors), vectors, identity)
+    found = features.measure(reference, space.extract(digits.images[100 : 100 + count]))
+    assert len(found) == 9
+    assert np.isfinite(list(found.values())).all()
+    chosen = features.settings(features.METRICS, 60, count)
+    assert (chosen.k, chosen.subset_size) == (min(5, count - 1), count)
+    assert chosen.splits == max(1, count // 10)
+    assert [note.split()[1] for note in chosen.notes] == ["recall,"] * (count < 6) + ["score", "kernel"]
+    assert features.settings(["frechet"], 60, count).notes == []
+    assert features.settings(features.METRICS, 5000, 5000).notes == []
+
+
+def test_a_set_of_one_image_is_refused_before_anything_is_drawn():
+    for sizes in ((1, 60), (60, 1)):
+        with pytest.raises(InputError, match="at least 2"):
+            features.settings(features.METRICS, *sizes)
+
+
+def test_features_that_take_noise_for_images_or_do_not_know_the_classes_are_doubted(trained):
+    assert trained.chance == pytest.approx(0.1, abs=0.01)
+    assert trained.noise_precision < 0.3 < 0.8 < trained.held_out_precision
+    assert trained.doubts() == []
+    (doubt,) = trained._replace(noise_precision=0.6).doubts()
+    assert "uniform noise a precision of 0.600" in doubt
+    (doubt,) = trained._replace(accuracy=0.54).doubts()
+    assert "right about only 54.0%" in doubt
+    assert trained._replace(accuracy=0.74, chance=0.5).doubts()
+    assert trained._replace(accuracy=0.76, chance=0.5).doubts() == []
+    # Without training the features of noise lie among those of images.
+    key = jax.random.key(0)
+    untrained = classifier._init(key, (8, 8, 1), 10, 449)[0]
+    dataset, places = data.load("digits"), np.arange(300)
+    facts = classifier._judge(untrained, dataset, places[:240], places[240:], 0)
+    assert facts["accuracy"] < 0.4
+    assert trained._replace(**facts).doubts()
 
 
 def test_a_network_that_is_not_there_is_refused(tmp_path):

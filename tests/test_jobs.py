@@ -1,6 +1,7 @@
 """Laws of sampling jobs on disk: every image once, none twice, and none of another job."""
 
 import json
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,13 @@ from tiny import make_model
 from diffusion import devices, files, schedules, timesteps
 from diffusion.commands import jobs
 from diffusion.commands.drawing import generate
+from diffusion.evaluation import load_samples
 from diffusion.images import write_gif
 from diffusion.solvers import ddim
 
 LINEAR = schedules.linear(50, 1e-3, 0.2)
-RECORD = {"run": "runs/x", "steps": 4, "tau": [50.0, 25.5, 0.0], "clip": "recompute", "seed": 3, "labels": [0, 1]}
+RECORD = {"run": "runs/x", "steps": 4, "tau": [50.0, 25.5, 0.0], "clip": "recompute", "guidance_scale": 1.0}
+RECORD |= {"seed": 3, "labels": [0, 1]}
 
 
 def network(params, x, t, cond=None):
@@ -89,8 +92,8 @@ def test_a_range_is_written_as_it_is_read():
     rng = np.random.default_rng(0)
     for size in (1, 2, 5, 40):
         ids = rng.permutation(60)[:size].tolist()
-        assert jobs.parse_ids(jobs._ranges(ids)) == ids
-    assert jobs._ranges(range(1000)) == "0-999"
+        assert jobs.parse_ids(jobs.write_ids(ids)) == ids
+    assert jobs.write_ids(range(1000)) == "0-999"
 
 
 # Shards
@@ -140,7 +143,7 @@ def test_a_killed_job_draws_only_what_is_missing_and_the_same_bytes(tmp_path):
     _, todo = finished(killed, ids, shards=[0, 2])
     kept = contents(killed)
     assert (todo, len(kept)) == ([0, 2], 2)
-    (killed / ".samples-00001-of-00004.npz.xyz").write_bytes(b"half a file")
+    (killed / ".samples-00001-of-00004.npz.01234567.unfinished").write_bytes(b"half a file")
     job, todo = finished(killed, ids)
     assert todo == [1, 3]
     assert job.missing() == []
@@ -202,13 +205,135 @@ def test_shards_without_a_record_that_names_them_are_refused(tmp_path, record):
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_a_job_in_shards_takes_the_place_of_one_of_a_single_file(tmp_path):
-    job, _ = finished(tmp_path, range(5))
+def test_a_job_of_one_file_and_one_of_shards_never_meet_in_a_folder(tmp_path):
+    one, many = subfolder(tmp_path, "one"), subfolder(tmp_path, "many")
+    finished(one, range(5))[0].finish()
+    finished(many, range(25))[0].finish()
+    for folder, count in ((one, 25), (many, 5)):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with refused("another job.*--out"):
+            jobs.Job(folder, range(count), RECORD)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_changed_shard_is_drawn_again_and_named(tmp_path):
+    """Whatever the change is: a bit, a truncation, another shard in its place, or one that no line vouches for."""
+    whole = subfolder(tmp_path, "whole")
+    finished(whole, range(25))[0].finish()
+    good = contents(whole)
+    first, second, third = (whole / name for name in good)
+
+    def damage(path, content):
+        path.write_bytes(content)
+        job = jobs.Job(whole, range(25), RECORD)
+        assert (job.damaged, len(job.missing())) == ([path.name], 1)
+        with refused(path.name):
+            load_samples(whole)
+        assert finished(whole, range(25))[1] == [int(path.name[8:13])]
+        assert contents(whole) == good
+
+    flipped = bytearray(first.read_bytes())
+    flipped[40] ^= 1
+    damage(first, bytes(flipped))
+    damage(second, second.read_bytes()[:-1])
+    damage(third, second.read_bytes())
+    damage(second, b"")
+    sums = whole / "samples.sha256"
+    sums.write_text("".join(sums.read_text().splitlines(keepends=True)[:1]) + "a half line")
+    assert finished(whole, range(25))[1] == [1, 2]
+    assert contents(whole) == good
+
+
+def test_the_checksums_are_those_of_sha256sum(tmp_path):
+    finished(tmp_path, range(4))[0].finish()
+    result = subprocess.run(["sha256sum", "-c", "samples.sha256"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "samples.npz: OK\n"
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_job_is_known_however_paths_are_spelled_and_not_if_the_generator_is_another(tmp_path):
+    record = {"run": "runs/x", "weights_sha256": "a" * 64, "generator": "threefry"}
+    finished(tmp_path, range(15), record)
+    assert jobs.Job(tmp_path, range(15), record | {"run": "/home/me/runs/x/"}).missing() == []
+    with refused("generator is rbg, there threefry"):
+        jobs.Job(tmp_path, range(15), record | {"generator": "rbg"})
+    with refused(r"images of another job \(another weights\)"):
+        jobs.Job(tmp_path, range(15), record | {"weights_sha256": "b" * 64})
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_job_that_version_01_began_is_refused_in_one_line(tmp_path):
+    finished(tmp_path, range(15))
+    (tmp_path / "samples.sha256").unlink()
+    with refused("its record has no generator: an earlier version began it"):
+        jobs.Job(tmp_path, range(15), RECORD | {"generator": "threefry"})
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "sampling.json", "samples.sha256", "grid.png", "png", "arr_0.npz"])
+def test_a_link_in_a_sample_folder_is_refused_and_what_it_points_to_stays(tmp_path, name):
+    out = subfolder(tmp_path, "out")
+    theirs = subfolder(tmp_path, "theirs")
+    (theirs / "000003.png").write_text("dear")
+    (out / name).symlink_to(theirs if name == "png" else theirs / "000003.png")
+    with refused("is a link"):
+        jobs.Job(out, range(4), RECORD)
+    assert (theirs / "000003.png").read_text() == "dear"
+
+
+def test_only_files_that_the_program_writes_are_removed_with_a_job(tmp_path):
+    job, _ = finished(tmp_path, [3, 14])
+    job.write_pngs()
+    job.export()
+    (tmp_path / "png" / "holiday.png").write_text("dear")
+    (tmp_path / "png" / "000003.png.bak").write_text("dear")
+    job.remove_pictures()
+    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == ["000003.png.bak", "holiday.png"]
+    assert not (tmp_path / "arr_0.npz").exists()
+
+
+@pytest.mark.parametrize("count", [7, 25])
+@pytest.mark.parametrize("labels", [(), (4, 2)])
+@pytest.mark.usefixtures("small_shards")
+def test_one_call_reads_a_job_of_one_file_or_of_many_and_so_does_an_evaluator_of_others(tmp_path, count, labels):
+    ids = [int(i) for i in np.random.default_rng(0).permutation(100)[:count]]
+    images = np.random.default_rng(1).integers(0, 256, (count, 4, 3, 1), np.uint8)
+    job = jobs.Job(tmp_path, ids, RECORD)
+    for index in range(len(job.shards)):
+        job.write(index, images[10 * index : 10 * index + 10], labels)
+    job.export()
     job.finish()
-    job = jobs.Job(tmp_path, range(25), RECORD)
-    assert job.replaces == "num is 25, there 5"
-    assert not job.path(0).with_name("samples.npz").exists()
-    assert jobs.Job(tmp_path, range(25), RECORD).replaces == ""
+    found = load_samples(tmp_path)
+    np.testing.assert_array_equal(found.images, images)
+    np.testing.assert_array_equal(found.ids, ids)
+    wanted = [labels[i % 2] for i in ids] if labels else None
+    assert (found.labels is None) == (wanted is None)
+    with np.load(tmp_path / "arr_0.npz") as exported:
+        np.testing.assert_array_equal(exported["arr_0"], images)
+        assert exported["arr_0"].dtype == np.uint8
+        assert list(exported) == ["arr_0", "arr_1"][: 1 + bool(labels)]
+        if labels:
+            np.testing.assert_array_equal(found.labels, wanted)
+            np.testing.assert_array_equal(exported["arr_1"], wanted)
+    with refused("give a larger max_memory"):
+        load_samples(tmp_path, max_memory=50 / 2**30)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_job_that_is_not_finished_is_no_set_of_samples(tmp_path):
+    with refused("cannot be read"):
+        load_samples(tmp_path / "nowhere")
+    with refused("cannot be read|no finished"):
+        load_samples(tmp_path)
+    finished(tmp_path, range(25), shards=[0, 2])
+    with refused("2 files of a job of 3"):
+        load_samples(tmp_path)
+    finished(tmp_path, range(25))
+    assert len(load_samples(tmp_path).images) == 25
+    record = json.loads((tmp_path / jobs.RECORD).read_text())
+    (tmp_path / jobs.RECORD).write_text(json.dumps(record | {"ids": "0-23,25"}))
+    with refused("does not hold the images that its sampling.json lists"):
+        load_samples(tmp_path)
 
 
 @pytest.mark.usefixtures("small_shards")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -24,6 +26,7 @@ from diffusion.errors import InputError
 from diffusion.training import checkpoints, environment
 from diffusion.training.loop import Plan, Run, train
 from diffusion.training.recorder import COLUMNS, Recorder, Row
+from diffusion.training.saving import CheckpointWriter
 from diffusion.training.step import TENTHS, StepOptions, make_train_step
 from diffusion.training.stop import INTERRUPTED, PREEMPTED, Stopped, StopRequest
 
@@ -58,7 +61,7 @@ def go(train_step, tmp_path):
             state = checkpoints.load_state(folder, begin, state)
         sharding = devices.batch_sharding(MESH)
         batches = ((jax.device_put(images(step), sharding), None) for step in range(begin, 10**6))
-        writer = checkpoints.CheckpointWriter(folder, keep=100, begin=begin)
+        writer = CheckpointWriter(folder, keep=100, begin=begin)
         with StopRequest() as stop, writer, recorder(tmp_path, begin) as opened:
             examples = lambda step: np.arange(BATCH) + step  # noqa: E731
             run = Run(
@@ -258,6 +261,12 @@ def test_a_long_call_returns_its_result_or_its_error():
             stop.call(lambda: (_ for _ in ()).throw(ValueError("no")))
 
 
+def reopened(recorder):
+    """Opens a record as a start does, and closes it."""
+    with recorder:
+        pass
+
+
 def row(step, loss=1.0):
     return Row(step, loss, 1.0, 1.0, 0, (0.5,) * TENTHS)
 
@@ -278,49 +287,126 @@ def test_metrics_after_the_step_resumed_from_are_written_again(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()] == [10, 20]
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "speed.csv"])
-def test_metrics_of_something_else_are_not_overwritten(tmp_path, name):
-    (tmp_path / name).write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="its columns are not"):
-        Recorder(tmp_path, 0)
-    assert (tmp_path / name).read_text() == "a,b\n1,2\n"
+@pytest.mark.parametrize("name", ["metrics.csv", "speed.csv", "skipped.jsonl"])
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00\n", b"[" * 10**5 + b"\n", b"{}\n"], ids=range(4))
+def test_a_record_of_something_else_is_kept_under_another_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"{name} holds \d lines .* is kept as {name.replace('.', '-kept-1.')}"):
+        reopened(Recorder(tmp_path, 0))
+    assert (tmp_path / name.replace(".", "-kept-1.")).read_bytes() == content
 
 
 ONES = ",1" * (len(COLUMNS) - 1)
 
 
-@pytest.mark.parametrize("line", [f"x{ONES}", f"5{ONES},1", f"5{ONES[:-1]}much", f"5,1\n6{ONES}", "\x00,1"])
-def test_a_damaged_record_of_metrics_is_refused_and_kept(tmp_path, line):
+@pytest.mark.parametrize("line", [f"x{ONES}", f"5{ONES},1", f"5{ONES[:-1]}much", f"0{ONES}", "\x00,1", "\udcff"])
+def test_a_record_with_a_damaged_line_goes_on_with_the_others(tmp_path, line):
     path = tmp_path / "metrics.csv"
-    path.write_text(",".join(COLUMNS) + f"\n{line}\n1{ONES}\n")
+    good = f"{','.join(COLUMNS)}\n1{ONES}\n"
+    path.write_text(f"{good}{line}\n2{ONES}\n11{ONES}\n", errors="surrogateescape")
     before = path.read_bytes()
-    with pytest.raises(InputError, match="is not a record of this program"):
-        Recorder(tmp_path, 10)
-    assert path.read_bytes() == before
+    with pytest.warns(UserWarning, match=r"holds 1 lines .* metrics-kept-1.csv; the record goes on"):
+        reopened(Recorder(tmp_path, 10))
+    assert path.read_text() == f"{good}2{ONES}\n"
+    assert (tmp_path / "metrics-kept-1.csv").read_bytes() == before
 
 
-def test_a_full_disk_is_told_by_every_file_of_the_record(tmp_path):
-    """TensorBoard's too; the error that a thread would swallow ends the run instead of holding it up."""
+def test_what_is_missing_or_changed_in_a_record_is_named_and_never_lost(tmp_path):
+    with Recorder(tmp_path, 0) as recorder:
+        for step in (10, 20):
+            recorder.scalars(row(step), 1.0, 2.0, 0.1)
+            recorder.skipped(step, loss="nan")
+        sealed = recorder.seal()
+        written = {name: (tmp_path / name).read_bytes() for name in sealed}
+        assert sealed.keys() == {"metrics.csv", "skipped.jsonl"}
+        recorder.scalars(row(30), 1.0, 2.0, 0.1)
+    # As it was: nothing is said, and what came later is dropped.
+    with warnings.catch_warnings(action="error"):
+        reopened(Recorder(tmp_path, 20, sealed))
+    assert {name: (tmp_path / name).read_bytes() for name in sealed} == written
+    # One digit is another, which is still a row.
+    changed = written["metrics.csv"].replace(b"10,1,", b"10,7,")
+    (tmp_path / "metrics.csv").write_bytes(changed)
+    (tmp_path / "skipped.jsonl").unlink()
+    with pytest.warns() as told:
+        reopened(Recorder(tmp_path, 20, sealed))
+    told = [str(warning.message) for warning in told]
+    assert any(
+        "metrics.csv is not what was written up to step 20, and is kept as metrics-kept-1.csv" in t for t in told
+    )
+    assert any("skipped.jsonl is missing, and with it the rows up to step 20" in t for t in told)
+    assert (tmp_path / "metrics-kept-1.csv").read_bytes() == changed
+    # Notes below the rows are nobody's to delete.
+    (tmp_path / "metrics.csv").write_bytes(written["metrics.csv"] + b"my notes\n")
+    with pytest.warns(match="holds 1 lines"):
+        reopened(Recorder(tmp_path, 20, {"metrics.csv": sealed["metrics.csv"]}))
+    assert (tmp_path / "metrics.csv").read_bytes() == written["metrics.csv"]
+    assert (tmp_path / "metrics-kept-2.csv").read_bytes().endswith(b"my notes\n")
+
+
+def test_a_record_without_its_checkpoint_is_kept(tmp_path):
+    with Recorder(tmp_path, 0) as recorder:
+        recorder.scalars(row(10), 1.0, 2.0, 0.1)
+    before = (tmp_path / "metrics.csv").read_bytes()
+    with pytest.warns(match=r"is of a run that has no checkpoint any more, and is kept as metrics-kept-1.csv"):
+        reopened(Recorder(tmp_path, 0))
+    assert (tmp_path / "metrics-kept-1.csv").read_bytes() == before
+    with warnings.catch_warnings(action="error"):
+        reopened(Recorder(tmp_path, 0))
+
+
+def test_a_checkpoint_vouches_for_the_record(go, tmp_path):
+    go()
+    for step, row_of_step in ((4, 0), (8, 1), (12, 3)):
+        sealed = checkpoints.sealed_record(tmp_path / "checkpoints", step)["metrics.csv"]
+        found = (tmp_path / "metrics.csv").read_bytes()[: sealed["bytes"]]
+        assert hashlib.sha256(found).hexdigest() == sealed["sha256"]
+        assert len(found.splitlines()) == 1 + row_of_step
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "speed.csv", "skipped.jsonl"])
+def test_a_record_is_not_written_through_a_link(tmp_path, name):
+    run, thesis = tmp_path / "run", tmp_path / "thesis.tex"
+    run.mkdir()
+    thesis.write_text("years of work")
+    (run / name).symlink_to(thesis)
+    with pytest.raises(InputError, match=f"{name} is a link"):
+        Recorder(run, 0)
+    assert thesis.read_text() == "years of work"
+
+
+def test_an_error_of_the_disk_ends_the_record_and_not_what_lies_beside_it(tmp_path):
+    """Events and speed.csv are told once and left out."""
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import numpy as np
 from pathlib import Path
-from diffusion.training.recorder import Recorder
+from diffusion.training.recorder import Recorder, Row
 recorder = Recorder(Path({str(tmp_path)!r}), 0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 for step in range(100):
     recorder.image("samples", np.random.default_rng(0).integers(0, 256, (64, 64, 1)).astype(np.uint8), step)
+print("the run goes on")
+for step in range(1000):
+    recorder.scalars(Row(step, 1.0, 1.0, 1.0, 0, (0.5,) * 10), 1.0, 1.0, 1.0)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stderr.count("TensorBoard's events cannot be written (File too large); the run goes on without") == 1
+    assert "the run goes on" in result.stdout
     assert "OSError: [Errno 27] File too large" in result.stderr
 
 
 def test_every_start_of_a_run_is_described(tmp_path):
     path = tmp_path / "environment.json"
     for step in (0, 7):
-        environment.append(path, environment.describe(MESH, step))
+        environment.append(path, environment.describe(MESH, step), within=tmp_path)
     starts = json.loads(path.read_text())
     assert [start["step"] for start in starts] == [0, 7]
     assert starts[0]["packages"]["jax"] == jax.__version__
     assert starts[0]["devices"] == "2 x cpu"
+    path.write_text("{")
+    with pytest.warns(match="environment.json holds no list of starts, and is kept as environment-kept-1.json"):
+        environment.append(path, starts[0], within=tmp_path)
+    assert json.loads(path.read_text()) == starts[:1]
+    assert (tmp_path / "environment-kept-1.json").read_text() == "{"

@@ -20,10 +20,23 @@ def test_the_frechet_distance_of_moments_is_that_of_the_sets():
     assert metrics.frechet_between(metrics.moments(a), metrics.moments(b)) == metrics.frechet_distance(a, b)
 
 
-def test_the_frechet_distance_of_a_shift_is_its_square_and_of_a_set_to_itself_zero():
-    a = np.random.default_rng(0).normal(size=(50, 3)) * [1, 1, 0]  # one never varies
-    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-10)
+@pytest.mark.parametrize(("count", "dim"), [(50, 3), (300, 64), (20, 64), (3, 100)])
+def test_the_frechet_distance_of_a_set_to_itself_is_zero_and_none_is_negative(count, dim):
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(count, dim)) @ rng.normal(size=(dim, dim))
+    a[:, 0] = 2  # one never varies
+    assert metrics.frechet_distance(a, a) == 0
+    for near in (a[rng.permutation(count)], a * (1 + 1e-12), a + 1e-9 * rng.normal(size=a.shape)):
+        assert 0 <= metrics.frechet_distance(near, a) < 1e-14 * np.trace(metrics.moments(a).cov)
+
+
+def test_the_frechet_distance_of_a_shift_is_its_square_however_small():
+    a = np.random.default_rng(0).normal(size=(50, 3)) * [1, 1, 0]
     assert metrics.frechet_distance(a, a + np.array([3.0, 0, 4.0])) == pytest.approx(25)
+    assert metrics.frechet_distance(a, a + np.array([3e-6, 0, 4e-6])) == pytest.approx(25e-12)
+    assert metrics.frechet_distance(a, a * (1 + 1e-6)) == pytest.approx(
+        1e-12 * (np.trace(metrics.moments(a).cov) + np.sum(a.mean(axis=0) ** 2)), rel=1e-6
+    )
 
 
 def test_the_frechet_distance_of_gaussians_is_its_closed_form():

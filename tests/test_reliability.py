@@ -40,6 +40,7 @@ from diffusion.images import write_png
 from diffusion.models import UNet, as_apply_fn
 from diffusion.objectives.losses import simple_loss
 from diffusion.training import checkpoints
+from diffusion.training.saving import CheckpointWriter
 from diffusion.training.step import StepOptions, init_state, make_train_step
 
 pytestmark = [pytest.mark.reliability, pytest.mark.usefixtures("compile_once")]
@@ -206,7 +207,7 @@ def test_7_checkpoints_of_any_number_of_devices_load_on_any_other(tmp_path, repo
             state, metrics = step(state, jax.device_put(batch, split), None, ballots)
             of_steps.append(float(metrics.loss))
         losses[count] = of_steps
-        with checkpoints.CheckpointWriter(tmp_path / str(count), keep=1) as writer:
+        with CheckpointWriter(tmp_path / str(count), keep=1) as writer:
             writer.save(50, state, {"config": {}})
         for other in meshes.values():
             tiny.assert_same(checkpoints.load_state(tmp_path / str(count), 50, begin(other)), state)

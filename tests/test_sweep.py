@@ -34,29 +34,44 @@ def test_what_comes_twice_is_refused(twice):
 
 
 def test_rows_are_found_again_by_what_determines_their_samples(tmp_path):
-    record = {"sampler": "ddim", "eta": 0.0, "steps": 5, "num": 100}
+    record = {"run": "runs/x", "sampler": "ddim", "eta": 0.0, "tau": (5, 0), "num": 100}
     results = Results(tmp_path)
-    assert results.find(record, ["frechet"]) is None
-    results.add(record, ["frechet"], {"frechet_pixels": 0.25}, {"seconds": 1.5})
-    found = Results(tmp_path).find(record, ["frechet"])
-    assert found["metrics"] == {"frechet_pixels": 0.25}
-    assert Results(tmp_path).find({**record, "num": 101}, ["frechet"]) is None
-    assert Results(tmp_path).find(record, ["frechet", "prdc"]) is None
-    Results(tmp_path).add(record, ["prdc"], {"recall_pixels": 0.5}, {"seconds": 1.0})
-    assert Results(tmp_path).find(record, ["frechet", "prdc"])["metrics"] == {
-        "frechet_pixels": 0.25,
-        "recall_pixels": 0.5,
-    }
+    assert results.figures(record) == {}
+    results.add(record, {"frechet_pixels": 0.25}, {"seconds": 1.5})
+    assert Results(tmp_path).figures(record) == {"frechet_pixels": 0.25}
+    assert Results(tmp_path).figures({**record, "num": 101}) == {}
+    Results(tmp_path).add(record, {"recall_pixels": 0.5}, {"seconds": 1.0})
+    assert Results(tmp_path).figures(record) == {"frechet_pixels": 0.25, "recall_pixels": 0.5}
     assert len(json.loads((tmp_path / "evaluation.json").read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize("spelled", ["runs/x/", "./runs/x", "/home/me/runs/x"])
+def test_a_row_is_known_however_the_path_of_its_run_is_spelled(tmp_path, spelled):
+    record = {"run": "runs/x", "weights_sha256": "ab", "sampler": "mine.json", "table_sha256": "cd"}
+    Results(tmp_path).add(record, {"a": 1.0}, {})
+    assert Results(tmp_path).figures({**record, "run": spelled, "sampler": "./mine.json"}) == {"a": 1.0}
+    assert Results(tmp_path).figures({**record, "weights_sha256": "ef"}) == {}
 
 
 def test_the_csv_has_a_column_for_every_metric_of_any_row(tmp_path):
     results = Results(tmp_path)
-    results.add({"sampler": "ddim", "steps": 5}, ["a"], {"a": 1.0}, {})
-    results.add({"sampler": "unipc", "steps": 5}, ["b"], {"b": 2.0}, {})
+    results.add({"sampler": "ddim", "steps": 5}, {"a": 1.0}, {})
+    results.add({"sampler": "unipc", "steps": 5}, {"b": 2.0}, {})
     with open(tmp_path / "evaluation.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["sampler"], row["a"], row["b"]) for row in rows] == [("ddim", "1.0", ""), ("unipc", "", "2.0")]
+
+
+@pytest.mark.parametrize("found", [None, b"", b"sampler,a\n", b"\xff\xfe" * 5000], ids=str)
+def test_the_csv_follows_from_the_json_whatever_it_holds(tmp_path, found):
+    Results(tmp_path).add({"sampler": "ddim", "steps": 5}, {"a": 1.0}, {})
+    table = tmp_path / "evaluation.csv"
+    whole = table.read_bytes()
+    table.unlink()
+    if found is not None:
+        table.write_bytes(found)
+    Results(tmp_path)
+    assert table.read_bytes() == whole
 
 
 @pytest.mark.parametrize("nothing", [([], [5], []), (["ddim"], [], [])])
@@ -65,7 +80,16 @@ def test_an_empty_sweep_is_refused(nothing):
         plan(*nothing)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"other": 1}', '{"rows": [{}]}', '{"rows": [1]}'])
+ROW = '{"identity": "a", "metrics": {"b": %s}, "record": %s}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "[" * 10**5, '{"other": 1}', '{"rows": null}', '{"rows": 5}', '{"rows": "a"}']
+    + [f'{{"rows": [{row}]}}' for row in ("{}", "1", "null", "[]")]
+    + [f'{{"rows": [{ROW % values}]}}' for values in (("1", "[]"), ("NaN", "{}"), ("null", "{}"), ('"1"', "{}"))],
+    ids=lambda content: content[:60],
+)
 def test_a_damaged_file_of_results_is_refused(tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content)
     with pytest.raises(InputError, match="is damaged; delete it"):

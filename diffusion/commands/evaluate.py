@@ -11,6 +11,7 @@ likelihood under the probability flow, solved in 25 and in 50 steps, and writes 
 """
 
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -48,7 +49,7 @@ _METRICS = flags.DEFINE_list(
 _INCEPTION = flags.DEFINE_string("inception", None, "File of the standard Inception weights. Default: downloaded.")
 _SPLIT = flags.DEFINE_string("split", None, "Part of the data to measure or compare with, as test. Default: the run's.")
 _NUM = flags.DEFINE_integer(
-    "num", None, "Number of samples. Default: as many as real images.", lower_bound=65, upper_bound=10**6
+    "num", None, "Number of samples. Default: as many as real images.", lower_bound=2, upper_bound=10**6
 )
 usage.group("Bounds and likelihoods, in place of samples")
 _FIRST = flags.DEFINE_integer("first", None, "Images that --bound and --likelihood take. Default: all.", lower_bound=1)
@@ -97,34 +98,52 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     if all(samplers.is_file(name) for name in names):
         _refuse(["steps", "tau"], "does nothing for tables in files, which have their own grid")
     samplings = [sources.make_sampling(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
-    real, split = _real_images(config)
+    real, split = _real_images(source)
     num = _NUM.value or len(real.images)
+    settings = features.settings(metrics, len(real.images), num)
     space = _space(name, real)
     with files.locked(out, "measuring into", ".evaluation.lock"):
+        files.remove_temporaries(out, r"evaluation\.(json|csv|png)", out)
         results = sweep.Results(out)
         reference = features.make_reference(space, real, _cache(), split=split)
-        # Print the table; rows that the files have from an earlier start are not measured again.
+        # Print the table; figures that the files have from an earlier start are not measured again.
         print(f"{_of(source)}: {num:,} samples against {len(real.images):,} real images")
-        if "accuracy" in space.facts:
-            print(f"the classifier is right about {space.facts['accuracy']:.1%} of the images that it was not shown")
+        _say_what_to_expect(space, reference, settings, metrics, num)
         shown = [figure for metric in metrics for figure in features.figure_names(metric, space.name)]
         print(f"{'sampler':32} {'steps':>5} {'calls':>5} " + " ".join(f"{figure:>18}" for figure in shown))
         facts = {"num": num, "features": space.key, "split": split, "data": data.fingerprint(real)}
         rows = []
         for entry, sampling in zip(entries, samplings, strict=True):
             record = {**sampling.record(), "eta": entry.eta, **facts}
-            row = results.find(record, metrics)
-            if row is None:
-                row = _measure(sampling, num, space, reference, metrics, results, record)
-            values = [row["metrics"][figure] for figure in shown]
+            known = results.figures(record)
+            left = [metric for metric in metrics if not known.keys() >= {*features.figure_names(metric, space.name)}]
+            if left:
+                _measure(sampling, num, space, reference, left, results, record)
+                known = results.figures(record)
+            values = [known[figure] for figure in shown]
             print(_line(entry, sampling, values), flush=True)
             rows.append((entry.label(), sampling.table.nfe, values[0]))
     _plot(out, source, rows, metrics[0], space.name)
     print(f"wrote evaluation.csv, evaluation.json and evaluation.png in {out}")
 
 
+def _say_what_to_expect(space, reference, settings, metrics, num):
+    """Prints, before a sample is drawn, what a reader of the figures should know of the space and of small sets."""
+    if "accuracy" in space.facts:
+        shares = [space.facts[name] for name in ("accuracy", "held_out_precision", "noise_precision")]
+        print(
+            "the classifier is right about {:.1%} of the images that it was not shown; their precision is {:.3f}, and "
+            "that of uniform noise {:.3f}".format(*shares)
+        )
+    for doubt in space.facts.get("doubts", []):
+        warnings.warn(doubt, stacklevel=2)
+    few = features.too_few(reference, num) if "frechet" in metrics else ""
+    for note in [few] * bool(few) + settings.notes:
+        print(f"note: {note}")
+
+
 def _measure(sampling, num, space, reference, metrics, results, record):
-    """Draws the samples of a row, measures them and writes it down."""
+    """Draws the samples of a row, measures them, and writes down each figure as soon as it is known."""
     for note in sampling.notes():
         print(f"note: {note}")
     # Draw.
@@ -134,15 +153,12 @@ def _measure(sampling, num, space, reference, metrics, results, record):
             batches.append(images)
             progress.update(len(images))
     seconds = time.perf_counter() - start
-    # Measure.
+    # Measure, and write down with how it went.
     found = space.extract(np.concatenate(batches))
-    if note := features.too_few(reference, found):
-        print(f"note: {note}")
-    values = features.measure(reference, found, metrics)
-    # Write down, with how it went.
     versions = {"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__}
     facts = {"seconds": round(seconds, 3), "versions": versions, "space": {"name": space.name, **space.facts}}
-    return results.add(record, metrics, values, facts)
+    for metric in metrics:
+        results.add(record, features.measure(reference, found, [metric]), facts)
 
 
 def measure_bound(source: sources.Source, out: Path) -> None:
@@ -190,17 +206,31 @@ def _refuse(names, why):
             raise InputError(f"--{name} {why}; leave it out")
 
 
-def _real_images(config):
+def _real_images(source):
     """Returns (data, split): what the run was trained on, or with --split another part of the same source."""
-    section = config.data.copy_and_resolve_references()
+    trained = source.trained
+    section = trained.config.data.copy_and_resolve_references()
     if _SPLIT.value is not None:
         section.split = _SPLIT.value
-    return experiment.load_data(section), section.split
+    real, conditions = experiment.load_data(section), trained.model.conditions
+    # Labels are numbers, which mean the same only if the classes do.
+    if conditions is not None and tuple(real.class_names) != conditions.names:
+        part = f" of split {section.split!r}" if section.split else ""
+        raise InputError(
+            f"the data{part} has the classes {_names(real.class_names)}, and the model was trained with "
+            f"{_names(conditions.names)}; give the data that has the model's classes"
+        )
+    return real, section.split
+
+
+def _names(classes):
+    """Returns the first names of classes as a short text."""
+    return ", ".join(classes[:5]) + f" and {len(classes) - 5} more" * (len(classes) > 5) if classes else "(none)"
 
 
 def _first_images(source):
     """Returns (data, split) as `_real_images` does; with --first only so many images."""
-    (real, split), first = _real_images(source.trained.config), _FIRST.value
+    (real, split), first = _real_images(source), _FIRST.value
     if first is None:
         return real, split
     if first > len(real.images):
@@ -214,8 +244,8 @@ def _write_bits(source, path, images, rows, **facts):
     trained = source.trained
     record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "weights_sha256": source.sha256}
     record |= {"seed": source.seed, "num": len(images.images), **facts, "rows": [row._asdict() for row in rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, record)
+    files.make_folder(path.parent)
+    files.write_json(path, record, path.parent)
     print(f"wrote {path}")
 
 
@@ -226,7 +256,10 @@ def _space(name, real):
     if _INCEPTION.value and name != "inception":
         raise InputError(f"--inception goes with --features=inception, not {name}")
     if name == "inception":
-        return features.inception(_INCEPTION.value)
+        try:
+            return features.inception(_INCEPTION.value)
+        except InputError as error:
+            raise InputError(f"{error}: --inception=FILE, or take --features=classifier, which needs none") from None
     return features.classifier(real, _cache()) if name == "classifier" else features.pixels()
 
 

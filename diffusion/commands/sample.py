@@ -3,12 +3,11 @@
 Samples the run that --workdir names, by its folder or a file of convert.py. Without it, takes the newest run in runs/,
 or the digits model that ships with the project if nothing has been trained. Writes grid.png, samples.npz (uint8 images
 and their ids) and sampling.json (all that is needed to repeat them) into --out. A large job is written in shards, and
-the same command goes on where it was killed.
+the same command goes on where it was killed. `diffusion.evaluation.load_samples(folder)` reads either.
 """
 
 import hashlib
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from diffusion import __version__, devices
+from diffusion import __version__, devices, files
 from diffusion.commands import cli, jobs, samplers, shared_flags, sources, usage
 from diffusion.images import sheet, write_gif, write_png
 
@@ -28,9 +27,13 @@ _NUM = flags.DEFINE_integer("num", 64, "Number of images, numbered from 0.", low
 _SEEDS = flags.DEFINE_string("seeds", None, "Draw the images of these numbers instead, as 0-63 or 5,7,100-199.")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: one named after the sampler in the run folder.")
 _PNG = flags.DEFINE_bool("png", False, "Also write every image as png/NUMBER.png.")
+_NPZ = flags.DEFINE_bool("npz", False, "Also write arr_0.npz, all images as arr_0, which other evaluators read.")
 _GIF = flags.DEFINE_bool("gif", False, "Also write trajectory.gif, the first images on their way from noise.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the sampler's table and stop.")
 _LIST = flags.DEFINE_bool("list", False, "Print the samplers, grids and guidance rules with their options, and stop.")
+
+LABEL = 64
+"""The most characters in the name of a folder of samples."""
 
 
 def main() -> None:
@@ -47,22 +50,39 @@ def main() -> None:
     if _DRY_RUN.value:
         print(sampling.table)
         return
-    # Where to; images of another job that are there give way.
-    out = Path(_OUT.value or sampling.source.home / "samples" / _label(sampling)).expanduser()
-    out.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be written is found now
+    # Where to, before the work, so that a folder that cannot be written is found now.
+    out = _make_folder(sampling, ids)
+    with files.locked(out, "sampling into", ".sampling.lock"):
+        _sample_into(out, ids, sampling)
+
+
+def _make_folder(sampling, ids):
+    """Makes and returns the output folder; no link on the way from the run folder to it is followed."""
+    home = sampling.source.home.absolute()
+    out = Path(_OUT.value or home / "samples" / _label(sampling, ids)).expanduser()
+    files.make_folder(out.absolute(), home if out.absolute().is_relative_to(home) else None)
+    return out
+
+
+def _sample_into(out, ids, sampling):
+    """Draws what is missing of the job in a folder; images of another job of one file give way."""
     job = jobs.Job(out, ids, sampling.record())
     if job.replaces:
         print(f"note: this replaces the images of another job in {out} ({job.replaces})")
+    if job.damaged:
+        names = ", ".join(job.damaged[:3]) + " ..." * (len(job.damaged) > 3)
+        print(f"note: {len(job.damaged)} file(s) are not as they were written, and are drawn again: {names}")
     mesh = devices.data_mesh()
     seconds = _draw(sampling, job, mesh)
     if job.replaces:  # not before, or a mistake would cost the pictures of the other job
-        shutil.rmtree(out / "png", ignore_errors=True)
-        (out / "trajectory.gif").unlink(missing_ok=True)
+        job.remove_pictures()
 
     # Pictures, then the record, which says that the job is complete.
     write_png(out / "grid.png", sheet(job.images(0)[:64]))
     if _PNG.value:
-        _write_pngs(job)
+        job.write_pngs()
+    if _NPZ.value:
+        job.export()
     if _GIF.value:
         write_gif(out / "trajectory.gif", [sheet(frame) for frame in sampling.frames(ids[:64])])
     job.finish(
@@ -91,24 +111,33 @@ def _draw(sampling, job, mesh):
     return time.perf_counter() - start
 
 
-def _write_pngs(job):
-    """Writes every image of the job as png/NUMBER.png."""
-    folder = job.out / "png"
-    folder.mkdir(exist_ok=True)
-    for index, ids in enumerate(job.shards):
-        for number, image in zip(ids, job.images(index), strict=True):
-            write_png(folder / f"{number:06}.png", image)
-
-
-def _label(sampling):
-    """Returns a folder name that tells jobs apart: what every job has, then the other options that were given."""
-    parts = [sampling.sampler, f"{len(sampling.table.tau) - 1}steps", sampling.tau, f"seed{sampling.source.seed}"]
-    parts[1:1] = [] if flags.FLAGS.eta is None else [f"eta{flags.FLAGS.eta:g}"]
-    others = ("clip", "dynamic_threshold", "labels", "ema", *(n for n in flags.FLAGS if n.startswith("guidance_")))
-    parts += [f"{name}={flags.FLAGS[name].value}" for name in others if not flags.FLAGS[name].using_default_value]
-    label = re.sub(r"[^\w.=-]+", "-", "-".join(parts))
-    # A long list of timesteps is too long for a file name.
-    return label if len(label) <= 120 else f"{label[:100]}-{hashlib.sha256(label.encode()).hexdigest()[:12]}"
+def _label(sampling, ids):
+    """Returns a short folder name that tells jobs apart: as many options as fit, and a digest of all if some do not."""
+    given = flags.FLAGS
+    sampler = sampling.sampler
+    if samplers.is_file(sampler):  # known by what is in it, wherever it lies
+        sampler = f"{Path(sampler).stem}-{hashlib.sha256(sampling.table.to_json().encode()).hexdigest()[:8]}"
+    parts = [sampler, f"{len(sampling.table.tau) - 1}steps", sampling.tau, f"seed{sampling.source.seed}"]
+    parts[1:1] = [] if given.eta is None else [f"eta{given.eta:g}"]
+    if len(ids) > jobs.SHARD:  # so that it never meets a job of one file
+        parts.append(f"{len(ids)}images" + f"={jobs.write_ids(ids)}" * (_SEEDS.value is not None))
+    others = ("clip", "dynamic_threshold", "labels", "ema", *(n for n in given if n.startswith("guidance_")))
+    for name in others:
+        if not given[name].using_default_value:
+            weaker = name == "guidance_model"
+            value = sampling.source.settings["guidance_model_sha256"][:8] if weaker else given[name].value
+            parts.append(f"{name}={','.join(value) if isinstance(value, list) else value}")
+    parts = list(filter(None, parts))
+    # The first parts that fit, in characters that every file system takes.
+    names = [re.sub(r"[^\w.=+-]+", "-", part, flags=re.ASCII) for part in parts]
+    label = "-".join(names)
+    if len(label) <= LABEL:
+        return label
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+    names = [re.split("[:=]", part)[0] if len(part) > 20 else name for part, name in zip(parts, names, strict=True)]
+    while len("-".join(names)) > LABEL - 9:
+        del names[-1]
+    return "-".join([*names, digest])
 
 
 def launch() -> None:

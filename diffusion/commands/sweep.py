@@ -1,16 +1,16 @@
 """Plans a sweep over samplers, steps and etas, and keeps its rows in files."""
 
 import csv
-import hashlib
 import io
-import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion.commands.jobs import identity_of
 from diffusion.commands.samplers import default_eta, is_file
 from diffusion.errors import InputError
-from diffusion.files import write_atomically, write_json
+from diffusion.files import read, read_json, write_atomically, write_json
 
 
 class Entry(NamedTuple):
@@ -51,16 +51,21 @@ def plan(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -
     return entries
 
 
-_ROW = ("identity", "measured", "metrics", "record")
+_ROW = {"identity": str, "metrics": dict, "record": dict}
 _COLUMNS = ("run", "checkpoint_step", "ema", "sampler", "eta", "grid", "steps", "nfe", "clip", "dynamic_threshold")
 _COLUMNS += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model_sha256")
 _COLUMNS += ("labels", "features", "split", "num", "seed")
 
 
+ROWS_LIMIT = 2**24
+"""The most bytes of an evaluation.json: a row has a few thousand, and reading takes up to ten times the memory."""
+
+
 class Results:
     """Keeps rows in evaluation.json, and as a table in evaluation.csv; each is on disk as soon as it is added.
 
-    Only one process may write to a folder at a time, see `files.locked`.
+    The table follows from evaluation.json, and is written again where it does not. Only one process may write to a
+    folder at a time, see `files.locked`.
 
     Args:
       folder: an existing folder; rows found in its evaluation.json are kept.
@@ -71,26 +76,24 @@ class Results:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        path = folder / "evaluation.json"
-        try:
-            self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-            if not all(set(_ROW) <= set(row) for row in self.rows):
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path} is damaged; delete it, or name another folder with --out") from None
+        self._json, self._table = folder / "evaluation.json", folder / "evaluation.csv"
+        self.rows: list[dict[str, Any]] = _read_rows(self._json, folder) if self._json.exists() else []
+        if self.rows and not self._has_table():
+            self._write_table()
 
-    def find(self, record: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any] | None:
-        """Returns the row of the same samples if all of these metrics are in it, else None."""
-        identity = _identity(record)
-        for row in self.rows:
-            if row["identity"] == identity and set(metrics) <= set(row["measured"]):
-                return row
-        return None
+    def figures(self, record: Mapping[str, Any]) -> dict[str, float]:
+        """Returns the figures that are known of the same samples, by name."""
+        row = self._find(record)
+        return dict(row["metrics"]) if row else {}
+
+    def _find(self, record):
+        """Returns the row of the same samples, or None; how the paths of files are spelled makes no difference."""
+        identity = identity_of(record)
+        return next((row for row in self.rows if identity_of(row["record"]) == identity), None)
 
     def add(
         self,
         record: Mapping[str, Any],
-        metrics: Sequence[str],
         values: Mapping[str, float],
         facts: Mapping[str, Any],
     ) -> dict[str, Any]:
@@ -98,23 +101,31 @@ class Results:
 
         Args:
           record: everything that determines the samples.
-          metrics: names of what was measured.
-          values: the figures by name; one metric can yield several.
+          values: the figures by name.
           facts: how the measurement went, such as seconds and versions.
         """
         # The row of the same samples, or a new one.
-        identity = _identity(record)
-        row = next((row for row in self.rows if row["identity"] == identity), None)
+        row = self._find(record)
         if row is None:
-            row = {"identity": identity, "measured": [], "metrics": {}, "record": dict(record)}
+            row = {"identity": identity_of(record)[:16], "metrics": {}, "record": dict(record)}
             self.rows.append(row)
         # What is new goes into it, and both files are written again.
-        row["measured"] = sorted({*row["measured"], *metrics})
         row["metrics"].update(values)
         row.update(facts)
-        write_json(self._folder / "evaluation.json", {"rows": self.rows})
-        write_atomically(self._folder / "evaluation.csv", self._csv().encode())
+        write_json(self._json, {"rows": self.rows}, self._folder)
+        self._write_table()
         return row
+
+    def _has_table(self):
+        """Says whether the table on disk is what follows from the rows."""
+        wanted = self._csv().encode()
+        try:
+            return read(self._table, len(wanted), self._folder) == wanted
+        except (OSError, InputError):
+            return False
+
+    def _write_table(self):
+        write_atomically(self._table, self._csv().encode(), self._folder)
 
     def _csv(self):
         """Returns the rows as a table; a cell stays empty where a row has no such figure."""
@@ -129,6 +140,15 @@ class Results:
         return buffer.getvalue()
 
 
-def _identity(record):
-    """Returns 16 hex digits that are the same for equal records."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+def _read_rows(path, folder):
+    """Returns the rows of an evaluation.json; raises InputError unless they are what `Results.add` writes."""
+    try:
+        rows = read_json(path, ROWS_LIMIT, folder)["rows"]
+        if not all(isinstance(row[name], kind) for row in rows for name, kind in _ROW.items()):
+            raise TypeError
+        values = [value for row in rows for value in row["metrics"].values()]
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            raise TypeError
+        return list(rows)
+    except (InputError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged; delete it, or name another folder with --out") from None

@@ -34,6 +34,7 @@ from diffusion.model import sampling_clip
 from diffusion.training import checkpoints, environment, run_folder
 from diffusion.training.loop import Run, train
 from diffusion.training.recorder import Recorder, Silent
+from diffusion.training.saving import CheckpointWriter
 from diffusion.training.step import TrainState, ema_name, make_train_step
 from diffusion.training.stop import Stopped, StopRequest
 
@@ -81,12 +82,12 @@ def start(stop: StopRequest) -> int:
         _CONFIG.value.network = _NETWORK.value
     own.check_unet_fields(_CONFIG.value.network, sys.argv)
     experiment = make_experiment(_CONFIG.value)
-    with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
-        return run(experiment, folder, stop)
+    with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:
+        return run(experiment, folder, stop, (lambda: True) if lock is None else lock.is_ours)
 
 
-def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest) -> int:
-    """Starts or resumes the run; returns the exit code."""
+def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest, is_ours: Callable[[], bool]) -> int:
+    """Starts or resumes the run, as long as the folder is ours; returns the exit code."""
     config, plan, model, mesh = experiment.config, experiment.plan, experiment.model, experiment.mesh
     metadata = describe(experiment)
     key = jax.random.key(config.seed)
@@ -94,8 +95,6 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest)
     # The state: a new one, or that of the newest good checkpoint.
     begin = folder.latest_step()
     require_agreement({**metadata, "checkpoint": begin}, folder)
-    if begin is None:
-        require_levels(config, model.image_shape)
     state = open_state(experiment, folder, begin, metadata)
     begin = begin or 0
     # A run stopped while it drew its last sheet still has that to do.
@@ -103,18 +102,18 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest)
         say(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
         return 0
     say(f"resuming {folder.path} at step {begin:,}" if begin else f"training {folder.path}")
-    count = sum(p.size for p in jax.tree.leaves(state.params))
-    say(f"{metadata['num_examples']:,} images {model.image_shape}, {count:,} parameters, {devices.describe(mesh)}")
-    for note in notes(experiment, plan.num_steps - begin):
-        say(note)
+    for line in introduction(experiment, state, plan.num_steps - begin):
+        say(line)
 
     # What the loop works with.
     keys = jax.random.fold_in(key, 1)
     train_step = make_train_step(model, experiment.objective, experiment.optimizer, mesh, keys, experiment.step_options)
     if jax.process_index() == 0:
         folder.create(config, environment.describe(mesh, begin))
-    recorder = Recorder(folder.path, begin) if jax.process_index() == 0 else Silent()
-    writer = checkpoints.CheckpointWriter(folder.checkpoints, config.train.keep, config.train.keep_best, begin)
+    sealed = checkpoints.sealed_record(folder.checkpoints, begin) if begin else {}
+    recorder = Recorder(folder.path, begin, sealed) if jax.process_index() == 0 else Silent()
+    keep = (config.train.keep, config.train.keep_best)
+    writer = CheckpointWriter(folder.checkpoints, *keep, begin=begin, is_ours=is_ours)
     with writer, recorder:
         work = Run(
             train_step=train_step,
@@ -155,8 +154,11 @@ def describe(experiment: Experiment) -> dict:
     }
 
 
-def notes(experiment: Experiment, num_steps: int) -> Iterator[str]:
-    """Yields what a user may not expect of so many steps of this training."""
+def introduction(experiment: Experiment, state: TrainState, num_steps: int) -> Iterator[str]:
+    """Yields lines on what is trained on what, and on what a user may not expect of so many steps of it."""
+    images, model = experiment.dataset.images, experiment.model
+    count = sum(p.size for p in jax.tree.leaves(state.params))
+    yield f"{len(images):,} images {model.image_shape}, {count:,} parameters, {devices.describe(experiment.mesh)}"
     if experiment.dataset.class_names:
         yield describe_classes(experiment)
     if jax.process_count() > 1:  # what the other machines do is not known here
@@ -185,12 +187,13 @@ def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int 
     """Returns the state to start from, laid over the devices.
 
     Raises:
-      InputError: the checkpoint was trained otherwise.
+      InputError: the checkpoint was trained otherwise, or a new run has attention where no level is.
     """
     key = jax.random.key(experiment.config.seed)
     shapes = jax.eval_shape(experiment.make_state, key)
     shardings = devices.state_sharding(experiment.mesh, shapes)
     if begin is None:
+        require_levels(experiment.config, experiment.model.image_shape)
         return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
     defaults = {"config": recipes.defaults().to_dict()}
     run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
@@ -256,7 +259,10 @@ def sheet_drawer(
         except (InputError, jax.errors.JaxRuntimeError) as error:  # weights gone astray for a while, or no memory
             warnings.warn(f"no sheet of step {step:,}: {str(error).splitlines()[0][:200]}", stacklevel=2)
             return
-        write_png(path, picture)
+        try:
+            write_png(path, picture, within=folder.path)
+        except OSError as error:
+            warnings.warn(f"no sheet of step {step:,}: {path} cannot be written ({error.strerror})", stacklevel=2)
         recorder.image("samples", picture, step)
 
     return draw

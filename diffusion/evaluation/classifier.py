@@ -17,15 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors
 import safetensors.numpy
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from diffusion.data import Dataset, batch_indices, fingerprint
 from diffusion.errors import InputError, require_range
+from diffusion.evaluation.metrics import prdc
 from diffusion.files import digest, write_atomically
 from diffusion.images import to_floats
+from diffusion.interop.safetensors_file import read_header, read_tensors
+from diffusion.model import check_finite
 
 WIDTH = 32
 """Channels of the first stage; each later one has twice as many as the one before, up to four times WIDTH."""
@@ -37,7 +39,10 @@ HELD_OUT = 0.2
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 DROPOUT = 0.3
-_FORMAT, _ENTRY = "jax-fast-diffusion classifier 1", "classifier"
+JUDGED = 1000
+"""At most so many images of a kind show whether the features tell real images from noise."""
+
+_FORMAT, _ENTRY = "jax-fast-diffusion classifier 2", "classifier"
 
 
 class Outputs(NamedTuple):
@@ -60,6 +65,9 @@ class Classifier(NamedTuple):
       image_shape: (H, W, C) of the images that it judges.
       num_classes: number of classes K.
       accuracy: share of right answers on the images that it was not trained on, 0..1.
+      chance: the accuracy of always guessing the most frequent class.
+      held_out_precision: precision of those images beside those that it was trained on, 0..1, see `metrics.prdc`.
+      noise_precision: the same of uniform noise, which should be 0.
       data: `diffusion.data.fingerprint` of the data that it was trained on.
       seed, epochs: as given to `train`.
     """
@@ -68,6 +76,9 @@ class Classifier(NamedTuple):
     image_shape: tuple[int, int, int]
     num_classes: int
     accuracy: float
+    chance: float
+    held_out_precision: float
+    noise_precision: float
     data: str
     seed: int
     epochs: int
@@ -75,6 +86,22 @@ class Classifier(NamedTuple):
     def sha256(self) -> str:
         """Returns the identity of the parameters, as 64 hex digits."""
         return digest(self.params)
+
+    def doubts(self) -> list[str]:
+        """Returns a sentence for each reason not to trust figures in the space of its features."""
+        result = []
+        if self.accuracy < (1 + self.chance) / 2:
+            result.append(
+                f"the classifier is right about only {self.accuracy:.1%} of the images that it was not shown, where "
+                f"guessing is about {self.chance:.1%}; take more images of each class, or other features"
+            )
+        if self.noise_precision > 0.5:
+            result.append(
+                f"the classifier's features give uniform noise a precision of {self.noise_precision:.3f}, and real "
+                f"images {self.held_out_precision:.3f}, so that precision and density here do not tell noise from "
+                "images; take more images of each class, or other features"
+            )
+        return result
 
 
 class Network(nn.Module):
@@ -131,9 +158,9 @@ def train(dataset: Dataset, *, epochs: int = 20, seed: int = 0) -> Classifier:
     order = np.random.default_rng(seed).permutation(len(dataset.images))
     held_out, kept = np.split(order, [math.ceil(HELD_OUT * len(order))])
     params = _fit(dataset, np.sort(kept), num_classes, epochs, seed)
-    accuracy = _accuracy(params, dataset, np.sort(held_out), num_classes)
+    facts = _judge(params, dataset, np.sort(kept), np.sort(held_out), seed)
     shape = tuple(map(int, dataset.images.shape[1:]))
-    return Classifier(params, shape, num_classes, accuracy, fingerprint(dataset), seed, epochs)
+    return Classifier(params, shape, num_classes, **facts, data=fingerprint(dataset), seed=seed, epochs=epochs)
 
 
 def _fit(dataset, kept, num_classes, epochs, seed):
@@ -167,12 +194,30 @@ def _step(params, state, images, labels, drop, k, num_classes, steps):
     return optax.apply_updates(params, updates), state
 
 
-def _accuracy(params, dataset, chosen, num_classes):
-    right = 0
-    for part in np.array_split(chosen, math.ceil(len(chosen) / 500)):
-        logits = apply(params, dataset.images[part], num_classes).logits
-        right += int((np.asarray(logits).argmax(axis=1) == dataset.labels[part]).sum())
-    return right / len(chosen)
+def _judge(params, dataset, kept, held_out, seed):
+    """Returns how well a classifier knows images that it was not shown, and whether it takes noise for images."""
+    num_classes, counts = len(dataset.class_names), np.bincount(dataset.labels)
+
+    def outputs(images, places):
+        # In batches of one size, filled up with the last image, so that one compilation serves all.
+        parts = []
+        for start in range(0, len(places), BATCH_SIZE):
+            batch = places[np.minimum(np.arange(start, start + BATCH_SIZE), len(places) - 1)]
+            parts.append(jax.device_get(apply(params, images[batch], num_classes)))
+        return Outputs(*(np.concatenate(part)[: len(places)] for part in zip(*parts, strict=True)))
+
+    rng = np.random.default_rng(seed)
+    seen = outputs(dataset.images, np.sort(rng.permutation(kept)[:JUDGED])).features
+    others = outputs(dataset.images, held_out)
+    noise = rng.integers(0, 256, (min(JUDGED, len(kept)), *dataset.images.shape[1:]), np.uint8)
+    noise = outputs(noise, np.arange(len(noise))).features
+    k = min(5, len(seen) - 1, len(others.features) - 1)
+    return {
+        "accuracy": float((others.logits.argmax(axis=1) == dataset.labels[held_out]).mean()),
+        "chance": float(counts.max() / counts.sum()),
+        "held_out_precision": prdc(seen, others.features[:JUDGED], k).precision,
+        "noise_precision": prdc(seen, noise, k).precision,
+    }
 
 
 def save(path: str | os.PathLike, classifier: Classifier) -> None:
@@ -192,18 +237,30 @@ def load(path: str | os.PathLike) -> Classifier:
       InputError: there is no such file, it is damaged, or holds something else.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no file {path}; train a classifier first")
+    header = read_header(path)
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            facts = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({str(error)[:100]}); remove it, and train again") from error
-    if facts.get("format") != _FORMAT:
-        raise InputError(f"{path} is no classifier of this version; remove it, and train again")
-    params = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    if digest(params) != facts["sha256"]:
+        facts = json.loads(header.metadata.get(_ENTRY, "{}"))
+        if facts.get("format") != _FORMAT:
+            raise InputError(f"{path} is no classifier of this version; remove it, and train again")
+        known = {name: facts[name] for name in Classifier._fields if name != "params"}
+        shape, num_classes = tuple(known["image_shape"]), known["num_classes"]
+        shares = [known[name] for name in ("accuracy", "chance", "held_out_precision", "noise_precision")]
+        if not all(isinstance(n, int) and 1 <= n <= 2**16 for n in (*shape, num_classes)) or len(shape) != 3:
+            raise ValueError(f"images of shape {shape}, {num_classes} classes")
+        if not all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
+            raise ValueError("a share that is none")
+        wanted = jax.eval_shape(Network(num_classes).init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
+        wanted = flax.traverse_util.flatten_dict(wanted, sep="/")
+        if {name: t.shape for name, t in header.tensors.items()} != {name: x.shape for name, x in wanted.items()}:
+            raise ValueError("parameters of another network")
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({str(error)[:100]}); remove it, and train again") from None
+    params = flax.traverse_util.unflatten_dict(read_tensors(path, header.tensors), sep="/")
+    if digest(params) != facts.get("sha256"):
         raise InputError(f"{path} is damaged: its parameters are not what was written; remove it, and train again")
-    known = {name: facts[name] for name in Classifier._fields if name != "params"}
-    return Classifier(params=params, **known | {"image_shape": tuple(known["image_shape"])})
+    check_finite(params, str(path))
+    return Classifier(params=params, **known | {"image_shape": shape})

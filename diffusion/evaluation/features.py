@@ -19,6 +19,7 @@ from diffusion.data import Dataset, fingerprint
 from diffusion.errors import InputError, is_whole, nearest
 from diffusion.evaluation.cache import cached
 from diffusion.evaluation.metrics import (
+    SUBSET_SIZE,
     Manifolds,
     Moments,
     class_score,
@@ -43,6 +44,7 @@ __all__ = [
     "measure",
     "pixels",
     "plain_names",
+    "settings",
     "too_few",
 ]
 
@@ -52,6 +54,9 @@ INCEPTION_NAMES = {"frechet": "fid", "kernel": "kid", "score": "is"}
 
 MAX_VECTORS = 10_000
 """The kernel distance and prdc use at most so many vectors of either set, drawn at random from a larger one."""
+
+NEIGHBOURS, PARTS, PART_SIZE = 5, 10, 10
+"""The k of prdc, the parts that the score is averaged over, and how many samples such a part should have at least."""
 
 _FORMAT, _CHUNK = "jax-fast-diffusion reference 1", 1000
 
@@ -81,12 +86,12 @@ def make_reference(
     Args:
       space: from `pixels`, `classifier` or `inception`.
       dataset: the real set.
-      cache_folder: where files of references lie; made if it is not there.
+      cache_folder: where files of references lie; made if it is not there. There is a warning if it cannot be used.
       split: name of the part of the data, for the record and the cache's key.
       count: how many images to use, drawn at random but always the same; 0 takes all.
 
     Raises:
-      InputError: count exceeds the set or is 1, the space does not take such images, or the folder cannot be made.
+      InputError: count exceeds the set or is 1, or the space does not take such images.
     """
     total = len(dataset.images)
     if not is_whole(count) or count == 1 or not 0 <= count <= total:
@@ -141,7 +146,8 @@ def measure(reference: Reference, features: Features, metrics: Sequence[str] = M
       reference: the real set.
       features: of the samples, in the same space; quantise samples to uint8 first, as image files are.
       metrics: "frechet", "kernel", "score", "prdc"; in Inception's space also "fid", "kid" and "is" for the first
-        three. See `metrics` for what each means; kernel and prdc use at most 10,000 vectors of either set.
+        three. See `metrics` for what each means; kernel and prdc use at most 10,000 vectors of either set, and small
+        sets lower what `settings` says.
 
     Returns:
       "frechet_<space>", "kernel_<space>", "kernel_<space>_std", "score_<space>", "score_<space>_std" and
@@ -153,14 +159,59 @@ def measure(reference: Reference, features: Features, metrics: Sequence[str] = M
         features have another size, or are too few for a metric.
     """
     space, result = reference.identity["space"], {}
+    names = plain_names(metrics, space)
     if features.vectors.ndim != 2 or features.vectors.shape[1:] != reference.moments.mean.shape:
         raise InputError(
             f"features have shape {features.vectors.shape}, and the reference has "
             f"{reference.moments.mean.shape[0]} dimensions in the space {space!r}; extract both in one space"
         )
-    for metric in plain_names(metrics, space):
-        result |= zip(figure_names(metric, space), _figures(metric, reference, features, space), strict=True)
+    chosen = settings(names, reference.identity["count"], len(features.vectors))
+    for metric in names:
+        result |= zip(figure_names(metric, space), _figures(metric, reference, features, chosen), strict=True)
     return result
+
+
+class Settings(NamedTuple):
+    """Holds what a metric takes of two sets: fewer than usual where the sets are small.
+
+    Attributes:
+      k: neighbours of prdc, 5 if both sets have so many.
+      splits: parts that the score is averaged over, 10 if each then has at least 10 samples.
+      subset_size: vectors in a subset of the kernel distance, 1,000 if both sets have so many.
+      notes: a sentence for each of these that is lower than usual.
+    """
+
+    k: int
+    splits: int
+    subset_size: int
+    notes: list[str]
+
+
+def settings(metrics: Sequence[str], real: int, fake: int) -> Settings:
+    """Returns what `measure` takes of two sets of these sizes, so that it can be said before a sample is drawn.
+
+    Args:
+      metrics: of METRICS; only these are spoken of.
+      real, fake: numbers of images.
+
+    Raises:
+      InputError: a set has fewer than 2 images.
+    """
+    smaller, notes = min(real, fake), []
+    if smaller < 2:
+        raise InputError(f"{fake:,} samples and {real:,} real images cannot be compared; take at least 2 of each")
+    k, splits = min(NEIGHBOURS, smaller - 1), max(1, min(PARTS, fake // PART_SIZE))
+    subset_size = min(SUBSET_SIZE, smaller)
+    if "prdc" in metrics and k < NEIGHBOURS:
+        notes.append(f"precision, recall, density and coverage take k = {k} of {smaller} images and not {NEIGHBOURS}")
+    if "score" in metrics and splits < PARTS:
+        notes.append(f"the score is of {splits} part(s) of {fake:,} samples and not of {PARTS}")
+    if "kernel" in metrics and subset_size < SUBSET_SIZE:
+        notes.append(
+            f"the kernel distance takes subsets of {subset_size:,} images and not of {SUBSET_SIZE:,}, so that its "
+            "standard deviation says little"
+        )
+    return Settings(k, splits, subset_size, notes)
 
 
 def plain_names(metrics: Sequence[str], space: str) -> list[str]:
@@ -195,27 +246,32 @@ def _plain_name(name, space):
     return name
 
 
-def _figures(metric, reference, features, space):
+def _figures(metric, reference, features, chosen):
     """Returns the values of a metric, in the order of `figure_names`."""
     fake = features.vectors[_draw(len(features.vectors), MAX_VECTORS)]
     if metric == "prdc":
-        return prdc(reference.vectors, fake)
+        return prdc(reference.vectors, fake, chosen.k)
     if metric == "frechet":
         return [frechet_between(reference.moments, moments(features.vectors))]
     if metric == "kernel":
-        return kernel_distance(reference.vectors, fake)
+        return kernel_distance(reference.vectors, fake, subset_size=chosen.subset_size)
     if features.probabilities is None:
+        space = reference.identity["space"]
         raise InputError(f"the space {space!r} has no classes, which the score needs; use the classifier or Inception")
-    return class_score(features.probabilities)
+    return class_score(features.probabilities, chosen.splits)
 
 
-def too_few(reference: Reference, features: Features) -> str:
+def too_few(reference: Reference, fake: int) -> str:
     """Returns a sentence to warn with if either set has no more vectors than dimensions, or else "".
 
     The Frechet distance is then biased up. How much depends on the numbers of vectors, so it can be compared only with
     figures for the same numbers.
+
+    Args:
+      reference: the real set.
+      fake: number of samples.
     """
-    dim, real, fake = len(reference.moments.mean), reference.identity["count"], len(features.vectors)
+    dim, real = len(reference.moments.mean), reference.identity["count"]
     if min(real, fake) > dim:
         return ""
     return (

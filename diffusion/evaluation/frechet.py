@@ -49,10 +49,12 @@ def frechet_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -
 
 
 def frechet_between(a: Moments, b: Moments) -> float:
-    """Returns the Frechet distance of two sets whose means and covariances are given.
+    """Returns the Frechet distance of two sets whose means and covariances are given; 0 if these are equal.
 
-    |mu_a - mu_b|^2 + tr(A + B - 2 (A^{1/2} B A^{1/2})^{1/2}) (Heusel et al., arXiv:1706.08500, Eq. 6), in float64 by
-    eigendecompositions of symmetric matrices, which exist where a general matrix square root fails.
+    |mu_a - mu_b|^2 + tr(A + B - 2 (A^{1/2} B A^{1/2})^{1/2}) (Heusel et al., arXiv:1706.08500, Eq. 6). With any factors
+    A = F F^T and B = G G^T the trace is the least |F - G U|^2 over orthogonal U (Bhatia et al., arXiv:1712.01504,
+    Theorem 1). As a sum of squares it is never negative, and small distances keep their digits, which cancel in the
+    difference of traces.
 
     Raises:
       InputError: the numbers of dimensions differ.
@@ -63,8 +65,16 @@ def frechet_between(a: Moments, b: Moments) -> float:
             "give two sets of the same feature space"
         )
     mean = a.mean - b.mean
-    # A^{1/2}, and then the trace of (A^{1/2} B A^{1/2})^{1/2}; eigenvalues can round below zero.
-    values, vectors = np.linalg.eigh(a.cov)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b.cov @ root), 0)).sum()
-    return float(mean @ mean + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
+    if np.array_equal(a.cov, b.cov):  # the best U is then only the identity up to rounding
+        return float(mean @ mean)
+    # U is the orthogonal part of G^T F (Procrustes).
+    first, second = _factor(a.cov), _factor(b.cov)
+    left, _, right = np.linalg.svd(second.T @ first)
+    return float(mean @ mean + np.square(first - second @ (left @ right)).sum())
+
+
+def _factor(cov):
+    """Returns F with F F^T = cov, whose directions without variance are zero and not the roots of rounding errors."""
+    values, vectors = np.linalg.eigh(cov)
+    rounding = len(values) * np.finfo(np.float64).eps * values[-1]
+    return vectors * np.sqrt(np.where(values > rounding, values, 0))

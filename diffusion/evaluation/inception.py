@@ -28,7 +28,7 @@ from diffusion.interop import torch_file
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-REMEDY = f"download {URL} by hand and give its path"
+REMEDY = f"download {URL} by hand, and give its path"
 
 SIZE = 299
 NUM_FEATURES = 2048

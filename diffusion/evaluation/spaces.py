@@ -42,7 +42,8 @@ class FeatureSpace:
       key: identity of the network's parameters; only vectors of equal keys can be compared.
       extract: uint8 images [N, H, W, C], N >= 1, -> Features in float32. Raises InputError for images that the space
         does not take.
-      facts: what a report should say of the space, such as the classifier's accuracy on images held out.
+      facts: what a report should say of the space, such as the classifier's accuracy on images held out; "doubts" is a
+        list of sentences that warn of figures in it.
     """
 
     name: str
@@ -79,12 +80,13 @@ def classifier(
 
     Args:
       dataset: labelled images, as for `classifier.train`.
-      cache_folder: where the weights file lies; made if it is not there. A damaged file is replaced, with a warning.
+      cache_folder: where the weights file lies; made if it is not there. A damaged file is replaced, and there is a
+        warning if the folder cannot be used.
       epochs, seed: as for `classifier.train`.
       batch_size: images at a time; changes only memory and speed.
 
     Raises:
-      InputError: the data cannot train a classifier, or the folder cannot be made.
+      InputError: the data cannot train a classifier.
     """
     wanted = fingerprint(dataset), epochs, seed
 
@@ -103,7 +105,8 @@ def classifier(
             raise InputError(f"images have shape {images.shape[1:]}; the classifier knows {trained.image_shape}")
         return _in_batches(lambda x: classifiers.apply(trained.params, x, trained.num_classes), images, batch_size)
 
-    facts = {"accuracy": trained.accuracy, "data": trained.data, "epochs": epochs, "seed": seed}
+    facts = {name: value for name, value in trained._asdict().items() if name not in ("params", "image_shape")}
+    facts["doubts"] = trained.doubts()
     return FeatureSpace("classifier", trained.sha256(), extract, facts)
 
 

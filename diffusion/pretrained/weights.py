@@ -1,5 +1,6 @@
 """Keeps a trained model in one safetensors file: the parameters of an EMA, its config, and what was measured."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -10,15 +11,18 @@ from typing import Any
 import flax.traverse_util
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from diffusion.errors import InputError
+from diffusion.errors import InputError, is_whole
 from diffusion.files import digest, write_atomically
-from diffusion.model import Trained, current_config, make_model
+from diffusion.interop.safetensors_file import read_header, read_tensors
+from diffusion.model import Trained, check_finite, from_record
 
 SUFFIX = ".safetensors"
-_FORMAT, _ENTRY = "jax-fast-diffusion 1", "model"
+_FORMATS, _ENTRY = ("jax-fast-diffusion 1", "jax-fast-diffusion 2"), "model"
+"""The first had a digest of the weights and none of the text."""
+
+_FACTS = {"config": dict, "image_shape": list, "class_names": list, "step": int, "ema": str, "sha256": str}
 
 
 def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | None = None) -> None:
@@ -28,10 +32,14 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
       path: ends in .safetensors; an existing file is replaced.
       trained: from `run_folder.load_trained`.
       figures: what was measured, as anything JSON can hold; `describe` returns it to whoever asks.
+
+    Raises:
+      InputError: a parameter is not finite.
     """
+    check_finite(trained.params, "the model")
     arrays = {name: np.asarray(leaf) for name, leaf in flax.traverse_util.flatten_dict(trained.params, sep="/").items()}
     facts = {
-        "format": _FORMAT,
+        "format": _FORMATS[-1],
         "config": trained.config.to_dict(),
         "image_shape": list(trained.model.image_shape),
         "class_names": [] if trained.model.conditions is None else list(trained.model.conditions.names),
@@ -40,6 +48,8 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
         "figures": figures or {},
         "sha256": digest(arrays),
     }
+    facts = json.loads(json.dumps(facts))  # lists for tuples, as whoever reads it finds them
+    facts["digest"] = _digest(facts)
     # One entry holds all facts: safetensors writes several in any order, and the same model should give the same file.
     write_atomically(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(facts, sort_keys=True)}))
 
@@ -54,39 +64,54 @@ def load(path: str | os.PathLike, networks: Mapping[str, Callable[..., Any]] = M
     Raises:
       InputError: there is no such file, it is damaged, or `save` did not write it.
     """
-    facts, arrays = _read(path)
+    header, facts = _read(path)
+    config, model = from_record(facts, str(path), networks)
+    # Check that the config still describes the network whose parameters these are, before they are read.
+    wanted = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in header.tensors.items()}
+    if shapes != {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}:
+        raise InputError(f"{path} holds weights of another network than its config describes; convert it again")
+    arrays = read_tensors(Path(path).expanduser(), header.tensors)
     if digest(arrays) != facts["sha256"]:
         raise InputError(f"{path} is damaged: its weights are not those that were written; get it again")
-    config = current_config(facts["config"])
-    model = make_model(config, tuple(facts["image_shape"]), tuple(facts.get("class_names", ())), networks)
-    # Check that the config still describes the network whose parameters these are.
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    wanted = jax.eval_shape(model.init, jax.random.key(0))
-    shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (params, wanted)]
-    if shapes[0] != shapes[1]:
-        raise InputError(f"{path} holds weights of another network than its config describes; convert it again")
+    check_finite(params, str(path))
     return Trained(model, jax.tree.map(jax.numpy.asarray, params), config, facts["step"], facts["ema"])
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
     """Returns everything but the parameters: config, image_shape, class_names, step, ema, figures, sha256."""
-    return _read(path)[0]
+    return _read(path)[1]
 
 
 def _read(path):
-    """Returns the facts and the arrays of a file."""
+    """Returns the header and the facts of a file."""
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no file {path}; name a run folder or a file that convert.py wrote")
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        facts = json.loads(metadata.get(_ENTRY, "{}"))
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{path} cannot be read ({str(error)[:100]}); it is damaged, or no file of convert.py"
-        ) from error
-    if facts.get("format") != _FORMAT:
-        raise InputError(f"{path} is no file of convert.py; other weights need a converter")
-    return facts, arrays
+        header = read_header(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
+    try:
+        facts = json.loads(header.metadata.get(_ENTRY, "{}"))
+        if facts.get("format") not in _FORMATS:
+            raise InputError(f"{path} is no file of convert.py; other weights need a converter")
+        if facts["format"] == _FORMATS[0]:
+            facts.setdefault("class_names", [])
+        wrong = [name for name, kind in _FACTS.items() if not isinstance(facts.get(name), kind)]
+        if wrong or not is_whole(facts["step"]):
+            raise ValueError(f"{', '.join(wrong) or 'step'} missing or of a wrong type")
+    except InputError:
+        raise
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged, or no file of convert.py ({str(error)[:100]}); get it again") from None
+    if facts.get("digest", "") != (_digest(facts) if facts["format"] == _FORMATS[-1] or "digest" in facts else ""):
+        raise InputError(f"{path} is damaged: its text is not what was written; get it again")
+    return header, facts
+
+
+def _digest(facts):
+    """Returns the SHA-256 of the text, which has that of the weights in it."""
+    text = json.dumps({name: value for name, value in facts.items() if name != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,127 +1,33 @@
-"""Writes and reads checkpoints; all that uses orbax stands here.
+"""Finds, checks and reads checkpoints, which `saving` writes.
 
 Each step has a folder with one item for each EMA, the params that samples are drawn with, and `train`, the rest of the
-state. The config travels in the checkpoint's metadata. A save is written under another name, gets its SHA-256 manifest,
-and then its number by one renaming. So every folder with a number was complete once, and any later change is found.
+state. The config travels in the checkpoint's metadata. Every folder with a number was complete once, and its SHA-256
+manifest finds any later change.
 """
 
-import json
+import contextlib
 import math
 import os
-import shutil
+import re
 import sys
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from diffusion import files
 from diffusion.errors import InputError
 from diffusion.training import manifest
 from diffusion.training.step import TrainState
 from diffusion.types import Params
 
-_UNFINISHED, _DAMAGED = "unfinished-", "damaged-"
-_REASONS = (OSError, ValueError, KeyError)
+REASONS = (OSError, ValueError, KeyError)
+"""What orbax raises where a checkpoint cannot be written or read."""
 
-
-class CheckpointWriter:
-    """Saves the train state in the background. Leaving the context waits for the last save.
-
-    Args:
-      folder: where the folders of all steps lie. Remains of saves that were cut short are removed from it.
-      keep: how many of the newest steps stay; older ones are removed when a newer one is complete.
-      keep_best: how many of the steps with the lowest loss stay as well.
-      begin: the step that the run goes on from. Later ones, which are damaged (see `newest_good`), are renamed to
-        damaged-<step>, so that they do not count as the newest. None renames none.
-    """
-
-    def __init__(self, folder: str | os.PathLike, keep: int, keep_best: int = 0, begin: int | None = None):
-        self._folder = Path(folder).absolute()
-        self._keep, self._keep_best = keep, keep_best
-        self._pending: Future | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        if jax.process_index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for path in self._folder.glob(f"{_UNFINISHED}*"):
-                shutil.rmtree(path)
-            for step in steps(self._folder):
-                if begin is not None and step > begin:
-                    aside = self._folder / f"{_DAMAGED}{step}"
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.rename(self._folder / str(step), aside)
-
-    def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], loss: float = math.nan) -> None:
-        """Starts to save in the background, after the save before; raises the error of that save if it had one.
-
-        Args:
-          step: number of training steps made, more than in any save before.
-          state: may be donated as soon as this returns.
-          metadata: a mapping that JSON can hold.
-          loss: what keep_best ranks steps by; one that is not finite is never the best.
-
-        Raises:
-          InputError: the disk is full or cannot be written; checkpoints that are already there stay whole.
-        """
-        self.wait()
-        temporary = self._folder / f"{_UNFINISHED}{step}"
-        try:
-            saving = ocp.save_checkpointables_async(
-                temporary, _items(state), custom_metadata=json.loads(json.dumps(metadata))
-            )
-        except _REASONS as error:
-            self._fail(error)
-        self._pending = self._thread.submit(self._finish, saving, temporary, step, loss)
-
-    def wait(self) -> None:
-        """Waits until the last save is on disk."""
-        pending, self._pending = self._pending, None
-        try:
-            if pending is not None:
-                pending.result()
-        except _REASONS as error:
-            self._fail(error)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
-
-    def _finish(self, saving, temporary, step, loss):
-        # Every process waits for its own part, and the first then completes the checkpoint.
-        saving.result()
-        if jax.process_index() > 0:
-            return
-        manifest.write(temporary, step=step, loss=loss if math.isfinite(loss) else None)
-        _sync(temporary)
-        os.rename(temporary, self._folder / str(step))
-        _sync_one(self._folder)
-        self._remove_old()
-
-    def _remove_old(self):
-        saved = steps(self._folder)
-        best = sorted((loss, step) for step in saved if (loss := _loss(self._folder, step)) is not None)
-        kept = {*saved[-self._keep :], *(step for _, step in best[: self._keep_best])}
-        for step in saved:
-            if step not in kept:
-                # Renamed first, so that a kill in the middle of removing leaves no half of a checkpoint.
-                removed = self._folder / f"{_UNFINISHED}removal-{step}"
-                os.rename(self._folder / str(step), removed)
-                shutil.rmtree(removed)
-
-    def _fail(self, error):
-        saved = steps(self._folder)
-        left = f"step {saved[-1]} is the last good one" if saved else "there is no earlier one"
-        raise InputError(
-            f"a checkpoint could not be written to {self._folder} ({_first_line(error)}); {left}; "
-            "free some space and start again with the same command"
-        ) from error
+_PATTERNS = re.compile(r"[][*?\\]|:(/|$)")
+"""What orbax or tensorstore take for a pattern, a separator or a place on the network, in whatever folder it stands."""
 
 
 def steps(folder: str | os.PathLike) -> list[int]:
@@ -130,13 +36,30 @@ def steps(folder: str | os.PathLike) -> list[int]:
 
 
 def _is_step(path):
-    return path.name.isdecimal() and str(int(path.name)) == path.name and path.is_dir()
+    written = re.fullmatch(r"0|[1-9]\d{0,18}", path.name, flags=re.ASCII)
+    return written is not None and path.is_dir() and not path.is_symlink()
+
+
+def require_plain_path(folder: str | os.PathLike) -> None:
+    """Raises InputError if checkpoints that are saved in a folder could not be loaded, for a sign in its path."""
+    path = str(Path(folder).absolute())
+    if found := _PATTERNS.search(path):
+        raise InputError(
+            f"the path {path} holds {found[0]!r}, and checkpoints could not be read there: name a folder whose whole "
+            "path has no brackets, stars, question marks and backslashes, and no name that ends with a colon"
+        )
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the path {path!a} is no UTF-8, and checkpoints could not be read there") from None
 
 
 def newest_commit(folder: str | os.PathLike) -> float:
     """Returns when the newest checkpoint was written, in seconds since 1970; -inf if there is none."""
-    saved = steps(folder)
-    return (Path(folder) / str(saved[-1])).stat().st_mtime if saved else -math.inf
+    for step in reversed(steps(folder)):
+        with contextlib.suppress(FileNotFoundError):  # a run has removed it just now
+            return (Path(folder) / str(step)).stat().st_mtime
+    return -math.inf
 
 
 class DamagedError(InputError):
@@ -157,40 +80,71 @@ def verified(folder: str | os.PathLike, step: int) -> int:
     try:
         manifest.verify(path)
     except (ValueError, FileNotFoundError) as error:
-        raise DamagedError(f"checkpoint {path} is damaged ({_first_line(error)})") from error
+        raise DamagedError(f"checkpoint {path} is damaged ({first_line(error)})") from error
     except OSError as error:  # no damage: a network file system may be away for a moment
         raise InputError(f"checkpoint {path} cannot be read now ({error.strerror}); start again when it can") from error
     return step
 
 
 def newest_good(folder: str | os.PathLike) -> int | None:
-    """Returns the newest step whose files are all as they were written, or None if there is no checkpoint.
-
-    Each damaged one is named on stderr.
-
-    Raises:
-      InputError: there are checkpoints, and all are damaged; or one cannot be read now, which is no damage.
-    """
-    # Newest first, to read no more than is needed; damaged ones are named once it is known what replaces them.
-    damage = {}
-    for step in reversed(steps(folder)):
-        try:
-            verified(folder, step)
-        except DamagedError as error:
-            damage[step] = str(error.__cause__)
-            continue
-        for bad, reason in damage.items():
-            print(
-                f"warning: checkpoint {Path(folder) / str(bad)} is damaged ({reason}); using step {step}",
-                file=sys.stderr,
-            )
+    """Returns what `opened` yields, for the one process that removes checkpoints itself."""
+    with opened(folder) as step:
         return step
 
+
+@contextlib.contextmanager
+def opened(folder: str | os.PathLike, step: int | None = None) -> Iterator[int | None]:
+    """Finds a checkpoint whose files are all as they were written, and keeps it from being removed in the `with` block.
+
+    Without this, a run that saves several times a second would remove each step before it is read. Damaged ones are
+    named on stderr.
+
+    Args:
+      folder: where the folders of all steps lie.
+      step: one of `steps(folder)`; None is the newest good one.
+
+    Yields:
+      The step, or None if there is no checkpoint.
+
+    Raises:
+      DamagedError: the step asked for is damaged.
+      InputError: it is not there; or there are checkpoints, and all are damaged; or one cannot be read now, which is no
+        damage.
+    """
+    if step is not None:
+        with files.in_use(Path(folder) / str(step) / manifest.NAME):
+            yield verified(folder, step)
+        return
+    # Newest first, to read no more than is needed; damaged ones are named once it is known what replaces them.
+    damage: dict[int, str] = {}
+    while left := [step for step in steps(folder) if step not in damage]:
+        path = Path(folder) / str(left[-1])
+        with files.in_use(path / manifest.NAME):
+            try:
+                verified(folder, left[-1])
+            except DamagedError as error:
+                if path.is_dir():
+                    damage[left[-1]] = str(error.__cause__)
+                continue
+            except InputError:
+                if not path.is_dir():  # a run has removed it since it was listed, so a newer one is there
+                    continue
+                raise
+            for bad, reason in damage.items():
+                warning = f"warning: checkpoint {Path(folder) / str(bad)} is damaged ({reason}); using step {left[-1]}"
+                print(warning, file=sys.stderr)
+            yield left[-1]
+            return
     # All are damaged, and the user must decide: a copy may exist elsewhere, and training anew may cost days.
-    if not damage:
-        return None
-    reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
-    raise InputError(f"every checkpoint in {folder} is damaged ({reasons}); restore one or name another --workdir")
+    if damage:
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
+        raise InputError(f"every checkpoint in {folder} is damaged ({reasons}); restore one or name another --workdir")
+    yield None
+
+
+def sealed_record(folder: str | os.PathLike, step: int) -> dict[str, Any]:
+    """Returns what was known of the run's record when a step was saved: file names with their bytes and SHA-256."""
+    return manifest.read(Path(folder) / str(step)).get("record", {})
 
 
 def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:
@@ -199,11 +153,12 @@ def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:
     Raises:
       InputError: there is no readable checkpoint of this step.
     """
+    require_plain_path(folder)
     path = Path(folder).absolute() / str(step)
     try:
         saved = ocp.checkpointables_metadata(path).custom_metadata
-    except _REASONS as error:
-        raise InputError(f"checkpoint {path} cannot be read ({_first_line(error)}); delete this folder") from error
+    except REASONS as error:
+        raise InputError(f"checkpoint {path} cannot be read ({first_line(error)}); delete this folder") from error
     if not saved or "config" not in saved:
         raise InputError(f"checkpoint {path} cannot be read (it has no config); delete this folder")
     return saved
@@ -226,11 +181,11 @@ def load_ema(folder: str | os.PathLike, step: int, name: str, like: Params) -> P
 
 def load_state(folder: str | os.PathLike, step: int, like: TrainState) -> TrainState:
     """Loads the whole state of a step, laid out over devices like the arrays of `like`; raises as `load_ema` does."""
-    items = _load(folder, step, _items(like))
+    items = _load(folder, step, items_of(like))
     return items["train"].replace(ema_params={name: items[_ema_item(name)] for name in like.ema_params})
 
 
-def _items(state):
+def items_of(state: TrainState) -> dict[str, Any]:
     """Returns the parts of a state that are stored, and can be loaded, by themselves."""
     return {_ema_item(name): params for name, params in state.ema_params.items()} | {
         "train": state.replace(ema_params=None)
@@ -242,23 +197,24 @@ def _ema_item(name):
 
 
 def _load(folder, step, items):
+    require_plain_path(folder)
     path = Path(folder).absolute() / str(step)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items)
     try:
         stored = ocp.checkpointables_metadata(path).metadata or {}
         for name in abstract:
-            _check_same(path, _leaves(stored.get(name)), _leaves(abstract[name]))
+            _check_same(path, leaves(stored.get(name)), leaves(abstract[name]))
         return ocp.load_checkpointables(path, abstract)
     except InputError:
         raise
     except Exception as error:  # orbax raises many kinds of errors, some of them tensorstore's
         raise InputError(
-            f"checkpoint {path} cannot be loaded ({_first_line(error.__cause__ or error)}); its files are as they were "
+            f"checkpoint {path} cannot be loaded ({first_line(error.__cause__ or error)}); its files are as they were "
             "written, so look for too little memory, or another version of a package, see environment.json"
         ) from error
 
 
-def _leaves(tree):
+def leaves(tree: Any) -> dict[str, str]:
     """Describes a tree by its leaves that have a shape and dtype, as {"a/b": "float32 (3, 3)"}."""
     named = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in named}
@@ -277,27 +233,6 @@ def _check_same(path, stored, wanted):
         raise InputError(f"checkpoint {path} is of another model: {'; '.join(different[:5])}{more}")
 
 
-def _loss(folder, step):
-    """Returns the loss that was saved with a step, or None if there is none or it cannot be read."""
-    try:
-        return manifest.read(folder / str(step))["loss"]
-    except _REASONS:
-        return None
-
-
-def _sync(folder):
-    """Puts all of a folder on disk before it gets its number, in case the machine loses power."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _first_line(error):
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -1,19 +1,19 @@
 """Records where a run was trained: versions, commit, machine."""
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from diffusion import __version__, devices
-from diffusion.files import write_json
+from diffusion import __version__, devices, files
+from diffusion.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
@@ -34,14 +34,25 @@ def describe(mesh: Mesh, step: int) -> dict[str, Any]:
     }
 
 
-def append(path: Path, start: dict[str, Any]) -> None:
-    """Adds a start to the list in a JSON file; a file that holds no list is replaced by a new one."""
+def append(path: Path, start: dict[str, Any], within: Path) -> None:
+    """Adds a start to the list in a JSON file; a file that holds no list is kept under another name.
+
+    Args:
+      path: the file, which need not be there.
+      start: from `describe`.
+      within: the run folder, see `files`.
+    """
     try:
-        starts = json.loads(path.read_text())
-    except (OSError, ValueError):
+        starts = files.read_json(path, within=within)
+    except FileNotFoundError:
         starts = []
-    starts = starts if isinstance(starts, list) else []
-    write_json(path, [*starts, start])
+    except InputError as error:
+        starts = str(error)
+    if not isinstance(starts, list):
+        aside = files.keep_aside(path, within)  # refuses a link
+        warnings.warn(f"{path} holds no list of starts, and is kept as {aside.name}", stacklevel=2)
+        starts = []
+    files.write_json(path, [*starts, start], within)
 
 
 def _git(folder: Path) -> dict[str, Any] | None:

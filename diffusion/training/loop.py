@@ -15,9 +15,9 @@ import optax
 
 from diffusion import devices
 from diffusion.errors import InputError
-from diffusion.training.checkpoints import CheckpointWriter
 from diffusion.training.progress import Progress
 from diffusion.training.recorder import Recorder, Row, Silent
+from diffusion.training.saving import CheckpointWriter
 from diffusion.training.step import Metrics, TrainState
 from diffusion.training.stop import Stopped, StopRequest
 
@@ -138,6 +138,7 @@ class _Loop:
 
     def _draws_sheet(self):
         """Draws the sheet; returns False if a signal cut it off. The loop then saves and stops as after any signal."""
+        self.run.writer.require_ours()
         try:
             self._interruptible(self.run.draw_sheet, self.state)
         except Stopped:
@@ -243,7 +244,8 @@ class _Loop:
         totals = self.state.totals
         # keep_best compares mean losses, and after a stop in between the mean may be over a single batch.
         loss = float(totals.loss / totals.steps) if step % self.plan.save_every == 0 else math.nan
-        self.run.writer.save(step, self.state, self.run.metadata, loss)
+        # The record is on disk before the checkpoint that vouches for it.
+        self.run.writer.save(step, self.state, self.run.metadata, loss, self.run.recorder.seal())
 
     def _trace(self, step):
         """Begins or ends the trace where it is this step's turn."""

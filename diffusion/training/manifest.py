@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from diffusion import files
+from diffusion.errors import InputError
 
 NAME = "manifest.json"
 
@@ -13,7 +17,8 @@ def write(folder: Path, **facts: Any) -> None:
     content = {"files": {name: _describe(folder / name) for name in _names(folder)}, **facts}
     # The manifest protects itself: its last line is the SHA-256 of the lines before.
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    (folder / NAME).write_text(text + _digest(text.encode()) + "\n")
+    with files.create(folder / NAME, folder) as file:
+        file.write((text + _digest(text.encode()) + "\n").encode())
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -24,13 +29,18 @@ def read(folder: Path) -> dict[str, Any]:
       OSError: it cannot be read now.
     """
     try:
-        *lines, digest = (folder / NAME).read_text().splitlines(keepends=True)
+        *lines, digest = files.read(folder / NAME, within=folder).decode().splitlines(keepends=True)
     except (FileNotFoundError, ValueError) as error:  # UnicodeDecodeError is a ValueError, and so is an empty file
         raise ValueError(f"{NAME} is missing or unreadable") from error
     text = "".join(lines)
     if digest != _digest(text.encode()) + "\n":
         raise ValueError(f"{NAME} is damaged")
-    return json.loads(text)
+    try:
+        content = json.loads(text)
+        content["files"].keys()
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{NAME} is no manifest") from error  # though whoever wrote it gave it the right sum
+    return content
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -47,18 +57,29 @@ def verify(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{name} is missing")
         if name not in expected:
             raise ValueError(f"{name} does not belong there")
-        if _describe(folder / name) != expected[name]:
+        if not _is_as_described(folder / name, folder, expected[name]):
             raise ValueError(f"{name} is damaged")
     return content
 
 
 def _names(folder):
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p != folder / NAME)
+    """Returns the names of everything below a folder but folders: links and pipes too, which belong in none."""
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return sorted(path.relative_to(folder).as_posix() for path in paths if path != folder / NAME)
+
+
+def _is_as_described(path, folder, wanted):
+    try:
+        with files.open_to_read(path, folder) as file:
+            size = os.fstat(file.fileno()).st_size
+            return size == wanted["bytes"] and hashlib.file_digest(file, "sha256").hexdigest() == wanted["sha256"]
+    except (InputError, LookupError, TypeError):  # a link or a pipe, or a manifest that a stranger made up
+        return False
 
 
 def _describe(path):
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    with files.open_to_read(path) as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _digest(content):

@@ -4,21 +4,25 @@ metrics.csv and skipped.jsonl hold what the seed and the config determine: a run
 same bytes. speed.csv holds what depends on the machine.
 """
 
-import csv
 import json
 import math
+import os
+import socket
+import struct
 import time
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
-from diffusion.errors import InputError
-from diffusion.files import write_atomically
+from diffusion import files
+from diffusion.training.record import Record, json_lines, table
 from diffusion.training.step import TENTHS
 
 
@@ -59,63 +63,93 @@ class Speed(NamedTuple):
 
 COLUMNS = (*Row._fields[:-1], *(f"error_tenth_{k}" for k in range(1, TENTHS + 1)))
 
+_SPEED, _EVENTS = "speed.csv", "TensorBoard's events"
+
 
 class Recorder:
     """Appends rows to the record and flushes each, so that a killed run loses none; a context manager.
 
-    Rows after `step` are dropped at the start: a run resumed at `step` writes them again.
+    Rows after `step` are dropped at the start: a run resumed at `step` writes them again. See `Record` for a file that
+    is not what was written. speed.csv and the events are no part of the record: an error of the disk there is told
+    once, and the run goes on without them.
 
     Args:
       folder: the run folder.
       step: the step the run starts from.
+      sealed: what `seal` returned when that step was saved; {} if nobody knows.
 
     Raises:
-      InputError: a file of that name is there, but is no such record.
+      InputError: a file of these names is a link, or no regular file.
+      OSError: metrics.csv or skipped.jsonl cannot be read or written.
     """
 
-    def __init__(self, folder: Path, step: int):
-        metrics, speed = folder / "metrics.csv", folder / "speed.csv"
-        timed = _read_csv(speed, Speed._fields, step)
-        self._seconds = timed[-1][Speed._fields.index("seconds")] if timed else 0.0
-        self._metrics = _reopen(metrics, [COLUMNS, *_read_csv(metrics, COLUMNS, step)], _line)
-        self._speed = _reopen(speed, [Speed._fields, *timed], _line)
-        self._skipped_path, self._step = folder / "skipped.jsonl", step
-        self._skipped = None
-        if self._skipped_path.exists():
+    def __init__(self, folder: Path, step: int, sealed: Mapping[str, Any] | None = None):
+        self._folder, self._step, self._sealed = folder, step, sealed or {}
+        self._given_up: set[str] = set()
+        self._metrics = Record(folder, "metrics.csv", table(COLUMNS, ("step", "skipped")), step, self._sealed)
+        self._skipped: Record | None = None
+        if os.path.lexists(folder / "skipped.jsonl") or "skipped.jsonl" in self._sealed:
             self._open_skipped()
-        self._events = _Events(folder, step)
+        self._seconds = 0.0
+        self._speed: Record | None = None
+        self._events: _Events | None = None
+        self._attempt(_SPEED, self._open_speed)
+        self._attempt(_EVENTS, self._open_events)
 
     def scalars(self, row: Row, images_per_second: float, seconds: float, memory_gib: float) -> None:
         """Writes one row to each file; `seconds` is the time since the last row."""
         self._seconds += seconds
         speed = Speed(row.step, images_per_second, self._seconds, memory_gib)
         self._metrics.write(_line(row.flat()))
-        self._speed.write(_line(speed))
-        for name, value in [*zip(COLUMNS, row.flat(), strict=True), *zip(Speed._fields, speed, strict=True)]:
-            if name != "step" and math.isfinite(value):  # TensorBoard cannot draw NaN or infinity
-                self._events.add(summary.scalar(name, value), row.step)
-        self._events.flush()
+        self._attempt(_SPEED, lambda: self._speed.write(_line(speed)))
+        values = dict([*zip(COLUMNS, row.flat(), strict=True), *zip(Speed._fields, speed, strict=True)])
+        self._attempt(_EVENTS, lambda: self._events.add_scalars(values, row.step))
 
     def skipped(self, step: int, **facts: Any) -> None:
         """Adds a line about a skipped step to skipped.jsonl."""
         if self._skipped is None:
             self._open_skipped()
-        self._skipped.write(_json({"step": step, **facts}))
+        self._skipped.write(json.dumps({"step": step, **facts}) + "\n")
 
     def image(self, name: str, image: UInt8[np.ndarray, "H W C"], step: int) -> None:
         """Adds an image to TensorBoard's events."""
-        self._events.add(summary.image(name, image, dataformats="HWC"), step)
+        self._attempt(_EVENTS, lambda: self._events.add(summary.image(name, image, dataformats="HWC"), step))
+
+    def seal(self) -> dict[str, Any]:
+        """Puts the record on disk, and returns the bytes and the SHA-256 of each of its files."""
+        return {record.name: record.seal() for record in (self._metrics, self._skipped) if record is not None}
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for file in (self._metrics, self._speed, self._skipped, self._events):
+        for name, file in ((_SPEED, self._speed), (_EVENTS, self._events)):
             if file is not None:
-                file.close()
+                self._attempt(name, file.close)
+        for record in (self._metrics, self._skipped):
+            if record is not None:
+                record.close()
 
     def _open_skipped(self):
-        self._skipped = _reopen(self._skipped_path, _read_skipped(self._skipped_path, self._step), _json)
+        self._skipped = Record(self._folder, "skipped.jsonl", json_lines(), self._step, self._sealed)
+
+    def _open_speed(self):
+        self._speed = Record(self._folder, _SPEED, table(Speed._fields, ("step",)), self._step, sealed=None)
+        if self._speed.last is not None:
+            self._seconds = float(self._speed.last.split(",")[Speed._fields.index("seconds")])
+
+    def _open_events(self):
+        self._events = _Events(self._folder, self._step)
+
+    def _attempt(self, name: str, write: Callable[[], Any]) -> None:
+        """Writes what the run can do without; after an error nothing more of that name is written."""
+        if name in self._given_up:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._given_up.add(name)
+            warnings.warn(f"{name} cannot be written ({error.strerror}); the run goes on without", stacklevel=3)
 
 
 class _Events:
@@ -126,21 +160,32 @@ class _Events:
     """
 
     def __init__(self, folder, step):
-        self._writer = EventsWriter(str(folder / "events"))
+        seconds, rest = divmod(time.time_ns(), 10**9)  # two starts in one second have a file each
+        name = f"events.out.tfevents.{seconds}.{socket.gethostname()}.{rest}"
+        self._file = files.create(folder / name, folder)
+        self._write(0, file_version="brain.Event:2")
         if step:  # tells TensorBoard to forget what an earlier start wrote after this step
             self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._file.flush()
 
     def add(self, what, step):
         self._write(step, summary=what)
 
-    def flush(self):
-        self._writer.flush()
+    def add_scalars(self, values, step):
+        for name, value in values.items():
+            if name != "step" and math.isfinite(value):  # TensorBoard cannot draw NaN or infinity
+                self.add(summary.scalar(name, value), step)
+        self._file.flush()
 
     def close(self):
-        self._writer.close()
+        self._file.close()
 
     def _write(self, step, **content):
-        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+        # A record is its length, the length's checksum, the event, and the event's checksum.
+        event = Event(wall_time=time.time(), step=step, **content).SerializeToString()
+        length = struct.pack("<Q", len(event))
+        sums = (struct.pack("<I", masked_crc32c(part)) for part in (length, event))
+        self._file.write(length + next(sums) + event + next(sums))
 
 
 class Silent:
@@ -152,52 +197,14 @@ class Silent:
 
     def image(self, *_): ...
 
+    def seal(self) -> dict[str, Any]:
+        return {}
+
     def __enter__(self):
         return self
 
     def __exit__(self, *_): ...
 
 
-def _reopen(path, rows, line):
-    """Writes the file anew with these rows, and returns it open for more."""
-    write_atomically(path, "".join(map(line, rows)).encode())
-    return open(path, "a", newline="", buffering=1)
-
-
-def _read_csv(path, columns, last_step):
-    """Returns the rows up to last_step, without a last line that a kill cut short."""
-    if not path.exists():
-        return []
-    try:
-        # Check the header and the length of each row, then turn text into numbers.
-        header, *lines = list(csv.reader(_whole_lines(path))) or [list(columns)]
-        if tuple(header) != columns:
-            raise ValueError(f"its columns are not {', '.join(columns)}")
-        for number, line in enumerate(lines, start=2):
-            if len(line) != len(columns):
-                raise ValueError(f"line {number} has {len(line)} entries")
-        kinds = [int if name in ("step", "skipped") else float for name in columns]
-        rows = [[kind(text) for kind, text in zip(kinds, line, strict=True)] for line in lines]
-        return [row for row in rows if row[0] <= last_step]
-    except ValueError as error:
-        raise InputError(f"{path} is not a record of this program ({error}); move it away") from None
-
-
-def _read_skipped(path, last_step):
-    try:
-        rows = [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
-        return [row for row in rows if row["step"] <= last_step]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a record of this program ({error}); move it away") from None
-
-
-def _whole_lines(path):
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
 def _line(row):
     return ",".join(f"{value:.9g}" if isinstance(value, float) else str(value) for value in row) + "\n"
-
-
-def _json(row):
-    return json.dumps(row) + "\n"

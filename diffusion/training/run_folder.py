@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,10 +11,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from diffusion import files
 from diffusion.errors import InputError, nearest
-from diffusion.files import locked, write_atomically
-from diffusion.model import Trained, current_config, make_model
-from diffusion.training import checkpoints, environment
+from diffusion.model import Trained, check_finite, from_record
+from diffusion.training import checkpoints, environment, saving
 from diffusion.training.step import ema_name
 
 # Fields that do not change what is being trained, so a resumed run may have other values.
@@ -65,21 +66,37 @@ class RunFolder:
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns the metadata of a checkpoint, with the config in today's form."""
         saved = checkpoints.metadata(self.checkpoints, step)
-        return {**saved, "config": current_config(saved["config"]).to_dict()}
+        config, _ = from_record(saved, f"checkpoint {self.checkpoints / str(step)}")
+        return {**saved, "config": config.to_dict()}
 
     def sheet(self, step: int) -> Path:
         """Returns where the sheet of samples drawn after a step lies."""
         return self.grids / f"step_{step:08d}.png"
 
-    def locked(self) -> contextlib.AbstractContextManager[None]:
-        """Makes the folder and keeps other processes from training in it, see `files.locked`."""
-        return locked(self.path, "training in")
+    def locked(self) -> contextlib.AbstractContextManager[files.Lock]:
+        """Makes the folder and keeps other processes from training in it, see `files.locked`.
+
+        Raises:
+          InputError: also if checkpoints could not be read there.
+        """
+        checkpoints.require_plain_path(self.path)
+        return files.locked(self.path, "training in")
 
     def create(self, config: ConfigDict, start: dict[str, Any]) -> None:
-        """Makes the folder of the sheets, writes config.json and adds this start to environment.json."""
-        self.grids.mkdir(exist_ok=True)
-        environment.append(self.environment, start)
-        write_atomically(self.config, (config.to_json(indent=2, sort_keys=True) + "\n").encode())
+        """Clears away what killed starts left, writes config.json, and adds this start to environment.json.
+
+        The caller must hold the lock. Links are refused here, before the training.
+        """
+        for folder in (self.checkpoints, self.grids, self.profile):
+            files.refuse_links(folder, self.path)
+        files.remove_temporaries(
+            self.path, r"(config|environment)\.json|(metrics|speed)\.csv|skipped\.jsonl", self.path
+        )
+        files.remove_temporaries(self.grids, r"step_\d+\.png", self.path)
+        saving.remove_unfinished(self.checkpoints)
+        files.make_folder(self.grids, self.path)
+        environment.append(self.environment, start, within=self.path)
+        files.write_atomically(self.config, (config.to_json(indent=2, sort_keys=True) + "\n").encode(), self.path)
 
 
 def newest(root: str | os.PathLike) -> RunFolder | None:
@@ -118,19 +135,25 @@ def load_trained(
     Raises:
       InputError: it is damaged, or does not fit its own config; there is no such step or EMA.
     """
-    step = folder.latest_step() if step is None else checkpoints.verified(folder.checkpoints, step)
-    saved = folder.metadata(step)
-    config = ConfigDict(saved["config"])
+    with checkpoints.opened(folder.checkpoints, step) as found:
+        return _load(folder, found, ema, networks)
+
+
+def _load(folder, step, ema, networks):
+    if step is None:
+        raise InputError(f"{folder.path} holds no checkpoint; --workdir names a run folder such as runs/digits")
+    where = f"checkpoint {folder.checkpoints / str(step)}"
+    config, model = from_record(checkpoints.metadata(folder.checkpoints, step), where, networks)
     names = [ema_name(decay) for decay in config.train.ema_decays]
-    if ema and ema not in names:
+    if not names or (ema and ema not in names):
         raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
-    class_names = tuple(saved["class_names"]) if config.model.num_classes else ()
-    model = make_model(config, tuple(saved["image_shape"]), class_names, networks)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     ema = ema or names[0]
-    return Trained(model, checkpoints.load_ema(folder.checkpoints, step, ema, like), config, step, ema)
+    params = checkpoints.load_ema(folder.checkpoints, step, ema, like)
+    check_finite(params, where)
+    return Trained(model, params, config, step, ema)
 
 
 def check_resumable(
@@ -150,7 +173,7 @@ def check_resumable(
     # Under a cosine the number of steps shapes the learning rate of each step.
     shaped = old.get("config.optimizer.decay") == "cosine"
     different = [
-        f"{field} is {new.get(field, 'missing')!r}, the run has {old.get(field, 'missing')!r}"
+        _difference(field, new.get(field, "missing"), old.get(field, "missing"))
         for field in sorted(old | new)
         if old.get(field) != new.get(field)
         and (not field.startswith(_FREE) or (shaped and field == "config.train.num_steps"))
@@ -160,6 +183,13 @@ def check_resumable(
             f"{folder.path} is another run: {'; '.join(different)}. Name another folder with --workdir, or give the "
             f"fields their old values{' (under a cosine the length shapes every step)' if shaped else ''}"
         )
+
+
+def _difference(field, new, old):
+    """Says how a field differs; a digest says nothing to people."""
+    if all(re.fullmatch(r"[0-9a-f]{64}", str(value)) for value in (new, old)):
+        return f"{field} differs (by its SHA-256)"
+    return f"{field} is {new!r}, the run has {old!r}"
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
