@@ -54,13 +54,17 @@ class Programs:
 
     Args:
       env: environment variables of that process, over those of this one.
+
+    Attributes:
+      env: as given.
     """
 
     def __init__(self, env: dict[str, str]):
-        root = Path(__file__).parents[1]
-        env = {**os.environ, "PYTHONPATH": str(root), **env}
+        self.env = env
+        root = str(Path(__file__).parents[1])
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
+        environment = {**os.environ, "PYTHONPATH": root, **env}
+        self._process = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
 
     def run(self, program: str, args, cwd: Path, seconds: float = 60, **watched) -> Outcome:
         """Runs a program as `run` does."""
