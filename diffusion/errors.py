@@ -1,4 +1,4 @@
-"""Defines the one exception for what a user can put right, and checks that raise it."""
+"""Defines the one exception for what a user can put right, checks that raise it, and how names are shown."""
 
 import difflib
 import math
@@ -45,3 +45,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), lower, n=1)
     guess = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{guess}valid: {', '.join(known)}"
+
+
+def printable(text: str) -> str:
+    """Returns text as a terminal can show it: what is not printable, such as an escape, is written out as \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

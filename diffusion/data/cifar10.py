@@ -13,8 +13,8 @@ from diffusion.data.dataset import Dataset, require
 from diffusion.errors import InputError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-REMEDY = f"download {URL} by hand and pass --config.data.path=/path/to/cifar-10-binary.tar.gz"
+SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+REMEDY = f"download {URL} by hand and pass path=/path/to/cifar-10-binary.tar.gz"
 
 FOLDER = "cifar-10-batches-bin"
 SPLITS = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
@@ -87,7 +87,7 @@ def _download() -> Path:
         return Path(
             pooch.retrieve(
                 URL,
-                known_hash=f"md5:{MD5}",
+                known_hash=f"sha256:{SHA256}",
                 fname="cifar-10-binary.tar.gz",
                 path=pooch.os_cache("diffusion"),
                 progressbar=sys.stderr.isatty(),
@@ -108,11 +108,11 @@ def _read_folder(folder: Path, names: tuple[str, ...]) -> list[tuple[str, bytes]
 
 def _check_archive(archive: Path) -> None:
     if not archive.is_file():
-        raise InputError(f"config.data.path={str(archive)!r} is neither a file nor a folder; correct it, or {REMEDY}")
+        raise InputError(f"path={str(archive)!r} is neither a file nor a folder; correct it, or {REMEDY}")
     with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "md5").hexdigest()
-    if digest != MD5:
-        raise InputError(f"{archive} is not CIFAR-10's binary archive (md5 {digest}, expected {MD5}); {REMEDY}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise InputError(f"{archive} is not CIFAR-10's binary archive (sha256 {digest}, expected {SHA256}); {REMEDY}")
 
 
 def _read_archive(archive: Path, names: tuple[str, ...]) -> list[tuple[str, bytes]]:
