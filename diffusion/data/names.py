@@ -98,7 +98,7 @@ def classes(names: Sequence[str], labels: str = "") -> tuple[Int32[np.ndarray, "
     Args:
       names: of the images, sorted.
       labels: "" takes sub-folders as classes if there are any; "folders" does so even where folders of one name lie in
-        two of them, as cats in train and in test; "none" uses no classes.
+        two of them that have no images of their own, as cats in train and in test; "none" uses no classes.
 
     Raises:
       InputError: an image lies beside the class folders, or one name lies in two of them, or there are no sub-folders
@@ -127,9 +127,13 @@ def classes(names: Sequence[str], labels: str = "") -> tuple[Int32[np.ndarray, "
 
 
 def _refuse_one_name_in_two(top: str, inner: list[list[str]]) -> None:
-    """Raises InputError where train/cats and test/cats leave open whether train and test are the classes or cats."""
+    """Raises InputError where train/cats and test/cats leave open whether train and test are the classes or cats.
+
+    A folder with images of its own is clearly a class, as in cats/1.jpg, cats/2023/2.jpg and dogs/2023/3.jpg.
+    """
+    clear = {parts[0] for parts in inner if len(parts) == 2}
     parents: dict[str, str] = {}
-    for parent, name in ((parts[0], parts[1]) for parts in inner if len(parts) > 2):
+    for parent, name in ((parts[0], parts[1]) for parts in inner if len(parts) > 2 and parts[0] not in clear):
         first = parents.setdefault(name, parent)
         if first != parent:
             one, other = shown(top + first), shown(top + parent)
