@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from commands import ROOT, error_line, run, train
 from PIL import Image
 from test_data import encoded, noise, raises, write_folder, write_tar, write_zip
 
@@ -482,7 +484,7 @@ def test_damaged_images_are_left_out_and_the_set_is_that_of_the_others(tmp_path,
     np.testing.assert_array_equal(dataset.labels, others.labels)
     assert data.fingerprint(dataset) == data.fingerprint(others)
     assert dataset.damaged == tuple(sorted(gone))
-    assert list(dataset.notes()) == [f"left out 4 damaged images: {', '.join(sorted(gone))}"]
+    assert list(dataset.notes()) == [f"left out 4 images that cannot be read: {', '.join(sorted(gone))}"]
     assert_equal(take(dataset, 9), take(others, 9))
     (path / gone[0]).write_bytes(encoded(numbered(0)))  # as a repaired image is no part of the run
     assert data.fingerprint(load(path, max_memory, skip_damaged=True)) != data.fingerprint(dataset)
@@ -539,3 +541,41 @@ def test_rows_may_be_counted_from_the_end(held, build):
     whole = take(held, 2)
     for some, all_rows in zip(take(held, 2, rows=build), whole, strict=True):
         np.testing.assert_array_equal(some.images, all_rows.images[build])
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+IMAGES = (f"--config={ROOT}/configs/images.py", "--config.data.path=set", f"--config.data.size={SIDE}")
+
+
+def test_train_check_lists_every_damaged_image_and_trains_nothing(tmp_path):
+    path = write_numbered(tmp_path / "set")
+    assert "all 30 images can be read" in run("train.py", *IMAGES, "--check", cwd=tmp_path).stdout
+    for name in ("a/00002.png", "b/00007.png"):
+        (path / name).write_bytes(b"<html>")
+    result = run("train.py", *IMAGES, "--check", "--config.data.max_memory=0", cwd=tmp_path)
+    assert result.stdout.splitlines() == [f"{n} (cannot identify image file)" for n in ("a/00002.png", "b/00007.png")]
+    assert re.search("2 of 30 images cannot be read, as listed; .*config.data.skip_damaged=True", error_line(result))
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.reliability
+def test_a_run_that_a_damaged_image_ended_goes_on_after_its_repair(tmp_path):
+    path = write_numbered(tmp_path / "set", 250)
+    names = sorted(path.rglob("*.png"))
+    damaged = names[next(i for i in range(250) if i not in {k * 249 // 99 for k in range(100)})]
+    content = damaged.read_bytes()
+    damaged.write_bytes(b"<html>")
+    options = (*IMAGES, "--config.data.max_memory=0", "--workdir=run", "--config.train.num_steps=40")
+    failed = train(tmp_path, *options)
+    assert "put a good copy in its place" in error_line(failed)
+    damaged.write_bytes(encoded(Image.open(io.BytesIO(content)), compress_level=0))
+    assert train(tmp_path, *options).returncode == 0
+    # With the damaged one left out it is another run, and says so.
+    damaged.write_bytes(b"<html>")
+    other = (*options, "--workdir=other", "--config.data.skip_damaged=True", "--config.train.num_steps=3")
+    started = train(tmp_path, *other)
+    assert started.returncode == 0, started.stderr
+    assert f"left out 1 images that cannot be read: {damaged.relative_to(path)}" in started.stdout
+    damaged.write_bytes(content)
+    assert "num_examples is 250, the run has 249" in error_line(train(tmp_path, *other, "--config.train.num_steps=4"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import tarfile
 import zipfile
 import zlib
@@ -161,7 +162,7 @@ def test_cifar10_test_file_has_ten_thousand_records(tmp_path):
 
 @pytest.mark.parametrize("num_bytes", [0, 3 * 3073 - 1, 2 * 3073])
 def test_cifar10_file_of_another_length_is_refused(num_bytes):
-    with raises("test_batch.bin holds .*pass path="):
+    with raises("test_batch.bin does not hold 3 records .*pass path="):
         cifar10.parse_records(bytes(num_bytes), "test_batch.bin", 3)
 
 
@@ -175,6 +176,15 @@ def test_cifar10_other_archives_and_missing_files_are_refused_with_the_remedy(tm
     for path, reason in ((other, "sha256"), (tmp_path / "none.tar.gz", "neither"), (tmp_path, "data_batch_1.bin")):
         with raises(f"{reason}.*{cifar10.URL}"):
             data.load("cifar10", path=str(path))
+
+
+def test_cifar10_paths_that_hang_or_are_no_paths_are_refused(tmp_path):
+    folder = tmp_path / "pipes"
+    folder.mkdir()
+    os.mkfifo(folder / "test_batch.bin")
+    for path in (folder, "~nobody-of-this-name", "x" * 5000, "/dev/zero"):
+        with raises(f"{cifar10.URL}"):
+            data.load("cifar10", path=str(path), split="test")
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no\nroute to host"), ValueError("hash does not match")])

@@ -41,7 +41,7 @@ class Dataset(NamedTuple):
         if self.left_out:
             yield f"left out: {self.left_out}"
         if self.damaged:
-            yield f"left out {len(self.damaged):,} damaged images: {some(self.damaged)}"
+            yield f"left out {len(self.damaged):,} images that cannot be read: {some(self.damaged)}"
 
 
 def fingerprint(dataset: Dataset) -> str:
