@@ -1,4 +1,4 @@
-"""Defines the one exception for what a user can put right, and checks that raise it."""
+"""Defines the one exception for what a user can put right, checks that raise it, and how names are shown."""
 
 import difflib
 import math
@@ -61,3 +61,10 @@ def failure(error: BaseException) -> str:
         place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
     said = str(error.msg if isinstance(error, SyntaxError) else error).strip().partition("\n")[0][:300]
     return f"{type(error).__name__}: {said}{place}" if said else f"{type(error).__name__}{place}"
+
+
+def printable(text: str) -> str:
+    """Returns text as a terminal can show it: what is not printable, such as an escape, is written out as \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

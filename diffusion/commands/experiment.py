@@ -1,8 +1,10 @@
 """From the config of a training run to the objects that it names."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -202,8 +204,29 @@ def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Bat
 
 def load_data(config: ConfigDict) -> Dataset:
     """Loads the images that the section config.data names; fields that an old run lacks have their default."""
-    others = {name: value for name, value in config.items() if name not in ("name", "flip", "workers")}
-    return data.load(config.name, **others)
+    with data_fields():
+        return data.load(**_without(config, "flip", "workers"))
+
+
+def check_data(config: ConfigDict) -> tuple[list[data.Damaged], int]:
+    """Reads all images that the section config.data names; returns the damaged ones, and how many there are in all."""
+    with data_fields():
+        return data.check(**_without(config, "flip", "workers", "labels"))
+
+
+def _without(config, *names):
+    return {name: value for name, value in config.items() if name not in names}
+
+
+@contextlib.contextmanager
+def data_fields() -> Iterator[None]:
+    """Gives arguments in the errors of `diffusion.data`, such as size=0, the names of their fields in the config."""
+    try:
+        yield
+    except InputError as error:
+        names = "name|path|split|size|channels|labels|max_memory|max_decoded|skip_damaged|workers"
+        text = re.sub(rf"(?<![^\s(])({names})=", r"config.data.\1=", str(error))
+        raise InputError(text) from error
 
 
 def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
