@@ -3,7 +3,6 @@
 `make reliability` runs the long versions and prints their counts; `make test` runs a short one of each.
 """
 
-import fcntl
 import json
 import os
 import pty
@@ -12,7 +11,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import termios
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -94,14 +92,14 @@ def converting(out: str, *args: str) -> Command:
 
 
 SAVES = ("--config.train.log_every=1", "--config.train.save_every=2", "--config.train.grid_every=100000")
-MADE = (
-    training("run", *SAVES, "--config.train.keep=2", last=4),
-    drawing("run/samples/one", "--workdir=run", "--num=4", "--steps=2", "--png"),
-    drawing("run/samples/many", "--workdir=run", "--num=1001", "--steps=1"),
-    measuring("run", "--workdir=run", "--steps=1"),
-    converting("run/model.safetensors", "--workdir=run"),
-)
-"""What makes the folder that is killed in and damaged: a run with samples, figures and a weights file."""
+TRAIN = training("run", *SAVES, "--config.train.keep=2", last=4)
+ONE = drawing("run/samples/one", "--workdir=run", "--num=4", "--steps=2", "--png")
+MANY = drawing("run/samples/many", "--workdir=run", "--num=1001", "--steps=1")
+ESTIMATED = drawing("run/samples/estimated", "--workdir=run", "--num=4", "--steps=1", "--sampler=analytic_dpm")
+MEASURE = measuring("run", "--workdir=run", "--steps=1")
+CONVERT = converting("run/model.safetensors", "--workdir=run")
+MADE = (TRAIN, ONE, MANY, ESTIMATED, MEASURE, CONVERT)
+"""What makes the folder that is killed in and damaged: a run with samples, figures, estimates and a weights file."""
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +171,14 @@ def is_temporary(path):
 
 ON_DAMAGED = {
     "train": training("run", *SAVES, "--config.train.keep=2", last=6),
-    "sample": MADE[1],
-    "sample in shards": MADE[2],
+    "sample": ONE,
+    "sample in shards": MANY,
+    "sample with estimates": ESTIMATED,
     "sample from the weights file": drawing(
         "run/samples/file", "--workdir=run/model.safetensors", "--num=4", "--steps=2"
     ),
     "evaluate": measuring("run", "--workdir=run", "--steps=1,2"),
-    "convert": MADE[4],
+    "convert": CONVERT,
 }
 SOME = [
     ("run/metrics.csv", "a flipped bit", "train"),
@@ -341,10 +340,12 @@ ENDLESS = ("--config.train.log_every=1", "--config.train.save_every=100", "--con
 TRAINED = training("streamed", *ENDLESS, last=400)
 
 
+@pytest.fixture
 def heard():
-    """Lets a new process hear the signals that a shell's & or nohup has told this one to ignore."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    """Lets this process hear SIGHUP, and so its children, if a shell's & or nohup has told it not to."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def in_shell(route):
@@ -353,7 +354,8 @@ def in_shell(route):
     def run(words, cwd):
         line = f"{shlex.join(words)} {route}"
         shell = ["bash", "-o", "pipefail", "-c", line]
-        return subprocess.run(shell, cwd=cwd, timeout=300, stderr=subprocess.DEVNULL, preexec_fn=heard).returncode
+        nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.run(shell, cwd=cwd, timeout=300, **nowhere).returncode
 
     return run
 
@@ -368,13 +370,9 @@ def wait_for(text, read):
 def in_a_terminal_that_goes_away(words, cwd):
     """The kernel sends SIGHUP, and from then on nothing can be printed."""
 
-    def take_terminal():
-        heard()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
     ours, theirs = pty.openpty()
     ends = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-    process = subprocess.Popen(words, cwd=cwd, start_new_session=True, preexec_fn=take_terminal, **ends)
+    process = subprocess.Popen(["setsid", "--ctty", *words], cwd=cwd, **ends)
     os.close(theirs)
     wait_for(b"step 3/", lambda: os.read(ours, 10**5))
     os.close(ours)
@@ -393,8 +391,8 @@ def under_nohup(words, cwd):
 UNTIL_STEP_3 = "while ! grep -q 'step 3/' log; do sleep 0.05; done"
 STREAMS = {
     "a tee that is killed": (TRAINED, in_shell(f"2>&1 | {{ tee log <&0 >&2 & {UNTIL_STEP_3}; kill -9 $!; }}")),
-    "head, sampling": (MADE[1], in_shell("2>&1 | head -n 1")),
-    "stdout closed, converting": (MADE[4], in_shell(">&-")),
+    "head, sampling": (ONE, in_shell("2>&1 | head -n 1")),
+    "stdout closed, converting": (CONVERT, in_shell(">&-")),
     "stdout closed": (TRAINED, in_shell(">&-")),
     "stderr closed": (TRAINED, in_shell("2>&-")),
     "all closed": (TRAINED, in_shell(">&- 2>&- <&-")),
@@ -408,6 +406,7 @@ STREAMS = {
 """What a program prints into, the command that does it, and how it is run."""
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [3, pytest.param(12, marks=LONG)])
 def test_streams_and_terminals_that_go_away_cost_nothing(tmp_path, programs, made, report, monkeypatch, number):
     for name, value in programs.env.items():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from diffusion import files, predictions
+from diffusion import files, predictions, sealed
 from diffusion.denoiser import denoise
 from diffusion.errors import InputError
 from diffusion.model import Model, Trained
@@ -91,7 +91,7 @@ def cached_gamma(
                 known = _read_gamma(folder)  # again: another process may have added to it in the meantime
                 known[name] = known.get(name, {}) | gamma
                 texts = {key: {str(t): value for t, value in of.items()} for key, of in known.items()}
-                files.write_json(folder / FILE, texts, folder)
+                sealed.write(folder / FILE, texts, folder)
         except (OSError, InputError) as error:
             warnings.warn(f"{folder / FILE} is not written, and is estimated again next time ({error})", stacklevel=2)
     return np.array([gamma[float(t)] for t in tau[:-1]])
@@ -101,7 +101,7 @@ def _read_gamma(folder):
     """Returns what the file knows: the values by time, by the model's parameters."""
     path = folder / FILE
     try:
-        known = files.read_json(path, within=folder)
+        known = sealed.read(path, within=folder)
         result = {name: {float(t): float(value) for t, value in of.items()} for name, of in known.items()}
         if all(math.isfinite(value) and value >= 0 for of in result.values() for value in of.values()):
             return result
