@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from diffusion.commands import recipes, usage
+from diffusion.commands import config_files, recipes, usage
 from diffusion.errors import InputError, nearest
 from diffusion.training.stop import INTERRUPTED
 
@@ -150,8 +150,6 @@ def _old_schedule(arg: str) -> str:
 
 def _read_config(chosen: str) -> ConfigDict:
     """Returns the checked config of FILE or FILE:ARGUMENT, without what the command line overrides."""
-    from diffusion.commands import config_files  # reads configs/, which only a program with --config needs
-
     try:
         return config_files.read(chosen)
     except InputError as error:
@@ -178,8 +176,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         remaining = flags.FLAGS(list(argv))
     except flags.UnrecognizedFlagError as error:
-        modules = flags.FLAGS.flags_by_module_dict()
-        ours = [f.name for module in modules if module == argv[0] or "diffusion" in module for f in modules[module]]
+        ours = [flag.name for flag in usage.ours()]
         fields = ", and --config.FIELD" if "config" in ours else ""
         fail(f"there is no flag --{error.flagname}; {nearest(error.flagname, ours)}{fields}")
     except flags.Error as error:
@@ -193,8 +190,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if name not in overridden:
             raise
         guess = re.search(r'Did you mean "(\w+)"', str(error))
-        from diffusion.commands import config_files
-
         elsewhere = config_files.fields_named(name, _read_config(argv[1].partition("=")[2]))
         hint = f"did you mean {guess[1]!r}? " if guess else f"did you mean {elsewhere[0]!r}? " if elsewhere else ""
         fail(f"the config has no field {name!r}; {hint}configs/default.py holds every field")
@@ -204,6 +199,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if flags.FLAGS["verbosity"].using_default_value:
         # orbax logs every file at INFO, and at ERROR it logs a traceback of each error that it also raises.
         flags.FLAGS.verbosity = logging.FATAL
+    if empty := [flag.name for flag in usage.ours() if flag.present and flag.value == ""]:
+        fail(f"--{empty[0]} is empty; give it a value, or leave it out")
     if len(remaining) > 1:
         fail(f"unexpected argument {remaining[1]!r}; flags are written --name=value")
     return remaining
