@@ -14,10 +14,13 @@ def get_config() -> ml_collections.ConfigDict:
     # Where the images come from.
     config.data = ml_collections.ConfigDict()
     config.data.name = "digits"  # digits, cifar10 or images
-    config.data.path = ""  # cifar10: the archive ("" downloads it); images: a folder, .zip or .tar
+    config.data.path = ""  # cifar10: the archive ("" downloads it); images: a folder, .zip, .tar or .tar.gz
     config.data.split = ""  # part of the data; "" for the source's default
     config.data.size = 0  # images: height and width in pixels
     config.data.channels = 0  # images: 1 (grey) or 3; 0 means 3
+    config.data.labels = ""  # "": the source's classes, for images its sub-folders; none; folders: insist on them
+    config.data.skip_damaged = False  # images: leave out files that cannot be read; else they are an error
+    config.data.max_decoded = 256.0  # MiB; images: larger files, and those of more pixels than fit in it, are refused
     config.data.flip = False  # mirror images at random
     config.data.max_memory = 4.0  # GiB; larger sets of images are read from disk while training; 0: all sets of images
     config.data.workers = 0  # processes that read and decode images from disk; 0: threads of this one

@@ -1,4 +1,4 @@
-"""Defines the one exception for what a user can put right, and checks that raise it."""
+"""Defines the one exception for what a user can put right, checks that raise it, and how names are shown."""
 
 import difflib
 import math
@@ -28,11 +28,12 @@ def require_range(name: str, value: float, low: float, high: float = math.inf, *
     inside = isinstance(value, numbers.Real) and low <= value <= high
     if inside and not ("low" in open_ends and value == low) and not ("high" in open_ends and value == high):
         return
+    first, last = (str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
     if high == math.inf:
-        allowed = f"above {low:g}" if "low" in open_ends else f"at least {low:g}"
+        allowed = f"above {first}" if "low" in open_ends else f"at least {first}"
     else:
-        excluded = [f"without {end:g}" for end, word in ((low, "low"), (high, "high")) if word in open_ends]
-        allowed = ", ".join([f"in {low:g}..{high:g}", *excluded])
+        excluded = [f"without {end}" for end, word in ((first, "low"), (last, "high")) if word in open_ends]
+        allowed = ", ".join([f"in {first}..{last}", *excluded])
     raise InputError(f"{name} is {value}; it must be {allowed}")
 
 
@@ -61,3 +62,10 @@ def failure(error: BaseException) -> str:
         place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
     said = str(error.msg if isinstance(error, SyntaxError) else error).strip().partition("\n")[0][:300]
     return f"{type(error).__name__}: {said}{place}" if said else f"{type(error).__name__}{place}"
+
+
+def printable(text: str) -> str:
+    """Returns text as a terminal can show it: what is not printable, such as an escape, is written out as \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -175,6 +175,7 @@ def make_model(
 
 def _unet(config, image_shape, channels, objective):
     """Returns the UNet of the section config.model."""
+    _check_size(config)
     module = UNet(**{**config, "out_channels": config.out_channels or channels})
 
     def init(key):
@@ -275,7 +276,6 @@ def from_record(
             raise ValueError(f"image_shape is {shape!r}"[:100])
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise TypeError("class_names are no list of texts")
-        _check_size(config.model)
         count = config.model.num_classes
         if names and count and len(names) != count:
             raise ValueError(f"it has {len(names)} names for {count} classes")
@@ -291,9 +291,9 @@ def _check_size(config):
     """Refuses a network that would take forever only to describe."""
     numbers = [n for value in config.values() for n in (value if isinstance(value, list | tuple) else [value])]
     if any(isinstance(n, int | float) and not abs(n) <= MAX_NUMBER for n in numbers):
-        raise ValueError(f"config.model has a number above {MAX_NUMBER:,}")
+        raise InputError(f"config.model has a number above {MAX_NUMBER:,}; give smaller ones")
     if config.num_blocks * len(config.multipliers) > MAX_BLOCKS:
-        raise ValueError(f"config.model has more than {MAX_BLOCKS:,} blocks")
+        raise InputError(f"config.model has more than {MAX_BLOCKS:,} blocks; give fewer")
 
 
 def check_finite(params: Params, where: str) -> None:

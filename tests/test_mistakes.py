@@ -87,6 +87,17 @@ MISTAKES = [
     ("train.py", [f"--config={ROOT}/configs/images.py"], "config.data.path"),
     ("train.py", [f"--config={ROOT}/configs/images.py", "--config.data.path=nowhere.zip"], "nowhere.zip"),
     ("train.py", [f"--config={ROOT}/configs/cifar.py", "--config.data.path=nowhere.tar.gz"], "nowhere.tar.gz"),
+    # The data: what a path can be, and what is asked of it.
+    ("train.py", [f"--config={ROOT}/configs/images.py", "--check"], "set config.data.path=FOLDER"),
+    ("train.py", [f"--config={ROOT}/configs/images.py", "--config.data.path=$FILE"], "no image folder, zip, tar"),
+    ("train.py", [f"--config={ROOT}/configs/images.py", "--config.data.path=/dev/null"], "neither a folder nor a file"),
+    (
+        "train.py",
+        [f"--config={ROOT}/configs/images.py", "--config.data.path=$FILE", "--config.data.max_decoded=0"],
+        "config.data.max_decoded=0.0 is out of range",
+    ),
+    ("train.py", ["--config.data.labels=folders"], "'digits' has no config.data.labels='folders'; allowed"),
+    ("train.py", ["--config.data.size=9"], "'digits' has no config.data.size=9; allowed: config.data.size=0"),
     ("train.py", ["--workdir=$FILE/run"], "Not a directory"),
     ("train.py", [*TINY, RUN, "--config.model.width=8"], "config.model.width is 8, .* 4"),
     ("convert.py", [], "there is no run in runs/; train one with"),

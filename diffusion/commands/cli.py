@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from diffusion.commands import config_files, recipes, usage
-from diffusion.errors import InputError, nearest
+from diffusion.errors import InputError, nearest, printable
 from diffusion.training.stop import INTERRUPTED
 
 USER_ERROR = 2
@@ -54,9 +54,18 @@ def _print_help(about, default_config):
     sys.exit(0)
 
 
+def require_flag_files() -> None:
+    """Fails if a --flagfile cannot be read; programs with --config read it when they define that flag."""
+    for index, arg in enumerate(sys.argv[1:], start=1):
+        if match := re.fullmatch(r"--?flagfile(?:=(.*))?", arg, flags=re.DOTALL):
+            path = match[1] if match[1] is not None else "".join(sys.argv[index + 1 : index + 2])
+            if not os.path.isfile(path):
+                fail(f"--flagfile={path} names no file")
+
+
 def fail(message: str) -> None:
     """Prints one line to stderr and exits with code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit: while Python shuts down, background threads of a failed save would report the same error once more.
     os._exit(USER_ERROR)
@@ -65,7 +74,7 @@ def fail(message: str) -> None:
 def _guarded(main):
     """Calls main and exits with its code; turns what the user can put right into one line."""
     _hide_background_errors()
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {printable(str(message))}", file=sys.stderr)
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -86,6 +95,10 @@ def _guarded(main):
             "the memory of the device is full; take a smaller batch_size, or train with more "
             "config.train.microbatches, with config.model.remat=True or config.model.dtype=bfloat16"
         )
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        fail("a path begins with ~ and the name of somebody who has no home here; write the whole path")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -182,6 +195,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         told = str(error).strip().splitlines()[-1]
         told = re.sub(r"invalid literal for int.*", "write a whole number", told)
+        told = re.sub(r"\(?'Non-boolean argument.*", "write true or false", told)
+        told = re.sub(
+            r"Failed to parse .* as a ConfigDict.*",
+            "it is a section; give its fields, as --config.train.num_steps=100",
+            told,
+        )
         told = re.sub(r"could not convert string to float.*", "write a number", told)
         fail(f"{told}; --help lists all flags")
     except (KeyError, AttributeError) as error:  # a misspelt field

@@ -1,8 +1,10 @@
 """From the config of a training run to the objects that it names."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -11,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion import data, denoiser, devices, options, predictions
+from diffusion import data, denoiser, devices, machine, options, predictions
 from diffusion.commands import config_files, own, samplers
 from diffusion.data import Dataset
 from diffusion.errors import InputError, nearest, require_range
@@ -80,6 +82,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
     config = with_classes(config, dataset.class_names)
     class_names = dataset.class_names if config.model.num_classes else ()
     model = make_model(config, dataset.images.shape[1:], class_names, own.networks(config.network))
+    require_memory(config, model)
     # What fits together.
     denoiser.check_options(settings.prediction, denoiser.Options(sampling_clip(config, model)))
     samplers.check_fits(table, model)
@@ -90,6 +93,29 @@ def make_experiment(config: ConfigDict) -> Experiment:
         label_dropout=settings.label_dropout if model.conditions is not None else 0.0,
     )
     return Experiment(config, plan, dataset, model, objective, rate, optimizer, mesh, step_options, table)
+
+
+def require_memory(config: ConfigDict, model: Model) -> None:
+    """Raises InputError if parameters, averages, optimizer and gradient or the images of a batch exceed this machine.
+
+    Only a CPU's memory is known beforehand; a GPU that is full says so itself.
+    """
+    if jax.default_backend() != "cpu" or jax.process_count() > 1:
+        return
+    copies = 4 + len(config.train.ema_decays)  # parameters, gradient, two moments, averages
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+    sizes = {
+        f"the network has {parameters:,} parameters, which in training": 4 * copies * parameters,
+        f"config.train.batch_size is {config.train.batch_size:,}, images which": 4
+        * config.train.batch_size
+        * math.prod(model.image_shape),
+    }
+    for what, size in sizes.items():
+        if size > machine.memory():
+            raise InputError(
+                f"{what} take {size / 2**30:,.0f} GiB; this machine has {machine.memory() / 2**30:,.0f} GiB. Take "
+                "smaller config.model.width, model.multipliers, train.batch_size or data.size"
+            )
 
 
 def with_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:
@@ -202,8 +228,29 @@ def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Bat
 
 def load_data(config: ConfigDict) -> Dataset:
     """Loads the images that the section config.data names; fields that an old run lacks have their default."""
-    others = {name: value for name, value in config.items() if name not in ("name", "flip", "workers")}
-    return data.load(config.name, **others)
+    with data_fields():
+        return data.load(**_without(config, "flip", "workers"))
+
+
+def check_data(config: ConfigDict) -> tuple[list[data.Damaged], int]:
+    """Reads all images that the section config.data names; returns the damaged ones, and how many there are in all."""
+    with data_fields():
+        return data.check(**_without(config, "flip", "workers", "labels"))
+
+
+def _without(config, *names):
+    return {name: value for name, value in config.items() if name not in names}
+
+
+@contextlib.contextmanager
+def data_fields() -> Iterator[None]:
+    """Gives arguments in the errors of `diffusion.data`, such as size=0, the names of their fields in the config."""
+    try:
+        yield
+    except InputError as error:
+        names = "name|path|split|size|channels|labels|max_memory|max_decoded|skip_damaged|workers"
+        text = re.sub(rf"(?<![^\s(])({names})=", r"config.data.\1=", str(error))
+        raise InputError(text) from error
 
 
 def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:

@@ -22,13 +22,13 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusion import data, devices
 from diffusion.commands import cli, forecast, own, plots, recipes, usage
 from diffusion.commands.drawing import generate
-from diffusion.commands.experiment import Experiment, make_experiment, require_levels
-from diffusion.errors import InputError
+from diffusion.commands.experiment import Experiment, check_data, data_fields, make_experiment, require_levels
+from diffusion.errors import InputError, printable
 from diffusion.images import sheet, write_png
 from diffusion.model import sampling_clip
 from diffusion.training import checkpoints, environment, run_folder
@@ -43,6 +43,7 @@ DEFAULT_CONFIG = recipes.FOLDER / "digits.py"
 SHOWN_CLASSES = 12
 """The most classes that the log names."""
 
+cli.require_flag_files()
 usage.group("The run")
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file. Any field: --config.train.num_steps=100")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: runs/<config name>.")
@@ -50,6 +51,7 @@ _NETWORK = flags.DEFINE_string(
     "network", None, "Your own network, as package.module:function; short for --config.network."
 )
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to RUN/profile, for TensorBoard or XProf.")
+_CHECK = flags.DEFINE_bool("check", False, "Read every image, list those that are damaged, and train nothing.")
 usage.group("Several processes that train one model")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several train one model.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train one model.", lower_bound=1)
@@ -59,6 +61,8 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes that S
 
 def main() -> int:
     devices.prepare()
+    if _CHECK.value:
+        return check(_CONFIG.value)
     if _DISTRIBUTED.value or _COORDINATOR.value is not None:
         devices.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
@@ -72,6 +76,20 @@ def main() -> int:
         except Stopped:
             print("stopped before the first step; nothing is lost")
             return stop.exit_code
+
+
+def check(config: ConfigDict) -> int:
+    """Lists the damaged images of the data; raises InputError if there are any."""
+    damaged, count = check_data(config.data)
+    for image in damaged:
+        print(image)
+    if damaged:
+        raise InputError(
+            f"{len(damaged):,} of {count:,} images cannot be read, as listed; put good copies in their places, remove "
+            "them, or set config.data.skip_damaged=True"
+        )
+    print(f"all {count:,} images can be read")
+    return 0
 
 
 def start(stop: StopRequest) -> int:
@@ -117,7 +135,7 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     with writer, recorder:
         work = Run(
             train_step=train_step,
-            batches=placed_batches(experiment, begin),
+            batches=placed_batches(experiment, begin, stop),
             learning_rate=experiment.rate,
             recorder=recorder,
             writer=writer,
@@ -150,6 +168,7 @@ def describe(experiment: Experiment) -> dict:
         "image_shape": tuple(map(int, experiment.dataset.images.shape[1:])),
         "num_examples": len(experiment.dataset.images),
         "class_names": experiment.dataset.class_names,
+        "damaged": experiment.dataset.damaged,
         "data": data.fingerprint(experiment.dataset),
     }
 
@@ -159,6 +178,7 @@ def introduction(experiment: Experiment, state: TrainState, num_steps: int) -> I
     images, model = experiment.dataset.images, experiment.model
     count = sum(p.size for p in jax.tree.leaves(state.params))
     yield f"{len(images):,} images {model.image_shape}, {count:,} parameters, {devices.describe(experiment.mesh)}"
+    yield from map(printable, experiment.dataset.notes())
     if experiment.dataset.class_names:
         yield describe_classes(experiment)
     if jax.process_count() > 1:  # what the other machines do is not known here
@@ -174,9 +194,7 @@ def introduction(experiment: Experiment, state: TrainState, num_steps: int) -> I
 
 def describe_classes(experiment: Experiment) -> str:
     """Says in one line which classes the data has, how many images each, and whether the network is told them."""
-    dataset = experiment.dataset
-    counts = np.bincount(dataset.labels, minlength=len(dataset.class_names))
-    shown = [f"{name} ({count:,})" for name, count in zip(dataset.class_names, counts, strict=True)]
+    shown = [f"{printable(name)} ({count:,})" for name, count in experiment.dataset.counts().items()]
     if len(shown) > SHOWN_CLASSES:
         shown = [*shown[: SHOWN_CLASSES - 1], "...", shown[-1]]
     kind = "classes" if experiment.model.conditions is not None else "classes that the network is not told"
@@ -195,7 +213,7 @@ def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int 
     if begin is None:
         require_levels(experiment.config, experiment.model.image_shape)
         return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
-    defaults = {"config": recipes.defaults().to_dict()}
+    defaults = {"config": recipes.defaults().to_dict(), "damaged": []}
     run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return checkpoints.load_state(folder.checkpoints, begin, like)
@@ -219,10 +237,11 @@ def require_agreement(facts: dict, folder: run_folder.RunFolder) -> None:
         )
 
 
-def placed_batches(experiment: Experiment, begin: int):
+def placed_batches(experiment: Experiment, begin: int, stop: StopRequest):
     """Yields (images, labels or None) of each step on the devices; every process loads its own rows."""
     config, mesh, size = experiment.config, experiment.mesh, experiment.plan.batch_size
     options = {"flip": config.data.flip, "workers": config.data.workers, "rows": devices.local_rows(mesh, size)}
+    options["stopping"] = lambda: stop.received
     local = data.batches(experiment.dataset, batch_size=size, seed=config.seed, start=begin, **options)
     sharding = devices.batch_sharding(mesh)
 
@@ -230,7 +249,7 @@ def placed_batches(experiment: Experiment, begin: int):
         return jax.make_array_from_process_local_data(sharding, part, (size, *part.shape[1:]))
 
     conditional = experiment.model.conditions is not None
-    with contextlib.closing(local):
+    with contextlib.closing(local), data_fields():
         for batch in local:
             yield place(batch.images), place(batch.labels) if conditional else None
 

@@ -29,7 +29,9 @@ _FREE = (
     "config.train.fsdp",
     "config.model.remat",
     "config.data.path",
+    "config.data.labels",  # class_names and the fingerprint hold what it decides
     "config.data.max_memory",
+    "config.data.max_decoded",
     "config.data.workers",
     "config.sample.",
 )
