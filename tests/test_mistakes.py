@@ -95,7 +95,7 @@ MISTAKES = [
     ("train.py", ["--network=json:dmups"], "module json has no function 'dmups'; did you mean 'dumps'"),
     ("train.py", ["--network=file:net"], r"importing file fails with SyntaxError: .*\(file.py, line 1\)"),
     ("train.py", ["--network=operator:neg"], r"takes \(a\); it must take \(image_shape, out_channels, num_classes\)"),
-    ("train.py", ["--network=bisect:insort"], "network bisect:insort fails with TypeError"),
+    ("train.py", ["--network=bisect:insort"], "network bisect:insort fails with AttributeError: .*insert"),
     (
         "train.py",
         ["--network=unnet"],
