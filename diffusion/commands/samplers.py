@@ -107,9 +107,9 @@ def make_table(
     """
     if is_file(sampler):
         return _read_table(sampler, schedule, eta)
-    _refuse_foreign(sampler)
     if is_own(sampler):
         return _own_table(schedule, sampler, make_tau(schedule, tau, num_steps), eta)
+    _refuse_foreign(sampler)
     choice = options.parse("sampler", sampler, SAMPLERS, leading=2)
     if eta is not None:
         choice = _with_eta(choice, eta)
