@@ -1,6 +1,12 @@
 """Writes a trained run to one file; the program is diffusion/commands/convert.py, and --help lists its flags."""
 
-from diffusion.commands import convert
+import runpy
+from pathlib import Path
 
 if __name__ == "__main__":
+    # A signal or a closed stream should do in the seconds of imports what it does later.
+    runpy.run_path(str(Path(__file__).parent / "diffusion" / "process.py"))["ready"]()
+
+    from diffusion.commands import convert
+
     convert.launch()

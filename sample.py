@@ -1,6 +1,12 @@
 """Draws samples from a trained run; the program is diffusion/commands/sample.py, and --help lists its flags."""
 
-from diffusion.commands import sample
+import runpy
+from pathlib import Path
 
 if __name__ == "__main__":
+    # A signal or a closed stream should do in the seconds of imports what it does later.
+    runpy.run_path(str(Path(__file__).parent / "diffusion" / "process.py"))["ready"]()
+
+    from diffusion.commands import sample
+
     sample.launch()

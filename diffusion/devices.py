@@ -81,6 +81,7 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
         raise InputError(f"--process_id is {process_id}; --num_processes={num_processes} allows 0..{num_processes - 1}")
     if coordinator is not None:
         print(f"process {process_id} waits for all {num_processes} at {coordinator}, at most 300 s", flush=True)
+    jax.config.update("jax_enable_preemption_service", False)  # it would hear SIGTERM in place of StopRequest
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 import threading
 import traceback
@@ -14,9 +15,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from diffusion import process
 from diffusion.commands import config_files, recipes, usage
 from diffusion.errors import InputError, nearest, printable
-from diffusion.training.stop import INTERRUPTED
+from diffusion.training.stop import Stopped
 
 USER_ERROR = 2
 
@@ -26,6 +28,7 @@ _NO_PLACE = ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENOENT"
 _REMEDIES = {getattr(errno, name): "free some space and start again with the same command" for name in _FULL} | {
     getattr(errno, name): "name a folder that can be written with --workdir or --out" for name in _NO_PLACE
 }
+_REMEDIES[errno.EIO] = "the disk or the network it lies on fails; see to it and start again with the same command"
 
 
 def start(main: Callable[[], int | None], *, about: str, default_config: str | None = None) -> None:
@@ -37,6 +40,7 @@ def start(main: Callable[[], int | None], *, about: str, default_config: str | N
       about: what the program does, for its help.
       default_config: path of the config for a command line without --config.
     """
+    process.ready(resumes=default_config is not None)  # again for who comes with python -m
     if any(arg in ("-h", "-help", "--help", "--helpshort") for arg in sys.argv[1:]):
         _print_help(about, default_config)
     app.run(lambda _: _guarded(main), argv=_with_config(sys.argv, default_config), flags_parser=_parse)
@@ -73,6 +77,7 @@ def fail(message: str) -> None:
 
 def _guarded(main):
     """Calls main and exits with its code; turns what the user can put right into one line."""
+    process.begin()
     _hide_background_errors()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {printable(str(message))}", file=sys.stderr)
     try:
@@ -100,8 +105,9 @@ def _guarded(main):
             raise
         fail("a path begins with ~ and the name of somebody who has no home here; write the whole path")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(process.INTERRUPTED)  # nothing is left to do, and a thread that is cut off would tell of it
 
 
 def _hide_background_errors():
@@ -113,8 +119,17 @@ def _hide_background_errors():
         return any(name in file for file in files for name in libraries) or _is_late_callback(error)
 
     shown_of_thread, shown_unraisable = threading.excepthook, sys.unraisablehook
+
+    def unraisable(args):
+        if isinstance(args.exc_value, KeyboardInterrupt | Stopped):
+            # The signal came in a callback, as of the garbage collector, which cannot pass it on: send it once more.
+            number = (*args.exc_value.args, signal.SIGINT)[0]
+            threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+        elif not _is_late_callback(args.exc_value):
+            shown_unraisable(args)
+
     threading.excepthook = lambda args: hidden(args.exc_traceback, args.exc_value) or shown_of_thread(args)
-    sys.unraisablehook = lambda args: _is_late_callback(args.exc_value) or shown_unraisable(args)
+    sys.unraisablehook = unraisable
 
 
 def _is_late_callback(error):

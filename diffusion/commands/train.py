@@ -2,7 +2,8 @@
 
 The run folder (runs/<config name>, or --workdir) gets config.json, environment.json, checkpoints, metrics.csv and its
 plot loss.png, TensorBoard events and sample grids. The same command resumes an interrupted run, from the newest
-checkpoint that is as it was written. Ctrl-C and SIGTERM save the step in progress; the exit codes are 130 and 75.
+checkpoint that is as it was written. Ctrl-C and SIGTERM, SIGHUP, SIGUSR1 or SIGXCPU save the step in progress; the exit
+codes are 130 and 75.
 
 Several processes train one model together when each gets --coordinator, --num_processes and --process_id, or
 --distributed where a cluster's own environment tells them.
@@ -60,18 +61,17 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes that S
 
 
 def main() -> int:
-    devices.prepare()
-    if _CHECK.value:
-        return check(_CONFIG.value)
-    if _DISTRIBUTED.value or _COORDINATOR.value is not None:
-        devices.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
-        raise InputError("--num_processes and --process_id go with --coordinator=HOST:PORT")
-    # After jax.distributed, which hears SIGTERM itself.
     with StopRequest() as stop:
-        if jax.process_count() > 1:
-            stop.defer()  # all stop after the same step
         try:
+            devices.prepare()
+            if _CHECK.value:
+                return check(_CONFIG.value)
+            if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+                stop.call(devices.join_processes, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
+                raise InputError("--num_processes and --process_id go with --coordinator=HOST:PORT")
+            if jax.process_count() > 1:
+                stop.defer()  # all stop after the same step
             return start(stop)
         except Stopped:
             print("stopped before the first step; nothing is lost")

@@ -144,7 +144,8 @@ def opened(folder: str | os.PathLike, step: int | None = None) -> Iterator[int |
 
 def sealed_record(folder: str | os.PathLike, step: int) -> dict[str, Any]:
     """Returns what was known of the run's record when a step was saved: file names with their bytes and SHA-256."""
-    return manifest.read(Path(folder) / str(step)).get("record", {})
+    record = manifest.read(Path(folder) / str(step)).get("record")
+    return record if isinstance(record, dict) else {}
 
 
 def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:

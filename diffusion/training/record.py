@@ -63,7 +63,7 @@ class Record:
 
     def __init__(self, folder: Path, name: str, kind: Kind, step: int, sealed: Mapping[str, Any] | None):
         self.name = name
-        path = folder / name
+        path = self._path = folder / name
         content = _checked(path, kind, step, sealed) or kind.header.encode()
         files.write_atomically(path, content, folder)
         files.sync(folder)
@@ -75,8 +75,12 @@ class Record:
     def write(self, line: str) -> None:
         """Appends a line, which ends in a line feed."""
         content = line.encode()
-        self._file.write(content)
-        self._file.flush()
+        try:
+            self._file.write(content)
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
         self._hash.update(content)
         self._bytes += len(content)
 
@@ -92,17 +96,18 @@ class Record:
 def _checked(path, kind, step, sealed):
     """Returns what stays of the file; keeps the file under another name if that is not all that it should hold."""
     wanted = (sealed or {}).get(path.name)
+    size, digest = (wanted["bytes"], wanted["sha256"]) if isinstance(wanted, dict) else (None, None)
     try:
         found = files.read(path, _LIMIT, within=path.parent)
     except FileNotFoundError:
-        if wanted is not None and wanted["bytes"] > len(kind.header):
+        if size is not None and size > len(kind.header):
             warnings.warn(f"{path} is missing, and with it the rows up to step {step:,}", stacklevel=4)
         return b""
     kept, rows, bad = _sift(found, kind, step)
     reason = f"holds {bad} lines that this program has not written" if bad else ""
-    if wanted is not None:
-        kept, sifted = found[: wanted["bytes"]], kept
-        if hashlib.sha256(kept).hexdigest() != wanted["sha256"]:
+    if size is not None:
+        kept, sifted = found[:size], kept
+        if hashlib.sha256(kept).hexdigest() != digest:
             kept, reason = sifted, f"is not what was written up to step {step:,}"
     elif sealed is not None and step == 0 and rows:
         reason = reason or "is of a run that has no checkpoint any more"

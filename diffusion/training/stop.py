@@ -6,19 +6,18 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-INTERRUPTED = 130  # the shell's code for Ctrl-C
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, which asks a cluster to start the run again
+from diffusion.process import INTERRUPTED, PREEMPTED, STOPPING
 
 
 class Stopped(BaseException):
     """Reports that a stop was asked for while there was nothing to save.
 
-    It is no Exception, so that nothing takes it for an error.
+    It is no Exception, so that nothing takes it for an error. The signal is its argument.
     """
 
 
 class StopRequest:
-    """Listens for Ctrl-C and SIGTERM; a context manager for the main thread.
+    """Listens for Ctrl-C and the signals `STOPPING`; a context manager for the main thread.
 
     At first a signal raises `Stopped`, since nothing can be lost. After `defer` it only sets `received`, so that the
     step in progress ends and is saved; a second Ctrl-C interrupts at once.
@@ -61,13 +60,13 @@ class StopRequest:
         threading.Thread(target=work, daemon=True).start()
         while not future.done():
             if self.received:
-                raise Stopped
+                raise Stopped(self._signal)
             concurrent.futures.wait([future], timeout=0.1)
         return future.result()
 
     def __enter__(self):
-        # A process that a shell starts in the background ignores Ctrl-C, and should go on doing so.
-        heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+        # A process that a shell starts in the background ignores Ctrl-C, one under nohup SIGHUP, and should go on so.
+        heard = [s for s in (signal.SIGINT, *STOPPING) if signal.getsignal(s) is not signal.SIG_IGN]
         self._before = {s: signal.signal(s, self._receive) for s in heard}
         return self
 
@@ -76,8 +75,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number, frame):
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signal = number
+        again, self._signal = self.received, number
         if not self._deferred:
-            raise Stopped
+            raise Stopped(number)
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
