@@ -86,6 +86,14 @@ def test_an_own_network_computes_what_it_computes_by_itself_also_from_a_file(par
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.usefixtures("float64")
+def test_parameters_and_predictions_are_float32_also_in_double_precision():
+    network = adapt(lambda key: {"a": jax.random.normal(key), "b": jnp.ones(2, jnp.bfloat16)}, same, SHAPE)
+    params = network.init(fresh())
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert network.apply_fn(params, X, np.float64(T)).dtype == jnp.float32
+
+
 def test_without_a_label_an_own_network_is_told_no_class():
     init, apply = linen()
     network = adapt(init, apply, SHAPE, num_classes=3)
@@ -120,7 +128,7 @@ def same(params, x, t, cond):
 
 UNFIT = [
     (lambda key: {}, same, "init returns no arrays"),
-    (lambda key: {"a": jnp.ones((), int)}, same, r"init returns int32 at \['a'\]; it must return float32"),
+    (lambda key: {"a": jnp.ones((), int)}, same, r"init returns int32 at \['a'\]; it must return floating"),
     (lambda key: {"a": "text"}, same, "init fails with TypeError"),
     (lambda key: {"a": {"b": jnp.ones(())}, "a/b": jnp.ones(())}, same, "two arrays of init have one name"),
     (lambda: {}, same, "init fails with TypeError"),
