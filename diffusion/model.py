@@ -271,6 +271,8 @@ def from_record(
             for name, kind in fields.items():
                 if not isinstance(config[section][name], kind):
                     raise TypeError(f"config.{section}.{name} is {config[section][name]!r}"[:100])
+        if not all(isinstance(decay, int | float) for decay in config.train.ema_decays):
+            raise TypeError(f"config.train.ema_decays is {config.train.ema_decays!r}"[:100])
         shape, names = saved["image_shape"], saved.get("class_names") or ()
         if len(shape) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in shape):
             raise ValueError(f"image_shape is {shape!r}"[:100])

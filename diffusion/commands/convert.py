@@ -4,13 +4,13 @@ The file holds one EMA of the parameters, the config and, with --figures=FILE.js
 evaluate.py take it as --workdir.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
 
 from diffusion.commands import cli, own, usage
 from diffusion.errors import InputError
+from diffusion.files import read_json
 from diffusion.pretrained import weights
 from diffusion.training import run_folder
 from diffusion.training.run_folder import load_trained
@@ -42,8 +42,8 @@ def main() -> None:
 def _read_figures(path):
     """Returns what a JSON file holds."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        return read_json(Path(path).expanduser())
+    except (OSError, InputError) as error:
         raise InputError(f"figures {path} cannot be read as JSON ({error})") from None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from diffusion import options, schedules, timesteps
 from diffusion.commands import own
 from diffusion.errors import InputError, failure
+from diffusion.files import read
 from diffusion.guidance import RULES
 from diffusion.model import Model
 from diffusion.sampling import check_prediction, check_variance
@@ -236,7 +237,7 @@ def _read_table(path, schedule, eta):
     if eta is not None:
         raise InputError(f"--eta does nothing for the table in {path}; leave it out")
     try:
-        table = from_json(file.read_text())
+        table = from_json(read(file).decode())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"sampler file {path} cannot be read ({error}); write it with SamplerTable.to_json, or name a sampler"

@@ -66,7 +66,7 @@ class Source(NamedTuple):
 
         def gamma(tau):
             images = load_data(self.trained.config.data).images
-            return analytic.cached_gamma(self.home, self.trained, self.sha256, images, tau)
+            return analytic.cached_gamma(self.home, self.trained, self.sha256, images, tau, say=print)
 
         # Pixels lie in [-1, 1], and so no variance of x_0 exceeds 1.
         return {"gamma": gamma, "max_cov": lambda tau: 1.0}

@@ -16,14 +16,14 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from diffusion.errors import InputError
+from diffusion.files import open_to_read
 from diffusion.images import to_floats
 from diffusion.interop import torch_file
+from diffusion.interop.safetensors_file import read_header, read_tensors
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -209,18 +209,24 @@ def load(path: str | os.PathLike | None = None) -> dict[str, Any]:
       InputError: the download fails, or the file is missing, damaged or of another network.
     """
     path = Path(path).expanduser() if path else _download()
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no file {path}; {REMEDY}")
-    if path.suffix == ".safetensors":
-        try:
-            return convert(safetensors.numpy.load_file(path))
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be used ({str(error)[:200]}); {REMEDY}") from error
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        warnings.warn(f"{path} is not {FILE}: distances by it are not comparable with published FIDs", stacklevel=2)
-    return convert(torch_file.read_state_dict(path))
+    try:
+        if path.suffix == ".safetensors":
+            header = read_header(path)
+            if (size := sum(tensor.nbytes for tensor in header.tensors.values())) > torch_file.FILE_LIMIT:
+                raise InputError(f"its tensors have {size:,} bytes; {torch_file.FILE_LIMIT:,} are the limit")
+            return convert(read_tensors(path, header.tensors))
+        with open_to_read(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != SHA256:
+            warnings.warn(f"{path} is not {FILE}: distances by it are not comparable with published FIDs", stacklevel=2)
+        return convert(torch_file.read_state_dict(path))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from error
+    except InputError as error:
+        reason = str(error).removesuffix(f"; {REMEDY}")
+        raise InputError(f"{path} cannot be used ({reason}); {REMEDY}") from error
 
 
 def _download() -> Path:
@@ -229,7 +235,7 @@ def _download() -> Path:
     options = {"fname": FILE, "path": pooch.os_cache("diffusion"), "progressbar": sys.stderr.isatty()}
     try:
         return Path(pooch.retrieve(URL, known_hash=f"sha256:{SHA256}", **options))
-    except (OSError, ValueError) as error:  # OSError: no network or no space; ValueError: a wrong hash
+    except (OSError, ValueError) as error:  # OSError: no network, no space or no cache; ValueError: a wrong hash
         reason = " ".join(str(error).split())
         raise InputError(f"the Inception network could not be downloaded ({reason}); {REMEDY}") from error
 
@@ -248,27 +254,27 @@ def convert(state: dict[str, np.ndarray]) -> dict[str, Any]:
             continue  # made together with its kernel
         prefix = name.replace("/", ".").removesuffix(".kernel")
         if name == "fc/kernel":
-            arrays = {name: _take(rest, "fc.weight").T}
+            arrays = {name: _take(rest, "fc.weight", shape[::-1]).T}
             rest.pop("fc.bias", None)  # the Inception Score leaves it out, see Outputs
         else:
-            arrays = _fold(rest, prefix, name.removesuffix("kernel"))
+            arrays = _fold(rest, prefix, name.removesuffix("kernel"), shape)
         for key, array in arrays.items():
-            if array.shape != (shape if key == name else shape[-1:]) or not np.isfinite(array).all():
-                raise InputError(f"{prefix} has shape {array.shape} or is not finite; it needs {shape}; {REMEDY}")
+            if not np.isfinite(array).all():
+                raise InputError(f"{prefix} is not finite; {REMEDY}")
             flat[key] = np.ascontiguousarray(array, np.float32)
     if rest:
         raise InputError(f"the weights have {len(rest)} entries too many, such as {min(rest)}; {REMEDY}")
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _fold(state, prefix, target):
+def _fold(state, prefix, target, shape):
     """Returns the kernel and bias of a convolution whose fixed batch normalisation is folded into it."""
     block = prefix.removesuffix(".conv")
-    kernel, *norm = (_take(state, f"{block}.{name}") for name in ("conv.weight", *(f"bn.{n}" for n in _NORM)))
-    scale, shift, mean, variance = norm
-    gain = scale / np.sqrt(variance + BATCH_NORM_EPSILON)
-    if kernel.ndim != 4 or any(array.shape != kernel.shape[:1] for array in norm):
-        raise InputError(f"{block} has shapes that do not fit; {REMEDY}")
+    height, width, channels, features = shape
+    kernel = _take(state, f"{block}.conv.weight", (features, channels, height, width))
+    scale, shift, mean, variance = (_take(state, f"{block}.bn.{name}", (features,)) for name in _NORM)
+    with np.errstate(invalid="ignore"):  # what is not finite then is refused below
+        gain = scale / np.sqrt(variance + BATCH_NORM_EPSILON)
     kernel = (kernel * gain[:, None, None, None]).transpose(2, 3, 1, 0)  # torch's OIHW to HWIO
     return {f"{target}kernel": kernel, f"{target}bias": shift - mean * gain}
 
@@ -276,10 +282,14 @@ def _fold(state, prefix, target):
 _NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-def _take(state, name):
+def _take(state, name, shape):
+    """Removes and returns an entry, whose shape is checked before it takes twice the memory in float64."""
     if name not in state:
         raise InputError(f"the weights have no {name}: they are of another network; {REMEDY}")
-    return np.asarray(state.pop(name), np.float64)
+    array = state.pop(name)
+    if array.shape != shape:
+        raise InputError(f"the weights' {name} has shape {array.shape}, which must be {shape}; {REMEDY}")
+    return np.asarray(array, np.float64)
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from jaxtyping import Int, UInt8
 
 from diffusion import files
 from diffusion.errors import InputError, is_whole, require_range
+from diffusion.interop.zip_file import open_zip
 
 RECORD, CHECKSUMS, SINGLE = "sampling.json", "samples.sha256", "samples.npz"
 SHARDS = r"samples-(\d{5,9})-of-(\d{5,9})\.npz"
@@ -142,7 +142,7 @@ def read_file(path: Path, limit: int = 2**30) -> Samples:
     """
     arrays, left = {}, limit
     try:
-        with files.open_to_read(path, path.parent) as file, zipfile.ZipFile(file) as archive:
+        with files.open_to_read(path, path.parent) as file, open_zip(file) as archive:
             for name in archive.namelist():
                 if name in arrays or name not in ("samples.npy", "ids.npy", "labels.npy"):
                     raise ValueError(f"{name!r} does not belong there")

@@ -1,6 +1,8 @@
 """Estimates gamma = E |eps_hat|^2 / d at each time, which Analytic-DPM needs, once for a trained run on its data."""
 
-import json
+import math
+import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from diffusion import predictions
+from diffusion import files, predictions
 from diffusion.denoiser import denoise
 from diffusion.errors import InputError
-from diffusion.files import write_json
 from diffusion.model import Model, Trained
 from diffusion.types import Params
 
-NUM_IMAGES = 1024
+NUM_IMAGES, FILE = 1024, "analytic_gamma.json"
 
 
 def estimate_gamma(
@@ -58,8 +59,13 @@ def estimate_gamma(
     return gamma
 
 
-def cached_gamma(folder: Path, trained: Trained, weights: str, images, tau) -> Float[np.ndarray, "S"]:
+def cached_gamma(
+    folder: Path, trained: Trained, weights: str, images, tau, say: Callable[[str], None] = lambda text: None
+) -> Float[np.ndarray, "S"]:
     """Returns gamma at tau[:-1]; what analytic_gamma.json in the folder lacks is estimated and added to it.
+
+    A folder that cannot be written is a warning, and the estimate is of use without it. Processes that estimate at once
+    each keep what they found.
 
     Args:
       folder: made if it is not there.
@@ -67,26 +73,40 @@ def cached_gamma(folder: Path, trained: Trained, weights: str, images, tau) -> F
       weights: SHA-256 of its parameters.
       images: uint8 [N, H, W, C], its data.
       tau: a grid.
+      say: is told before an estimate, which takes a while, starts.
 
     Raises:
       InputError: the file is damaged.
     """
-    # What is known for these parameters.
-    path = folder / "analytic_gamma.json"
-    try:
-        known = json.loads(path.read_text()) if path.exists() else {}
-        of_weights = known.setdefault(f"step {trained.step}, EMA {trained.ema}, weights {weights}", {})
-        gamma = {float(t): float(value) for t, value in of_weights.items()}
-    except (ValueError, TypeError, AttributeError):
-        raise InputError(f"{path} is damaged; delete it, and it is estimated again") from None
-    # Estimate and keep the rest.
+    name = f"step {trained.step}, EMA {trained.ema}, weights {weights}"
+    gamma = _read_gamma(folder).get(name, {})
     missing = [float(t) for t in tau[:-1] if float(t) not in gamma]
     if missing:
-        print(f"estimating E|eps|^2 at {len(missing)} timesteps on {min(len(images), NUM_IMAGES):,} images")
+        say(f"estimating E|eps|^2 at {len(missing)} timesteps on {min(len(images), NUM_IMAGES):,} images")
         chosen = np.random.default_rng(0).permutation(len(images))[:NUM_IMAGES]
         found = estimate_gamma(trained.model, trained.params, images[chosen], missing, jax.random.key(0))
         gamma |= {t: float(value) for t, value in zip(missing, found, strict=True)}
-        of_weights |= {str(t): value for t, value in gamma.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
+        try:
+            with files.locked(folder, "writing an estimate into", ".analytic_gamma.lock"):
+                known = _read_gamma(folder)  # again: another process may have added to it in the meantime
+                known[name] = known.get(name, {}) | gamma
+                texts = {key: {str(t): value for t, value in of.items()} for key, of in known.items()}
+                files.write_json(folder / FILE, texts, folder)
+        except (OSError, InputError) as error:
+            warnings.warn(f"{folder / FILE} is not written, and is estimated again next time ({error})", stacklevel=2)
     return np.array([gamma[float(t)] for t in tau[:-1]])
+
+
+def _read_gamma(folder):
+    """Returns what the file knows: the values by time, by the model's parameters."""
+    path = folder / FILE
+    try:
+        known = files.read_json(path, within=folder)
+        result = {name: {float(t): float(value) for t, value in of.items()} for name, of in known.items()}
+        if all(math.isfinite(value) and value >= 0 for of in result.values() for value in of.values()):
+            return result
+    except FileNotFoundError:
+        return {}
+    except (InputError, ValueError, TypeError, AttributeError, OverflowError, OSError):
+        pass
+    raise InputError(f"{path} is damaged or cannot be read; delete it, and it is estimated again")

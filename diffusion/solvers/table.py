@@ -155,20 +155,34 @@ def to_json(table: SamplerTable) -> str:
     return json.dumps({k: v if isinstance(v, str) or v is None else np.asarray(v).tolist() for k, v in fields.items()})
 
 
+TEXT_LIMIT, MAX_REGISTERS, MAX_NAME = 2**24, 64, 1000
+"""The most characters of a table in JSON, registers and characters of its name that `from_json` takes from a stranger.
+
+A thousand stages of ten registers have 3 MB of text. The scan is compiled with a sum for each pair of registers.
+"""
+
+
 def from_json(text: str) -> SamplerTable:
     """Reads a table that `to_json` wrote.
 
     Raises:
-      InputError: the text is no table.
+      InputError: the text is no table, or larger than any table.
     """
     names = {f.name for f in dataclasses.fields(SamplerTable)}
     try:
+        if len(text) > TEXT_LIMIT:
+            raise ValueError(f"it has {len(text):,} characters")
         fields = json.loads(text)
         if not isinstance(fields, dict) or set(fields) != names:
             raise ValueError(f"it must have the fields {', '.join(sorted(names))} and no other")
-        return make_table(**fields)
+        if not isinstance(fields["name"], str) or not fields["name"].isprintable() or len(fields["name"]) > MAX_NAME:
+            raise ValueError(f"its name is no text of up to {MAX_NAME:,} characters that can be printed")
+        table = make_table(**fields)
+        if table.num_registers > MAX_REGISTERS:
+            raise ValueError(f"it has {table.num_registers:,} registers; {MAX_REGISTERS} are the limit")
+        return table
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"this is no sampler table in JSON: {error}") from None
+        raise InputError(f"this is no sampler table in JSON: {' '.join(str(error).split())[:200]}") from None
 
 
 def reverse(table: SamplerTable, iterations: int = 1) -> SamplerTable:
