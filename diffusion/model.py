@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
-from diffusion import options, schedules
+from diffusion import keys, options, schedules
 from diffusion.errors import InputError
 from diffusion.images import to_floats, to_uint8
 from diffusion.models import UNet, as_apply_fn
@@ -145,10 +145,11 @@ def make_model(config: ConfigDict, image_shape: tuple[int, int, int], class_name
     channels = image_shape[-1] * (2 if learned_variance else 1)
     module = UNet(**{**config.model, "out_channels": config.model.out_channels or channels})
 
+    @keys.pinned
     def init(key):
         return module.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
 
-    jax.eval_shape(init, jax.random.key(0))  # raises what is wrong with the fields before anything is computed
+    jax.eval_shape(init, keys.make(0))  # raises what is wrong with the fields before anything is computed
     if module.out_channels != channels:
         raise InputError(
             f"config.model.out_channels is {module.out_channels}; images have {image_shape[-1]} channels and objective "

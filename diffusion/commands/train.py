@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from configs import default
-from diffusion import data, devices
+from diffusion import data, devices, keys
 from diffusion.commands import cli
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment
@@ -78,7 +78,7 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest)
     """Starts or resumes the run; returns the exit code."""
     config, plan, model, mesh = experiment.config, experiment.plan, experiment.model, experiment.mesh
     metadata = describe(experiment)
-    key = jax.random.key(config.seed)
+    key = keys.make(config.seed)
 
     # The state: a new one, or that of the newest good checkpoint.
     begin = folder.latest_step()
@@ -94,8 +94,9 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest)
     say(f"{metadata['num_examples']:,} images {model.image_shape}, {count:,} parameters, {devices.describe(mesh)}")
 
     # What the loop works with.
-    keys = jax.random.fold_in(key, 1)
-    train_step = make_train_step(model, experiment.objective, experiment.optimizer, mesh, keys, experiment.step_options)
+    step_key = jax.random.fold_in(key, 1)
+    parts = (experiment.objective, experiment.optimizer, mesh, step_key, experiment.step_options)
+    train_step = make_train_step(model, *parts)
     if jax.process_index() == 0:
         folder.create(config, environment.describe(mesh, begin))
     recorder = Recorder(folder.path, begin) if jax.process_index() == 0 else Silent()
@@ -138,6 +139,7 @@ def describe(experiment: Experiment) -> dict:
         "num_examples": len(experiment.dataset.images),
         "class_names": experiment.dataset.class_names,
         "data": data.fingerprint(experiment.dataset),
+        "generator": keys.GENERATOR,
     }
 
 
@@ -147,12 +149,12 @@ def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int 
     Raises:
       InputError: the checkpoint was trained otherwise.
     """
-    key = jax.random.key(experiment.config.seed)
+    key = keys.make(experiment.config.seed)
     shapes = jax.eval_shape(experiment.make_state, key)
     shardings = devices.state_sharding(experiment.mesh, shapes)
     if begin is None:
         return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
-    defaults = {"config": default.get_config().to_dict()}
+    defaults = {"config": default.get_config().to_dict(), "generator": keys.GENERATOR}
     run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return checkpoints.load_state(folder.checkpoints, begin, like)

@@ -22,6 +22,7 @@ import safetensors.numpy
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
+from diffusion import keys
 from diffusion.data import Dataset, batch_indices, fingerprint
 from diffusion.errors import InputError, require_range
 from diffusion.files import digest, write_atomically
@@ -136,10 +137,11 @@ def train(dataset: Dataset, *, epochs: int = 20, seed: int = 0) -> Classifier:
     return Classifier(params, shape, num_classes, accuracy, fingerprint(dataset), seed, epochs)
 
 
+@keys.pinned
 def _fit(dataset, kept, num_classes, epochs, seed):
     batch_size = min(BATCH_SIZE, len(kept))
     steps = max(1, epochs * len(kept) // batch_size)
-    start, drop = jax.random.split(jax.random.key(seed))
+    start, drop = jax.random.split(keys.make(seed))
     params, state = _init(start, tuple(dataset.images.shape[1:]), num_classes, steps)
     for k in range(steps):
         index = kept[batch_indices(len(kept), batch_size, seed, k)]

@@ -21,6 +21,7 @@ import safetensors.numpy
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
+from diffusion import keys
 from diffusion.errors import InputError
 from diffusion.images import to_floats
 from diffusion.interop import torch_file
@@ -284,5 +285,5 @@ def _take(state, name):
 
 def _shapes() -> dict[str, tuple[int, ...]]:
     """Returns the shape of each of the network's parameters by its name."""
-    shapes = jax.eval_shape(partial(Inception().init, jax.random.key(0)), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    shapes = jax.eval_shape(partial(Inception().init, keys.make(0)), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     return {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}

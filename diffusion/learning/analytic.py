@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from diffusion import predictions
+from diffusion import keys, predictions
 from diffusion.denoiser import denoise
 from diffusion.errors import InputError
 from diffusion.files import write_json
@@ -53,7 +53,7 @@ def estimate_gamma(
         reading = predictions.reading(model.prediction, np.float64(t), *model.schedule.at(t))
         for b, batch in enumerate(batches):
             x_0 = model.space.encode(batch)
-            eps = jax.random.normal(jax.random.fold_in(of_time, b), x_0.shape)
+            eps = keys.normal(jax.random.fold_in(of_time, b), x_0.shape)
             gamma[k] += float(batch_mean(x_0, eps, reading)) / count
     return gamma
 
@@ -84,7 +84,7 @@ def cached_gamma(folder: Path, trained: Trained, weights: str, images, tau) -> F
     if missing:
         print(f"estimating E|eps|^2 at {len(missing)} timesteps on {min(len(images), NUM_IMAGES):,} images")
         chosen = np.random.default_rng(0).permutation(len(images))[:NUM_IMAGES]
-        found = estimate_gamma(trained.model, trained.params, images[chosen], missing, jax.random.key(0))
+        found = estimate_gamma(trained.model, trained.params, images[chosen], missing, keys.make(0))
         gamma |= {t: float(value) for t, value in zip(missing, found, strict=True)}
         of_weights |= {str(t): value for t, value in gamma.items()}
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from diffusion import keys
 from diffusion.errors import InputError
 from diffusion.files import digest, write_atomically
 from diffusion.model import Trained, current_config, make_model
@@ -55,7 +56,7 @@ def load(path: str | os.PathLike) -> Trained:
     model = make_model(config, tuple(facts["image_shape"]), tuple(facts.get("class_names", ())))
     # Check that the config still describes the network whose parameters these are.
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    wanted = jax.eval_shape(model.init, jax.random.key(0))
+    wanted = jax.eval_shape(model.init, keys.make(0))
     shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (params, wanted)]
     if shapes[0] != shapes[1]:
         raise InputError(f"{path} holds weights of another network than its config describes; convert it again")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from diffusion import keys
 from diffusion.errors import InputError, nearest
 from diffusion.files import locked, write_atomically
 from diffusion.model import Trained, current_config, make_model
@@ -120,7 +121,7 @@ def load_trained(folder: RunFolder, ema: str = "", step: int | None = None) -> T
     class_names = tuple(saved["class_names"]) if config.model.num_classes else ()
     model = make_model(config, tuple(saved["image_shape"]), class_names)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(model.init, keys.make(0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     ema = ema or names[0]
     return Trained(model, checkpoints.load_ema(folder.checkpoints, step, ema, like), config, step, ema)
