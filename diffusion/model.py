@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
-from diffusion import options, schedules
+from diffusion import keys, options, schedules
 from diffusion.errors import InputError, failure, require_range
 from diffusion.images import to_floats, to_uint8
 from diffusion.models import Network, UNet, adapt, as_apply_fn
@@ -168,7 +168,7 @@ def make_model(
         space=pixels(image_shape),
         prediction=config.train.prediction,
         conditions=Conditions(names, num_classes) if num_classes else None,
-        init=jax.jit(network.init),
+        init=jax.jit(keys.pinned(network.init)),
         learned_variance=learned_variance,
     )
 
@@ -181,7 +181,7 @@ def _unet(config, image_shape, channels, objective):
     def init(key):
         return module.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
 
-    jax.eval_shape(init, jax.random.key(0))  # raises what is wrong with the fields before anything is computed
+    jax.eval_shape(init, keys.make(0))  # raises what is wrong with the fields before anything is computed
     if module.out_channels != channels:
         raise InputError(
             f"config.model.out_channels is {module.out_channels}; images have {image_shape[-1]} channels and objective "

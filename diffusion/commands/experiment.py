@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion import data, denoiser, devices, machine, options, predictions
+from diffusion import data, denoiser, devices, keys, machine, options, predictions
 from diffusion.commands import config_files, own, samplers
 from diffusion.data import Dataset
 from diffusion.errors import InputError, nearest, require_range
@@ -103,7 +103,7 @@ def require_memory(config: ConfigDict, model: Model) -> None:
     if jax.default_backend() != "cpu" or jax.process_count() > 1:
         return
     copies = 4 + len(config.train.ema_decays)  # parameters, gradient, two moments, averages
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, keys.make(0))))
     sizes = {
         f"the network has {parameters:,} parameters, which in training": 4 * copies * parameters,
         f"config.train.batch_size is {config.train.batch_size:,}, images which": 4

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
-from diffusion import data, devices
+from diffusion import data, devices, keys
 from diffusion.commands import cli, forecast, own, plots, recipes, usage
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, check_data, data_fields, make_experiment, require_levels
@@ -108,7 +108,7 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     """Starts or resumes the run, as long as the folder is ours; returns the exit code."""
     config, plan, model, mesh = experiment.config, experiment.plan, experiment.model, experiment.mesh
     metadata = describe(experiment)
-    key = jax.random.key(config.seed)
+    key = keys.make(config.seed)
 
     # The state: a new one, or that of the newest good checkpoint.
     begin = folder.latest_step()
@@ -124,8 +124,9 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
         say(line)
 
     # What the loop works with.
-    keys = jax.random.fold_in(key, 1)
-    train_step = make_train_step(model, experiment.objective, experiment.optimizer, mesh, keys, experiment.step_options)
+    step_key = jax.random.fold_in(key, 1)
+    parts = (experiment.objective, experiment.optimizer, mesh, step_key, experiment.step_options)
+    train_step = make_train_step(model, *parts)
     if jax.process_index() == 0:
         folder.create(config, environment.describe(mesh, begin))
     sealed = checkpoints.sealed_record(folder.checkpoints, begin) if begin else {}
@@ -170,6 +171,7 @@ def describe(experiment: Experiment) -> dict:
         "class_names": experiment.dataset.class_names,
         "damaged": experiment.dataset.damaged,
         "data": data.fingerprint(experiment.dataset),
+        "generator": keys.GENERATOR,
     }
 
 
@@ -207,13 +209,13 @@ def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int 
     Raises:
       InputError: the checkpoint was trained otherwise, or a new run has attention where no level is.
     """
-    key = jax.random.key(experiment.config.seed)
+    key = keys.make(experiment.config.seed)
     shapes = jax.eval_shape(experiment.make_state, key)
     shardings = devices.state_sharding(experiment.mesh, shapes)
     if begin is None:
         require_levels(experiment.config, experiment.model.image_shape)
         return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
-    defaults = {"config": recipes.defaults().to_dict(), "damaged": []}
+    defaults = {"config": recipes.defaults().to_dict(), "damaged": [], "generator": keys.GENERATOR}
     run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return checkpoints.load_state(folder.checkpoints, begin, like)

@@ -8,6 +8,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from diffusion import keys
 from diffusion.errors import InputError, failure
 from diffusion.types import ApplyFn, Params
 
@@ -50,23 +51,23 @@ def adapt(
     Raises:
       InputError: init or apply fails, parameters cannot be trained or named, or the prediction has another shape.
     """
-    like = _call(what, "init", init, jax.random.key(0))
+    like = _call(what, "init", init, keys.make(0))
     to_dicts, from_dicts = _namer(what, like)
     takes_keys = _takes_dropout_keys(what, apply)
 
     def apply_fn(params, x, t, cond=None, *, dropout_keys=None):
         if num_classes and cond is None:
             cond = jnp.full(x.shape[:1], num_classes, jnp.int32)
-        keys = {"dropout_keys": dropout_keys} if takes_keys else {}
-        return apply(from_dicts(params), x, t.astype(jnp.float32), cond, **keys).astype(x.dtype)
+        dropout = {"dropout_keys": dropout_keys} if takes_keys else {}
+        return apply(from_dicts(params), x, t.astype(jnp.float32), cond, **dropout).astype(x.dtype)
 
     # Two samples, for a network of a fixed batch size to be found.
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), like)
     x = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     t, labels = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
     arguments = (like, x, t, labels if num_classes else None)
-    keys = {"dropout_keys": jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))} if takes_keys else {}
-    out = _call(what, "apply", apply, *arguments, **keys)
+    dropout = {"dropout_keys": jax.eval_shape(lambda: jax.random.split(keys.make(0), 2))} if takes_keys else {}
+    out = _call(what, "apply", apply, *arguments, **dropout)
     wanted = (2, *image_shape[:-1], out_channels or image_shape[-1])
     if getattr(out, "shape", None) != wanted or not jnp.issubdtype(out.dtype, jnp.floating):
         found = f"{out.dtype} {out.shape}" if hasattr(out, "shape") else f"a {type(out).__name__}"
