@@ -299,13 +299,13 @@ def test_a_file_that_names_a_sampler_of_its_own_runs_no_code_until_the_user_name
     config = digits.get_config()
     config.model.update(width=4, multipliers=(1,), num_blocks=1, attention_resolutions=(0,))
     model = make_model(config, (8, 8, 1))
-    for sampler in ("mine:sampler", "ddim,mine:sampler"):
+    stored = (("sample.py", "sampler", "mine:sampler"), ("evaluate.py", "samplers", "ddim,mine:sampler"))
+    for script, flag, sampler in stored:
         config.sample.sampler = sampler
         weights.save(module / "file.safetensors", Trained(model, model.init(fresh()), config, 1, "0.9"))
-        for script, flag in (("sample.py", "sampler"), ("evaluate.py", "samplers")):
-            line = error_line(run(script, "--workdir=file.safetensors", cwd=module))
-            assert f"name it: --{flag}={sampler}" in line
-            assert not (module / "imported").exists()
+        line = error_line(run(script, "--workdir=file.safetensors", cwd=module))
+        assert f"name it: --{flag}={sampler}" in line
+        assert not (module / "imported").exists()
     result = run("sample.py", "--workdir=file.safetensors", "--sampler=mine:sampler", "--dry_run", cwd=module)
     assert result.returncode == 0, result.stderr
     assert (module / "imported").exists()
