@@ -282,8 +282,8 @@ def sheet_drawer(
             return
         try:
             write_png(path, picture, within=folder.path)
-        except OSError as error:
-            warnings.warn(f"no sheet of step {step:,}: {path} cannot be written ({error.strerror})", stacklevel=2)
+        except (OSError, InputError) as error:
+            warnings.warn(f"no sheet of step {step:,}: {error}", stacklevel=2)
         recorder.image("samples", picture, step)
 
     return draw

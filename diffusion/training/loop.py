@@ -114,7 +114,13 @@ class _Loop:
         step, finished = self.start, True
         for step in range(self.start + 1, plan.num_steps + 1):
             self.trace.before(step - self.start - 1)
-            metrics = self._step(step)
+            try:
+                metrics = self._step(step)
+            except Stopped:
+                if step - 1 == self.start:
+                    raise
+                finished = False  # the next batch did not come, and the steps before it are saved
+                break
             if step % plan.log_every == 0 or step == plan.num_steps:
                 self._settle(0)
                 self._log(step, metrics)
@@ -159,7 +165,7 @@ class _Loop:
         return metrics
 
     def _next_batch(self, step):
-        """Returns the next batch; saves what has been trained if it cannot be read."""
+        """Returns the next batch; saves what has been trained if it cannot be read, or does not come after a signal."""
         try:
             return next(self.run.batches)
         except InputError:
@@ -168,6 +174,8 @@ class _Loop:
             if step - 1 > saved and jax.process_count() == 1:
                 self._save(step - 1)
                 self.run.writer.wait()
+            if self.run.stop.received:
+                raise Stopped from None
             raise
 
     def _interruptible(self, function, *args):
