@@ -219,6 +219,7 @@ def load(path: str | os.PathLike | None = None) -> dict[str, Any]:
                 raise InputError(f"its tensors have {size:,} bytes; {torch_file.FILE_LIMIT:,} are the limit")
             return convert(read_tensors(path, header.tensors))
         with open_to_read(path) as file:
+            torch_file.check_size(file)
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != SHA256:
             warnings.warn(f"{path} is not {FILE}: distances by it are not comparable with published FIDs", stacklevel=2)
