@@ -2,8 +2,8 @@
 
 python train.py --config=configs/small.py
 
-The network has 2.7M parameters, most of them where the image is small, and predicts v on the cosine schedule. The learning
-rate is constant, so that a later start with a larger config.train.num_steps goes on.
+The network has 2.7M parameters, most of them where the image is small, and predicts v on the cosine schedule. The
+learning rate is constant, so that a later start with a larger config.train.num_steps goes on.
 """
 
 from configs import cifar
