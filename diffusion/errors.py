@@ -28,11 +28,12 @@ def require_range(name: str, value: float, low: float, high: float = math.inf, *
     inside = isinstance(value, numbers.Real) and low <= value <= high
     if inside and not ("low" in open_ends and value == low) and not ("high" in open_ends and value == high):
         return
+    first, last = (str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
     if high == math.inf:
-        allowed = f"above {low:g}" if "low" in open_ends else f"at least {low:g}"
+        allowed = f"above {first}" if "low" in open_ends else f"at least {first}"
     else:
-        excluded = [f"without {end:g}" for end, word in ((low, "low"), (high, "high")) if word in open_ends]
-        allowed = ", ".join([f"in {low:g}..{high:g}", *excluded])
+        excluded = [f"without {end}" for end, word in ((first, "low"), (last, "high")) if word in open_ends]
+        allowed = ", ".join([f"in {first}..{last}", *excluded])
     raise InputError(f"{name} is {value}; it must be {allowed}")
 
 

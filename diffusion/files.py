@@ -144,8 +144,10 @@ def open_atomically(path: str | os.PathLike, within: str | os.PathLike | None = 
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)  # missing if a signal came just after the renaming
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
-from diffusion import options, schedules
+from diffusion import keys, options, schedules
 from diffusion.errors import InputError, failure, require_range
 from diffusion.images import to_floats, to_uint8
 from diffusion.models import Network, UNet, adapt, as_apply_fn
@@ -168,19 +168,20 @@ def make_model(
         space=pixels(image_shape),
         prediction=config.train.prediction,
         conditions=Conditions(names, num_classes) if num_classes else None,
-        init=jax.jit(network.init),
+        init=jax.jit(keys.pinned(network.init)),
         learned_variance=learned_variance,
     )
 
 
 def _unet(config, image_shape, channels, objective):
     """Returns the UNet of the section config.model."""
+    _check_size(config)
     module = UNet(**{**config, "out_channels": config.out_channels or channels})
 
     def init(key):
         return module.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
 
-    jax.eval_shape(init, jax.random.key(0))  # raises what is wrong with the fields before anything is computed
+    jax.eval_shape(init, keys.make(0))  # raises what is wrong with the fields before anything is computed
     if module.out_channels != channels:
         raise InputError(
             f"config.model.out_channels is {module.out_channels}; images have {image_shape[-1]} channels and objective "
@@ -277,7 +278,6 @@ def from_record(
             raise ValueError(f"image_shape is {shape!r}"[:100])
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise TypeError("class_names are no list of texts")
-        _check_size(config.model)
         count = config.model.num_classes
         if names and count and len(names) != count:
             raise ValueError(f"it has {len(names)} names for {count} classes")
@@ -293,9 +293,9 @@ def _check_size(config):
     """Refuses a network that would take forever only to describe."""
     numbers = [n for value in config.values() for n in (value if isinstance(value, list | tuple) else [value])]
     if any(isinstance(n, int | float) and not abs(n) <= MAX_NUMBER for n in numbers):
-        raise ValueError(f"config.model has a number above {MAX_NUMBER:,}")
+        raise InputError(f"config.model has a number above {MAX_NUMBER:,}; give smaller ones")
     if config.num_blocks * len(config.multipliers) > MAX_BLOCKS:
-        raise ValueError(f"config.model has more than {MAX_BLOCKS:,} blocks")
+        raise InputError(f"config.model has more than {MAX_BLOCKS:,} blocks; give fewer")
 
 
 def check_finite(params: Params, where: str) -> None:

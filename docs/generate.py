@@ -45,10 +45,10 @@ def fill(page: str) -> str:
 
 
 def public_modules() -> list[str]:
-    """Returns the names of all modules of the library, but not of its programs: diffusion/train.py and the like."""
+    """Returns the names of all modules of the library, but not of its programs, such as diffusion/commands/train.py."""
     programs = {path.name for path in ROOT.glob("*.py")}
     paths = [path for path in sorted((ROOT / "diffusion").glob("**/*.py")) if path.stat().st_size]
-    paths = [path for path in paths if path.parent.name != "diffusion" or path.name not in programs]
+    paths = [path for path in paths if path.parent.name not in ("diffusion", "commands") or path.name not in programs]
     parts = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
     names = [".".join(part).removesuffix(".__init__") for part in parts]
     return sorted(name for name in names if "._" not in name and name != "diffusion")

@@ -232,6 +232,20 @@ def test_a_trace_is_written_on_request(go, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_trace_that_cannot_be_written_is_told_and_leaves_no_part_of_it(go, tmp_path, monkeypatch):
+    stop_trace = jax.profiler.stop_trace
+
+    def fails():
+        stop_trace()
+        raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", fails)
+    with pytest.warns(match="no trace: .*No space left on device.; look at the disk"):
+        _, finished, _ = go(plan=dataclasses.replace(PLAN, num_steps=20), profile=tmp_path / "profile")
+    assert finished
+    assert not list((tmp_path / "profile").rglob("*.pb"))
+
+
 def test_signals_stop_at_once_until_there_is_something_to_save():
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:

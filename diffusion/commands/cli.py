@@ -16,8 +16,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from diffusion import process
-from diffusion.commands import recipes, usage
-from diffusion.errors import InputError, nearest
+from diffusion.commands import config_files, recipes, usage
+from diffusion.errors import InputError, nearest, printable
 from diffusion.training.stop import Stopped
 
 USER_ERROR = 2
@@ -58,9 +58,18 @@ def _print_help(about, default_config):
     sys.exit(0)
 
 
+def require_flag_files() -> None:
+    """Fails if a --flagfile cannot be read; programs with --config read it when they define that flag."""
+    for index, arg in enumerate(sys.argv[1:], start=1):
+        if match := re.fullmatch(r"--?flagfile(?:=(.*))?", arg, flags=re.DOTALL):
+            path = match[1] if match[1] is not None else "".join(sys.argv[index + 1 : index + 2])
+            if not os.path.isfile(path):
+                fail(f"--flagfile={path} names no file")
+
+
 def fail(message: str) -> None:
     """Prints one line to stderr and exits with code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit: while Python shuts down, background threads of a failed save would report the same error once more.
     os._exit(USER_ERROR)
@@ -70,7 +79,7 @@ def _guarded(main):
     """Calls main and exits with its code; turns what the user can put right into one line."""
     process.begin()
     _hide_background_errors()
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {printable(str(message))}", file=sys.stderr)
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -91,6 +100,10 @@ def _guarded(main):
             "the memory of the device is full; take a smaller batch_size, or train with more "
             "config.train.microbatches, with config.model.remat=True or config.model.dtype=bfloat16"
         )
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        fail("a path begins with ~ and the name of somebody who has no home here; write the whole path")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -165,8 +178,6 @@ def _old_schedule(arg: str) -> str:
 
 def _read_config(chosen: str) -> ConfigDict:
     """Returns the checked config of FILE or FILE:ARGUMENT, without what the command line overrides."""
-    from diffusion.commands import config_files  # reads configs/, which only a program with --config needs
-
     try:
         return config_files.read(chosen)
     except InputError as error:
@@ -193,13 +204,18 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         remaining = flags.FLAGS(list(argv))
     except flags.UnrecognizedFlagError as error:
-        modules = flags.FLAGS.flags_by_module_dict()
-        ours = [f.name for module in modules if module == argv[0] or "diffusion" in module for f in modules[module]]
+        ours = [flag.name for flag in usage.ours()]
         fields = ", and --config.FIELD" if "config" in ours else ""
         fail(f"there is no flag --{error.flagname}; {nearest(error.flagname, ours)}{fields}")
     except flags.Error as error:
         told = str(error).strip().splitlines()[-1]
         told = re.sub(r"invalid literal for int.*", "write a whole number", told)
+        told = re.sub(r"\(?'Non-boolean argument.*", "write true or false", told)
+        told = re.sub(
+            r"Failed to parse .* as a ConfigDict.*",
+            "it is a section; give its fields, as --config.train.num_steps=100",
+            told,
+        )
         told = re.sub(r"could not convert string to float.*", "write a number", told)
         fail(f"{told}; --help lists all flags")
     except (KeyError, AttributeError) as error:  # a misspelt field
@@ -208,8 +224,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if name not in overridden:
             raise
         guess = re.search(r'Did you mean "(\w+)"', str(error))
-        from diffusion.commands import config_files
-
         elsewhere = config_files.fields_named(name, _read_config(argv[1].partition("=")[2]))
         hint = f"did you mean {guess[1]!r}? " if guess else f"did you mean {elsewhere[0]!r}? " if elsewhere else ""
         fail(f"the config has no field {name!r}; {hint}configs/default.py holds every field")
@@ -219,6 +233,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if flags.FLAGS["verbosity"].using_default_value:
         # orbax logs every file at INFO, and at ERROR it logs a traceback of each error that it also raises.
         flags.FLAGS.verbosity = logging.FATAL
+    if empty := [flag.name for flag in usage.ours() if flag.present and flag.value == ""]:
+        fail(f"--{empty[0]} is empty; give it a value, or leave it out")
     if len(remaining) > 1:
         fail(f"unexpected argument {remaining[1]!r}; flags are written --name=value")
     return remaining

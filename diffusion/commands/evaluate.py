@@ -20,7 +20,7 @@ import pooch
 from absl import flags
 from tqdm import tqdm
 
-from diffusion import __version__, data, devices, files, options
+from diffusion import __version__, data, devices, files, keys, options
 from diffusion.commands import cli, experiment, own, plots, samplers, shared_flags, sources, sweep, usage
 from diffusion.errors import InputError, nearest
 from diffusion.evaluation import bound, features, likelihood
@@ -174,7 +174,7 @@ def measure_bound(source: sources.Source, out: Path) -> None:
     grids = [samplers.make_tau(schedule, tau, count) for count in steps]
     # A row for each variance and number of steps.
     print(f"{_of(source)}: variational bound of {len(images.images):,} images of its data on {tau}, clip {clip}")
-    key = jax.random.key(source.seed)
+    key = keys.make(source.seed)
     rows = bound.bits_table(source.trained, images, key, grids=grids, clip=clip)
     print(f"{'variance':10} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for row in rows:
@@ -187,7 +187,7 @@ def measure_likelihood(source: sources.Source, out: Path) -> None:
     steps = _numbers("likelihood", _LIKELIHOOD.value, int)
     images, split = _first_images(source)
     print(f"{_of(source)}: likelihood of {len(images.images):,} images of its data under the probability flow")
-    rows = likelihood.bits_table(source.trained, images, jax.random.key(source.seed), steps=steps)
+    rows = likelihood.bits_table(source.trained, images, keys.make(source.seed), steps=steps)
     print(f"{'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for row in rows:
         print(f"{row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")

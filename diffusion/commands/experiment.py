@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion import data, denoiser, devices, options, predictions
+from diffusion import data, denoiser, devices, keys, machine, options, predictions
 from diffusion.commands import config_files, own, samplers
 from diffusion.data import Dataset
 from diffusion.errors import InputError, nearest, require_range
@@ -82,6 +82,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
     config = with_classes(config, dataset.class_names)
     class_names = dataset.class_names if config.model.num_classes else ()
     model = make_model(config, dataset.images.shape[1:], class_names, own.networks(config.network))
+    require_memory(config, model)
     # What fits together.
     denoiser.check_options(settings.prediction, denoiser.Options(sampling_clip(config, model)))
     samplers.check_fits(table, model)
@@ -92,6 +93,29 @@ def make_experiment(config: ConfigDict) -> Experiment:
         label_dropout=settings.label_dropout if model.conditions is not None else 0.0,
     )
     return Experiment(config, plan, dataset, model, objective, rate, optimizer, mesh, step_options, table)
+
+
+def require_memory(config: ConfigDict, model: Model) -> None:
+    """Raises InputError if parameters, averages, optimizer and gradient or the images of a batch exceed this machine.
+
+    Only a CPU's memory is known beforehand; a GPU that is full says so itself.
+    """
+    if jax.default_backend() != "cpu" or jax.process_count() > 1:
+        return
+    copies = 4 + len(config.train.ema_decays)  # parameters, gradient, two moments, averages
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, keys.make(0))))
+    sizes = {
+        f"the network has {parameters:,} parameters, which in training": 4 * copies * parameters,
+        f"config.train.batch_size is {config.train.batch_size:,}, images which": 4
+        * config.train.batch_size
+        * math.prod(model.image_shape),
+    }
+    for what, size in sizes.items():
+        if size > machine.memory():
+            raise InputError(
+                f"{what} take {size / 2**30:,.0f} GiB; this machine has {machine.memory() / 2**30:,.0f} GiB. Take "
+                "smaller config.model.width, model.multipliers, train.batch_size or data.size"
+            )
 
 
 def with_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:

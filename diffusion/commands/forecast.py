@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion import keys
 from diffusion.devices import batch_sharding
 from diffusion.model import Model
 
@@ -30,7 +31,7 @@ def training_seconds(model: Model, batch_size: int, num_steps: int, mesh: Mesh) 
       num_steps: steps still to be made.
       mesh: the devices, all of this process.
     """
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.eval_shape(model.init, keys.make(0))
     images = float(batch_size) * num_steps * _GRADIENT
     # No weight of a network is used more often than once for each pixel; attention is left out of this bound.
     most = 2 * sum(leaf.size for leaf in jax.tree.leaves(params)) * math.prod(model.image_shape[:-1]) * images

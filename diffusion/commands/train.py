@@ -25,11 +25,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
-from diffusion import data, devices
+from diffusion import data, devices, keys
 from diffusion.commands import cli, forecast, own, plots, recipes, usage
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, check_data, data_fields, make_experiment, require_levels
-from diffusion.errors import InputError
+from diffusion.errors import InputError, printable
 from diffusion.images import sheet, write_png
 from diffusion.model import sampling_clip
 from diffusion.training import checkpoints, environment, run_folder
@@ -44,6 +44,7 @@ DEFAULT_CONFIG = recipes.FOLDER / "digits.py"
 SHOWN_CLASSES = 12
 """The most classes that the log names."""
 
+cli.require_flag_files()
 usage.group("The run")
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file. Any field: --config.train.num_steps=100")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: runs/<config name>.")
@@ -107,7 +108,7 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     """Starts or resumes the run, as long as the folder is ours; returns the exit code."""
     config, plan, model, mesh = experiment.config, experiment.plan, experiment.model, experiment.mesh
     metadata = describe(experiment)
-    key = jax.random.key(config.seed)
+    key = keys.make(config.seed)
 
     # The state: a new one, or that of the newest good checkpoint.
     begin = folder.latest_step()
@@ -119,12 +120,13 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
         say(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
         return 0
     say(f"resuming {folder.path} at step {begin:,}" if begin else f"training {folder.path}")
-    for line in [*experiment.dataset.notes(), *introduction(experiment, state, plan.num_steps - begin)]:
+    for line in introduction(experiment, state, plan.num_steps - begin):
         say(line)
 
     # What the loop works with.
-    keys = jax.random.fold_in(key, 1)
-    train_step = make_train_step(model, experiment.objective, experiment.optimizer, mesh, keys, experiment.step_options)
+    step_key = jax.random.fold_in(key, 1)
+    parts = (experiment.objective, experiment.optimizer, mesh, step_key, experiment.step_options)
+    train_step = make_train_step(model, *parts)
     if jax.process_index() == 0:
         folder.create(config, environment.describe(mesh, begin))
     sealed = checkpoints.sealed_record(folder.checkpoints, begin) if begin else {}
@@ -169,6 +171,7 @@ def describe(experiment: Experiment) -> dict:
         "class_names": experiment.dataset.class_names,
         "damaged": experiment.dataset.damaged,
         "data": data.fingerprint(experiment.dataset),
+        "generator": keys.GENERATOR,
     }
 
 
@@ -177,6 +180,7 @@ def introduction(experiment: Experiment, state: TrainState, num_steps: int) -> I
     images, model = experiment.dataset.images, experiment.model
     count = sum(p.size for p in jax.tree.leaves(state.params))
     yield f"{len(images):,} images {model.image_shape}, {count:,} parameters, {devices.describe(experiment.mesh)}"
+    yield from map(printable, experiment.dataset.notes())
     if experiment.dataset.class_names:
         yield describe_classes(experiment)
     if jax.process_count() > 1:  # what the other machines do is not known here
@@ -192,9 +196,7 @@ def introduction(experiment: Experiment, state: TrainState, num_steps: int) -> I
 
 def describe_classes(experiment: Experiment) -> str:
     """Says in one line which classes the data has, how many images each, and whether the network is told them."""
-    dataset = experiment.dataset
-    counts = np.bincount(dataset.labels, minlength=len(dataset.class_names))
-    shown = [f"{name} ({count:,})" for name, count in zip(dataset.class_names, counts, strict=True)]
+    shown = [f"{printable(name)} ({count:,})" for name, count in experiment.dataset.counts().items()]
     if len(shown) > SHOWN_CLASSES:
         shown = [*shown[: SHOWN_CLASSES - 1], "...", shown[-1]]
     kind = "classes" if experiment.model.conditions is not None else "classes that the network is not told"
@@ -207,13 +209,13 @@ def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int 
     Raises:
       InputError: the checkpoint was trained otherwise, or a new run has attention where no level is.
     """
-    key = jax.random.key(experiment.config.seed)
+    key = keys.make(experiment.config.seed)
     shapes = jax.eval_shape(experiment.make_state, key)
     shardings = devices.state_sharding(experiment.mesh, shapes)
     if begin is None:
         require_levels(experiment.config, experiment.model.image_shape)
         return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
-    defaults = {"config": recipes.defaults().to_dict(), "damaged": []}
+    defaults = {"config": recipes.defaults().to_dict(), "damaged": [], "generator": keys.GENERATOR}
     run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return checkpoints.load_state(folder.checkpoints, begin, like)
@@ -280,8 +282,8 @@ def sheet_drawer(
             return
         try:
             write_png(path, picture, within=folder.path)
-        except OSError as error:
-            warnings.warn(f"no sheet of step {step:,}: {path} cannot be written ({error.strerror})", stacklevel=2)
+        except (OSError, InputError) as error:
+            warnings.warn(f"no sheet of step {step:,}: {error}", stacklevel=2)
         recorder.image("samples", picture, step)
 
     return draw

@@ -6,6 +6,8 @@ import textwrap
 from absl import flags
 from ml_collections import ConfigDict
 
+from diffusion.commands import config_files
+
 _GROUPS: list[tuple[str, frozenset[str]]] = []
 """Each group's title, and the flags that there were when it began."""
 
@@ -18,13 +20,17 @@ def group(title: str) -> None:
     _GROUPS.append((title, frozenset(flags.FLAGS)))
 
 
+def ours() -> list[flags.Flag]:
+    """Returns the flags that the program defines, and not those of absl, in the order in which they were defined."""
+    modules = flags.FLAGS.flags_by_module_dict()
+    return [flag for module, found in modules.items() if module.startswith("diffusion.") for flag in found]
+
+
 def groups() -> dict[str, list[flags.Flag]]:
     """Returns the flags of each group, in the order in which they were defined."""
-    modules = flags.FLAGS.flags_by_module_dict()
-    ours = [flag for module, found in modules.items() if module.startswith("diffusion.") for flag in found]
     begins = [*(before for _, before in _GROUPS), frozenset(flags.FLAGS)]
     pairs = zip(_GROUPS, begins[1:], strict=True)
-    return {title: [flag for flag in ours if flag.name in after - before] for (title, before), after in pairs}
+    return {title: [flag for flag in ours() if flag.name in after - before] for (title, before), after in pairs}
 
 
 def text(program: str, about: str, config: ConfigDict | None = None, config_file: str = "") -> str:
@@ -49,8 +55,6 @@ def text(program: str, about: str, config: ConfigDict | None = None, config_file
 
 
 def _fields(config, width):
-    from diffusion.commands import config_files  # reads configs/, which only a program with --config needs
-
     lines = []
     for name, written, about in config_files.fields():
         if not written:

@@ -15,9 +15,10 @@ from absl import flags
 
 from diffusion import machine
 from diffusion.errors import InputError
+from diffusion.process import STOPPING
 
 MAX_THREADS = 16  # more would only wait for the interpreter's lock; then workers help
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
+SIGNALS = {signal.SIGINT, *STOPPING}
 PATIENCE = 5.0  # seconds that workers get to end by themselves, and in which a stop waits for a batch on its way
 
 

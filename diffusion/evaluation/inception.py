@@ -19,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
+from diffusion import keys
 from diffusion.errors import InputError
 from diffusion.files import open_to_read
 from diffusion.images import to_floats
@@ -218,6 +219,7 @@ def load(path: str | os.PathLike | None = None) -> dict[str, Any]:
                 raise InputError(f"its tensors have {size:,} bytes; {torch_file.FILE_LIMIT:,} are the limit")
             return convert(read_tensors(path, header.tensors))
         with open_to_read(path) as file:
+            torch_file.check_size(file)
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != SHA256:
             warnings.warn(f"{path} is not {FILE}: distances by it are not comparable with published FIDs", stacklevel=2)
@@ -294,5 +296,5 @@ def _take(state, name, shape):
 
 def _shapes() -> dict[str, tuple[int, ...]]:
     """Returns the shape of each of the network's parameters by its name."""
-    shapes = jax.eval_shape(partial(Inception().init, jax.random.key(0)), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    shapes = jax.eval_shape(partial(Inception().init, keys.make(0)), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     return {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}

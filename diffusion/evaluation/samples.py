@@ -124,6 +124,8 @@ def _read_verified(path, sums, limit):
     """Returns the images of one file, if they are as they were written."""
     if path.name not in sums:
         raise InputError(f"{path} has no line in {CHECKSUMS}, so its job is not finished, or of version 0.1; {AGAIN}")
+    if path.stat().st_size > limit + 2**20:  # what cannot be compressed, and the names of arrays
+        raise InputError(f"{path} holds more than the {limit:,} bytes that are allowed; give a larger max_memory")
     if sha256_of(path) != sums[path.name]:
         raise InputError(f"{path} is damaged: it is not what was written; {AGAIN}")
     return read_file(path, limit)

@@ -55,9 +55,7 @@ def read(path: str | os.PathLike, limit: int = FILE_LIMIT) -> Any:
     """
     try:
         with open_to_read(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise InputError(f"it has {size:,} bytes; {limit:,} are the limit")
+            size = check_size(file, limit)
             return _read_zip(file, size) if zipfile.is_zipfile(file) else _read_legacy(file, size)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -66,6 +64,14 @@ def read(path: str | os.PathLike, limit: int = FILE_LIMIT) -> Any:
     except Exception as error:  # damaged pickles raise nearly any exception
         reason = " ".join(str(error).split())[:100]
         raise InputError(f"{path} is damaged or no file of torch.save ({reason}); get it again") from error
+
+
+def check_size(file: BinaryIO, limit: int = FILE_LIMIT) -> int:
+    """Returns how many bytes a file has; raises InputError if there are more than the limit."""
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+        raise InputError(f"it has {size:,} bytes; {limit:,} are the limit")
+    return size
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:

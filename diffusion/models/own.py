@@ -8,6 +8,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from diffusion import keys
 from diffusion.errors import InputError, failure
 from diffusion.types import ApplyFn, Params
 
@@ -36,8 +37,8 @@ def adapt(
     """Returns a network of one's own as the library takes it, after checking its shapes without computing anything.
 
     Args:
-      init: key -> params, any pytree of float32 arrays, such as dicts, an nnx.State, or the arrays of an Equinox
-        module. It works inside jit.
+      init: key -> params, any pytree of floating arrays, such as dicts, an nnx.State, or the arrays of an Equinox
+        module. It works inside jit. They are kept in float32.
       apply: (params, x, t, cond) -> prediction. x is float [B, H, W, C]; t float32 [B], as a rule timesteps in 1..T;
         cond int32 [B], labels in 0..num_classes where num_classes itself means "no class", or None if num_classes is
         0. The prediction is a float [B, H, W, out_channels]. With a parameter dropout_keys it gets typed keys [B] in
@@ -50,22 +51,23 @@ def adapt(
     Raises:
       InputError: init or apply fails, parameters cannot be trained or named, or the prediction has another shape.
     """
-    like = _call(what, "init", init, jax.random.key(0))
+    like = _call(what, "init", init, keys.make(0))
     to_dicts, from_dicts = _namer(what, like)
     takes_keys = _takes_dropout_keys(what, apply)
 
     def apply_fn(params, x, t, cond=None, *, dropout_keys=None):
         if num_classes and cond is None:
             cond = jnp.full(x.shape[:1], num_classes, jnp.int32)
-        keys = {"dropout_keys": dropout_keys} if takes_keys else {}
-        return apply(from_dicts(params), x, t.astype(jnp.float32), cond, **keys).astype(x.dtype)
+        dropout = {"dropout_keys": dropout_keys} if takes_keys else {}
+        return apply(from_dicts(params), x, t.astype(jnp.float32), cond, **dropout).astype(x.dtype)
 
     # Two samples, for a network of a fixed batch size to be found.
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), like)
     x = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     t, labels = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
     arguments = (like, x, t, labels if num_classes else None)
-    keys = {"dropout_keys": jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))} if takes_keys else {}
-    out = _call(what, "apply", apply, *arguments, **keys)
+    dropout = {"dropout_keys": jax.eval_shape(lambda: jax.random.split(keys.make(0), 2))} if takes_keys else {}
+    out = _call(what, "apply", apply, *arguments, **dropout)
     wanted = (2, *image_shape[:-1], out_channels or image_shape[-1])
     if getattr(out, "shape", None) != wanted or not jnp.issubdtype(out.dtype, jnp.floating):
         found = f"{out.dtype} {out.shape}" if hasattr(out, "shape") else f"a {type(out).__name__}"
@@ -104,11 +106,11 @@ def _namer(what, like):
     Checkpoints and files know each array by its path. Dicts of dicts stay as they are.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
-    wrong = [(path, x.dtype) for path, x in leaves if x.dtype != jnp.float32]
+    wrong = [(path, x.dtype) for path, x in leaves if not jnp.issubdtype(x.dtype, jnp.floating)]
     if not leaves or wrong:
         found = "no arrays" if not leaves else f"{wrong[0][1]} at {jax.tree_util.keystr(wrong[0][0])}"
         raise InputError(
-            f"{what}: init returns {found}; it must return float32 arrays, all of which are trained, such as "
+            f"{what}: init returns {found}; it must return floating arrays, all of which are trained, such as "
             "module.init(...)['params'] or nnx.split(model, nnx.Param, ...)[1]"
         )
     names = [tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/")) for path, _ in leaves]
@@ -117,7 +119,8 @@ def _namer(what, like):
         raise InputError(f"{what}: two arrays of init have one name; name them apart")
 
     def to_dicts(params):
-        return flax.traverse_util.unflatten_dict(dict(zip(names, jax.tree.leaves(params), strict=True)))
+        leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(params)]
+        return flax.traverse_util.unflatten_dict(dict(zip(names, leaves, strict=True)))
 
     def from_dicts(params):
         flat = flax.traverse_util.flatten_dict(params)

@@ -141,7 +141,8 @@ def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> S
             raise InputError(f"{name}: {label} is not finite at stage {stage}; this solver cannot take this grid")
     stages, registers, columns = arrays[-1].shape if arrays[-1].ndim == 3 else (0, 0, 0)
     shapes_agree = stages and columns == registers + 2 and all(a.shape == (stages,) for a in arrays[1:4])
-    if not shapes_agree or arrays[0].ndim != 1 or arrays[0].size < 2 or np.shape(log_variance) not in ((), (stages, 2)):
+    variance_agrees = log_variance is None or log_variance.shape == (stages, 2)
+    if not shapes_agree or arrays[0].ndim != 1 or arrays[0].size < 2 or not variance_agrees:
         raise InputError(
             f"{name}: update has shape {arrays[-1].shape}, t {arrays[1].shape}, tau {arrays[0].shape}; "
             "want (stages, R, R + 2), (stages,), (S + 1,)"

@@ -158,9 +158,9 @@ def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:
     path = Path(folder).absolute() / str(step)
     try:
         saved = ocp.checkpointables_metadata(path).custom_metadata
-    except REASONS as error:
+    except (*REASONS, TypeError, AttributeError, RecursionError) as error:  # what a stranger made up
         raise InputError(f"checkpoint {path} cannot be read ({first_line(error)}); delete this folder") from error
-    if not saved or "config" not in saved:
+    if not isinstance(saved, dict) or "config" not in saved:
         raise InputError(f"checkpoint {path} cannot be read (it has no config); delete this folder")
     return saved
 

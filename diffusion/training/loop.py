@@ -20,10 +20,9 @@ from diffusion.training.recorder import Recorder, Row, Silent
 from diffusion.training.saving import CheckpointWriter
 from diffusion.training.step import Metrics, TrainState
 from diffusion.training.stop import Stopped, StopRequest
+from diffusion.training.trace import Trace
 
 MAX_SKIPPED_IN_ROW = 5
-PROFILED = range(10, 15)
-"""The steps that --profile traces, where 0 is the first of the process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Run:
       draw_sheet: draws samples from a state and saves them as one picture, unless it is there already.
       examples: number of steps made -> numbers of the examples in the next batch, for the report on a skipped step.
       stop: hears the signals that ask to stop.
-      profile: the folder for a trace of the steps `PROFILED`, or None.
+      profile: the folder for a trace of the steps `trace.PROFILED`, or None.
     """
 
     train_step: Callable[..., tuple[TrainState, Metrics]]
@@ -107,15 +106,21 @@ class _Loop:
         self.skipped = int(state.skipped)  # as far as they have been reported
         self.votes = 0.0  # above 0 once a process wants to stop
         self.ballots: dict[bool, jax.Array] = {}  # either vote of this process, once it is on the devices
-        self.tracing = self.traced = False
+        self.trace = Trace(run.profile, lambda: self._settle(0), progress.say)
 
     def go(self):
         """Makes the steps; returns the last state, and whether training came to its end."""
         plan, run = self.plan, self.run
         step, finished = self.start, True
         for step in range(self.start + 1, plan.num_steps + 1):
-            self._trace(step)
-            metrics = self._step(step)
+            self.trace.before(step - self.start - 1)
+            try:
+                metrics = self._step(step)
+            except Stopped:
+                if step - 1 == self.start:
+                    raise
+                finished = False  # the next batch did not come, and the steps before it are saved
+                break
             if step % plan.log_every == 0 or step == plan.num_steps:
                 self._settle(0)
                 self._log(step, metrics)
@@ -130,9 +135,7 @@ class _Loop:
                 self._save(step)
             if last:  # not self._stopping() again: after a signal since then nothing would be saved
                 break
-        self._end_trace()
-        if run.profile is not None and not self.traced:
-            self.progress.say(f"no trace: a start of fewer than {PROFILED.start + 1} steps ends before it begins")
+        self.trace.end()
         run.writer.wait()
         return self.state, finished and step >= plan.num_steps
 
@@ -162,7 +165,7 @@ class _Loop:
         return metrics
 
     def _next_batch(self, step):
-        """Returns the next batch; saves what has been trained if it cannot be read."""
+        """Returns the next batch; saves what has been trained if it cannot be read, or does not come after a signal."""
         try:
             return next(self.run.batches)
         except InputError:
@@ -171,6 +174,8 @@ class _Loop:
             if step - 1 > saved and jax.process_count() == 1:
                 self._save(step - 1)
                 self.run.writer.wait()
+            if self.run.stop.received:
+                raise Stopped from None
             raise
 
     def _interruptible(self, function, *args):
@@ -247,22 +252,7 @@ class _Loop:
         # The record is on disk before the checkpoint that vouches for it.
         self.run.writer.save(step, self.state, self.run.metadata, loss, self.run.recorder.seal())
 
-    def _trace(self, step):
-        """Begins or ends the trace where it is this step's turn."""
-        done = step - self.start - 1
-        if self.run.profile is not None and done == PROFILED.start:
-            self._settle(0)
-            jax.profiler.start_trace(self.run.profile)
-            self.tracing = self.traced = True
-        elif done == PROFILED.stop:
-            self._end_trace()
-
-    def _end_trace(self):
-        if self.tracing:
-            self._settle(0)
-            jax.profiler.stop_trace()
-            self.tracing = False
-            self.progress.say(f"wrote a trace to {self.run.profile}")
+        self.trace = Trace(run.profile, lambda: self._settle(0), progress.say)
 
 
 @jax.jit

@@ -63,7 +63,7 @@ class Record:
 
     def __init__(self, folder: Path, name: str, kind: Kind, step: int, sealed: Mapping[str, Any] | None):
         self.name = name
-        path = folder / name
+        path = self._path = folder / name
         content = _checked(path, kind, step, sealed) or kind.header.encode()
         files.write_atomically(path, content, folder)
         files.sync(folder)
@@ -75,8 +75,12 @@ class Record:
     def write(self, line: str) -> None:
         """Appends a line, which ends in a line feed."""
         content = line.encode()
-        self._file.write(content)
-        self._file.flush()
+        try:
+            self._file.write(content)
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
         self._hash.update(content)
         self._bytes += len(content)
 

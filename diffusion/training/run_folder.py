@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from diffusion import files
+from diffusion import files, keys
 from diffusion.errors import InputError, nearest
 from diffusion.model import Trained, check_finite, from_record
 from diffusion.training import checkpoints, environment, saving
@@ -89,7 +89,7 @@ class RunFolder:
 
         The caller must hold the lock. Links are refused here, before the training.
         """
-        for folder in (self.checkpoints, self.grids, self.profile):
+        for folder in (self.checkpoints, self.grids, self.profile / "plugins" / "profile"):
             files.refuse_links(folder, self.path)
         files.remove_temporaries(
             self.path, r"(config|environment)\.json|(metrics|speed)\.csv|skipped\.jsonl", self.path
@@ -150,7 +150,7 @@ def _load(folder, step, ema, networks):
     if not names or (ema and ema not in names):
         raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(model.init, keys.make(0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     ema = ema or names[0]
     params = checkpoints.load_ema(folder.checkpoints, step, ema, like)
