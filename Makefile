@@ -28,10 +28,10 @@ agreement: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,reference]"
 	$(BIN)/python -m pytest tests/agreement
 
-# Kills, full disks, flipped bits, processes and devices, with counts; about half an hour.
+# Kills, full disks, damages, hostile files, values, streams, processes and devices, with counts; about an hour.
 reliability: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -rA --no-header -m "" tests/test_reliability.py tests/test_batches.py \
-		tests/test_checkpoints.py tests/test_loop.py
+	$(BIN)/python -m pytest -rA --no-header -m "" tests/test_reliability.py tests/test_endurance.py \
+		tests/test_batches.py tests/test_checkpoints.py tests/test_loop.py
 
 # Runs the notebooks that have changed, or all where the library has; the results are pages of the site.
 NOTEBOOKS := $(patsubst notebooks/%.py,docs/notebooks/%.ipynb,$(wildcard notebooks/*.py))

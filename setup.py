@@ -30,7 +30,9 @@ setup(
         "Topic :: Scientific/Engineering :: Image Processing",
         "Typing :: Typed",
     ],
-    packages=find_packages(include=["diffusion", "diffusion.*", "configs"]),
+    # The configs go into the package: a top-level `configs` in site-packages would meet those of other projects.
+    packages=[*find_packages(include=["diffusion", "diffusion.*"]), "diffusion.configs"],
+    package_dir={"diffusion.configs": "configs"},
     package_data={"diffusion": ["py.typed"], "diffusion.pretrained": ["*.safetensors"]},
     python_requires=">=3.11",
     install_requires=[

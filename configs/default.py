@@ -14,10 +14,13 @@ def get_config() -> ml_collections.ConfigDict:
     # Where the images come from.
     config.data = ml_collections.ConfigDict()
     config.data.name = "digits"  # digits, cifar10 or images
-    config.data.path = ""  # cifar10: the archive ("" downloads it); images: a folder, .zip or .tar
+    config.data.path = ""  # cifar10: the archive ("" downloads it); images: a folder, .zip, .tar or .tar.gz
     config.data.split = ""  # part of the data; "" for the source's default
     config.data.size = 0  # images: height and width in pixels
     config.data.channels = 0  # images: 1 (grey) or 3; 0 means 3
+    config.data.labels = ""  # "": the source's classes, for images its sub-folders; none; folders: insist on them
+    config.data.skip_damaged = False  # images: leave out files that cannot be read; else they are an error
+    config.data.max_decoded = 256.0  # MiB; images: larger files, and those of more pixels than fit in it, are refused
     config.data.flip = False  # mirror images at random
     config.data.max_memory = 4.0  # GiB; larger sets of images are read from disk while training; 0: all sets of images
     config.data.workers = 0  # processes that read and decode images from disk; 0: threads of this one
@@ -25,7 +28,10 @@ def get_config() -> ml_collections.ConfigDict:
     # The noise schedule. Options follow a colon, as in cosine:max_beta=0.99,num_timesteps=500. The names are:
     config.schedule = "linear"  # linear, cosine, scaled_linear, shifted_cosine; edm and rectified_flow for edm and flow
 
-    # The network: these are the arguments of diffusion.models.UNet.
+    # The network. One of your own has its options after a second colon, as in mine:net:depth=4, not in config.model.
+    config.network = "unet"  # unet, or a function of your own as package.module:function
+
+    # The UNet: these are its arguments. Of these, num_classes also goes to a network of your own.
     config.model = ml_collections.ConfigDict()
     config.model.width = 128  # channels at full resolution
     config.model.multipliers = (1, 2, 2, 2)  # channels of each level over width; from level to level the image halves
@@ -33,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.attention_resolutions = (16,)  # image heights at which self-attention follows every block
     config.model.num_heads = 1  # attention heads
     config.model.dropout = 0.0  # rate inside the residual blocks, in training
-    config.model.num_classes = 0  # classes that the network is given as a condition; 0: unconditional
+    config.model.num_classes = 0  # classes that the network is told; 0: none, -1: all that the data has
     config.model.out_channels = 0  # 0: as many as the images have
     config.model.dtype = "float32"  # or bfloat16, for the arithmetic; parameters and normalisation stay float32
     config.model.remat = False  # compute activations again in the backward pass, to save memory

@@ -14,14 +14,12 @@ import numpy as np
 import pooch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffusion import machine
 from diffusion.errors import InputError
 
 # Parameters of glibc's mallopt (malloc.h), by which we ask for one heap for all threads, no block straight from the
 # system, and no memory given back.
 MALLOC_ARENA_MAX, MALLOC_MMAP_MAX, MALLOC_TRIM_THRESHOLD = -8, -4, -1
-
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Where a container finds its limit, as from Docker's --cpus: microseconds of CPU time per period, and the period."""
 
 SHARDED_FROM = 1024
 """Arrays with fewer elements than this are not worth sharding."""
@@ -39,23 +37,13 @@ def prepare() -> None:
     """
     _reuse_memory()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:  # JAX itself reads this variable
-        jax.config.update("jax_num_cpu_devices", _cores())
+        jax.config.update("jax_num_cpu_devices", machine.cores())
     if jax.config.jax_compilation_cache_dir is None:
         folder = Path(pooch.os_cache("diffusion"), "compiled")
         with contextlib.suppress(OSError):  # the home may be read-only; then programs are compiled each time
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-
-
-def _cores() -> int:
-    """Returns how many cores this process may use, by its affinity and by its container's limit."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # there is no such file, or it says "max"
-        return cores
 
 
 def _reuse_memory() -> None:

@@ -1,10 +1,14 @@
 """Makes starts for sampling from images and noises that are already there: image-to-image, and interpolation."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from diffusion import keys
 from diffusion.errors import InputError
+from diffusion.images import check_floats
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import Images
 
@@ -27,10 +31,12 @@ def noised(
       key: a JAX random key; image i gets the noise from which `sample` would start sample sample_ids[i].
       sample_ids: one for each image; 0..B-1 if not given.
     """
+    check_floats("images", images)
     signal, noise = schedule.at(t)
     ids = jnp.arange(len(images)) if sample_ids is None else jnp.asarray(sample_ids)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), 0))(ids)
-    eps = jax.vmap(lambda k: jax.random.normal(k, images.shape[1:], images.dtype))(keys)
+    key = keys.threefry(key)
+    of_images = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), 0))(ids)
+    eps = jax.vmap(lambda k: keys.normal(k, images.shape[1:], images.dtype))(of_images)
     return jnp.asarray(signal, images.dtype) * images + jnp.asarray(noise, images.dtype) * eps
 
 
@@ -49,6 +55,7 @@ def slerp(a: Images, b: Images, weight: float | Float[Array, "B"]) -> Images:
     """
     if a.shape != b.shape:
         raise InputError(f"slerp got shapes {a.shape} and {b.shape}; they must agree")
+    check_floats("a", a, math.inf)
     axes = tuple(range(1, a.ndim))
 
     def dot(u, v):

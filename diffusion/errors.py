@@ -1,9 +1,12 @@
-"""Defines the one exception for what a user can put right, and checks that raise it."""
+"""Defines the one exception for what a user can put right, checks that raise it, and how names are shown."""
 
 import difflib
 import math
 import numbers
+import re
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -25,11 +28,12 @@ def require_range(name: str, value: float, low: float, high: float = math.inf, *
     inside = isinstance(value, numbers.Real) and low <= value <= high
     if inside and not ("low" in open_ends and value == low) and not ("high" in open_ends and value == high):
         return
+    first, last = (str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
     if high == math.inf:
-        allowed = f"above {low:g}" if "low" in open_ends else f"at least {low:g}"
+        allowed = f"above {first}" if "low" in open_ends else f"at least {first}"
     else:
-        excluded = [f"without {end:g}" for end, word in ((low, "low"), (high, "high")) if word in open_ends]
-        allowed = ", ".join([f"in {low:g}..{high:g}", *excluded])
+        excluded = [f"without {end}" for end, word in ((first, "low"), (last, "high")) if word in open_ends]
+        allowed = ", ".join([f"in {first}..{last}", *excluded])
     raise InputError(f"{name} is {value}; it must be {allowed}")
 
 
@@ -45,3 +49,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), lower, n=1)
     guess = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{guess}valid: {', '.join(known)}"
+
+
+def failure(error: BaseException) -> str:
+    """Describes an error in the user's own code in one line: what it is, and where in that code it arose."""
+    ours = str(Path(__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not re.search(r"site-packages|<frozen", f.filename) and ours not in f.filename]
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f" ({Path(error.filename).name}, line {error.lineno})"
+    else:
+        place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    said = str(error.msg if isinstance(error, SyntaxError) else error).strip().partition("\n")[0][:300]
+    return f"{type(error).__name__}: {said}{place}" if said else f"{type(error).__name__}{place}"
+
+
+def printable(text: str) -> str:
+    """Returns text as a terminal can show it: what is not printable, such as an escape, is written out as \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,37 +1,62 @@
 """The Gaussian diffusion process in jitted functions: it noises, converts predictions and computes posteriors.
 
 Public functions are jitted and pure. They take a schedule, arrays in NHWC (or any shape with a leading axis B) and
-timesteps t > s as int scalars or int [B]. Traced code cannot raise, so a timestep outside 0..T or a step with s >= t
-gives NaN instead of a clamped value. The formulas hold for any (signal, noise) pair, not just a^2 + n^2 = 1.
+timesteps t > s as int scalars or int [B]. Images are floats, and 8-bit values are refused. Traced code cannot raise, so
+a timestep outside 0..T or a step with s >= t gives NaN instead of a clamped value. The formulas hold for any (signal,
+noise) pair, not just a^2 + n^2 = 1.
 """
+
+import functools
+import inspect
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from diffusion.images import LARGEST, check_floats
 from diffusion.schedules import NoiseSchedule, transition_var
 from diffusion.types import Images, Timesteps
 
 
-@jax.jit
+def _of_images(function):
+    """Jits a public function of images, and refuses arguments that hold 8-bit values, by name, before it is traced."""
+    jitted = jax.jit(function)
+    signature = inspect.signature(function)
+    # Only clean images have a range: noise and noisy images have the schedule's own scale.
+    largest = {"x_0": LARGEST, "x_t": math.inf, "eps": math.inf}
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if name in largest:
+                check_floats(name, value, largest[name])
+        return jitted(*args, **kwargs)
+
+    # What a jitted function can do besides being called, such as `lower`.
+    vars(checked).update({name: getattr(jitted, name) for name in dir(jitted) if not name.startswith("__")})
+    return checked
+
+
+@_of_images
 def q_sample(schedule: NoiseSchedule, x_0: Images, t: Timesteps, eps: Images) -> Images:
     """Noises x_0 in one jump, x_t = a_t x_0 + n_t eps: the forward process (DDPM, arXiv:2006.11239, Eq. 4)."""
     return _signal(schedule, t, x_0) * x_0 + _noise(schedule, t, x_0) * eps
 
 
-@jax.jit
+@_of_images
 def predict_x0(schedule: NoiseSchedule, x_t: Images, t: Timesteps, eps: Images) -> Images:
     """Computes x_0 = (x_t - n_t eps) / a_t from x_t and its noise (DDPM, Eq. 15); not finite where a_t = 0."""
     return (x_t - _noise(schedule, t, x_t) * eps) / _signal(schedule, t, x_t)
 
 
-@jax.jit
+@_of_images
 def predict_eps(schedule: NoiseSchedule, x_t: Images, t: Timesteps, x_0: Images) -> Images:
     """Computes eps = (x_t - a_t x_0) / n_t, the inverse of predict_x0; not finite at t = 0."""
     return (x_t - _signal(schedule, t, x_t) * x_0) / _noise(schedule, t, x_t)
 
 
-@jax.jit
+@_of_images
 def velocity(schedule: NoiseSchedule, x_0: Images, t: Timesteps, eps: Images) -> Images:
     """Computes v = a_t eps - n_t x_0 (Salimans & Ho, arXiv:2202.00512, appendix D).
 
@@ -40,7 +65,7 @@ def velocity(schedule: NoiseSchedule, x_0: Images, t: Timesteps, eps: Images) ->
     return _signal(schedule, t, x_0) * eps - _noise(schedule, t, x_0) * x_0
 
 
-@jax.jit
+@_of_images
 def posterior(
     schedule: NoiseSchedule, x_t: Images, x_0: Images, t: Timesteps, s: Timesteps
 ) -> tuple[Images, Float[Array, ""] | Float[Array, "B"]]:
@@ -123,9 +148,8 @@ def _at(values, t):
 
 
 def _expand(coefficient, x):
-    """Gives a scalar or [B] coefficient the trailing axes of x, and x's dtype where that is a real one."""
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        coefficient = coefficient.astype(x.dtype)
+    """Gives a scalar or [B] coefficient the trailing axes of x, and x's dtype."""
+    coefficient = coefficient.astype(x.dtype)
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - 1)) if coefficient.ndim else coefficient
 
 

@@ -46,7 +46,7 @@ class Guidance:
 
     def acts(self) -> bool:
         """Whether it changes anything, and so is worth the second answer."""
-        at_one = not isinstance(self.scale, jax.Array) and not callable(self.scale) and np.all(self.scale == 1)
+        at_one = not isinstance(self.scale, jax.core.Tracer) and not callable(self.scale) and np.all(self.scale == 1)
         return not at_one or self.rule.partition(":")[0] in ACT_AT_ONE
 
     def check(self, cond: Any, acts: bool = True) -> None:

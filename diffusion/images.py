@@ -6,19 +6,53 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from diffusion.errors import InputError
 from diffusion.files import write_atomically
+
+LARGEST = 32.0
+"""No clean sample is that large, be it of pixels or of latents scaled to a variance near 1; 8-bit pixels are."""
 
 HALF_BIN = 1 / 255
 """Half the distance between neighbouring values of an 8-bit pixel in [-1, 1]."""
 
 
 def to_floats(images: UInt8[np.ndarray, "*shape"], dtype: Any = np.float32) -> Float[np.ndarray, "*shape"]:
-    """Turns 8-bit values into floats in [-1, 1]; takes NumPy and JAX arrays, and works inside jit."""
+    """Turns 8-bit values into floats in [-1, 1]; takes NumPy and JAX arrays, and works inside jit.
+
+    Raises:
+      InputError: the values are floats already.
+    """
+    if jax.dtypes.issubdtype(images.dtype, np.inexact):
+        raise InputError(f"images have type {images.dtype}; give uint8 values in 0..255")
     return images.astype(dtype) / 127.5 - 1
+
+
+def check_floats(name: str, values: Any, largest: float = LARGEST) -> None:
+    """Raises InputError where 8-bit values were given for pixels in [-1, 1], or an array of whole numbers.
+
+    Traced arrays show only their type.
+
+    Args:
+      name: of the argument, for the error.
+      values: an array or a number.
+      largest: no |value| may be above it.
+    """
+    remedy = "pixels are floats in [-1, 1]: give diffusion.images.to_floats of uint8 images, which is v / 127.5 - 1"
+    dtype = jax.dtypes.result_type(values)
+    if not jax.dtypes.issubdtype(dtype, np.inexact) and not isinstance(values, int):
+        raise InputError(f"{name} has type {dtype}; {remedy}")
+    if isinstance(values, jax.Array) and (isinstance(values, jax.core.Tracer) or not values.is_fully_addressable):
+        return
+    if math.isinf(largest):
+        return
+    found = float(abs(values).max()) if isinstance(values, jax.Array) else float(np.abs(values).max(initial=0.0))
+    if found > largest:
+        raise InputError(f"{name} holds values as large as {found:g}; {remedy}")
 
 
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

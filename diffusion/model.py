@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -11,14 +12,17 @@ import numpy as np
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
-from diffusion import options, schedules
-from diffusion.errors import InputError
+from diffusion import keys, options, schedules
+from diffusion.errors import InputError, failure, require_range
 from diffusion.images import to_floats, to_uint8
-from diffusion.models import UNet, as_apply_fn
+from diffusion.models import Network, UNet, adapt, as_apply_fn
 from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES
 from diffusion.predictions import check_known
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import ApplyFn, Params
+
+UNET = "unet"
+"""What config.network is for the network that comes with the library, `models.UNet`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,42 +133,85 @@ def make_schedule(text: str) -> NoiseSchedule:
     return choice.function(**choice.options)
 
 
-def make_model(config: ConfigDict, image_shape: tuple[int, int, int], class_names: tuple[str, ...] = ()) -> Model:
+def make_model(
+    config: ConfigDict,
+    image_shape: tuple[int, int, int],
+    class_names: tuple[str, ...] = (),
+    networks: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+) -> Model:
     """Returns the model that the config of a run describes.
 
     Args:
       config: the whole config; see `current_config` for those of earlier versions.
       image_shape: (H, W, C) of the images.
       class_names: of the data; numbers if not given.
+      networks: functions of the user's own by the names that config.network gives them, as {"mine:net": mine.net}. Each
+        takes (image_shape, out_channels, num_classes) and its options, and returns init and apply as `models.adapt`
+        takes them. Nothing is imported here, because a config can come from anybody.
 
     Raises:
-      InputError: a field out of its range, or a network that does not fit the images.
+      InputError: a field out of its range, or a network that does not fit the images or is not in `networks`.
     """
     check_known(config.train.prediction, "config.train.prediction")
     objective = options.parse("config.train.objective", config.train.objective, OBJECTIVES, leading=4).name
     learned_variance = objective in LEARN_VARIANCE
     channels = image_shape[-1] * (2 if learned_variance else 1)
-    module = UNet(**{**config.model, "out_channels": config.model.out_channels or channels})
+    name, num_classes = config.get("network", UNET), config.model.num_classes
+    if name == UNET:
+        network = _unet(config.model, image_shape, channels, objective)
+    else:
+        network = _own_network(name, networks, image_shape, channels, num_classes)
+    names = tuple(class_names) or tuple(map(str, range(num_classes)))
+    return Model(
+        apply_fn=network.apply_fn,
+        schedule=make_schedule(config.schedule),
+        space=pixels(image_shape),
+        prediction=config.train.prediction,
+        conditions=Conditions(names, num_classes) if num_classes else None,
+        init=jax.jit(keys.pinned(network.init)),
+        learned_variance=learned_variance,
+    )
+
+
+def _unet(config, image_shape, channels, objective):
+    """Returns the UNet of the section config.model."""
+    _check_size(config)
+    module = UNet(**{**config, "out_channels": config.out_channels or channels})
 
     def init(key):
         return module.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
 
-    jax.eval_shape(init, jax.random.key(0))  # raises what is wrong with the fields before anything is computed
+    jax.eval_shape(init, keys.make(0))  # raises what is wrong with the fields before anything is computed
     if module.out_channels != channels:
         raise InputError(
             f"config.model.out_channels is {module.out_channels}; images have {image_shape[-1]} channels and objective "
             f"{objective} wants {channels}, set 0 or that"
         )
-    names = tuple(class_names) or tuple(map(str, range(module.num_classes)))
-    return Model(
-        apply_fn=as_apply_fn(module),
-        schedule=make_schedule(config.schedule),
-        space=pixels(image_shape),
-        prediction=config.train.prediction,
-        conditions=Conditions(names, module.num_classes) if module.num_classes else None,
-        init=jax.jit(init),
-        learned_variance=learned_variance,
-    )
+    return Network(init, as_apply_fn(module))
+
+
+def _own_network(text, networks, image_shape, channels, num_classes):
+    """Returns the network that a function of the user's own makes."""
+    name = options.own_name(text)
+    if not name:
+        raise InputError(f"config.network is {text!r}; it must be {UNET}, or your own as package.module:function")
+    if name not in networks:
+        raise InputError(
+            f"the network of this model is {name}, Python code that does not come with it; if you trust that code, "
+            f"name it: --network={name}, or networks={{{name!r}: function}} in Python"
+        )
+    require_range("config.model.num_classes", num_classes, 0)
+    what = f"network {name}"
+    choice = options.parse_own("network", text, networks[name], ("image_shape", "out_channels", "num_classes"))
+    try:
+        parts = choice.function(tuple(image_shape), channels, num_classes, **choice.options)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} fails with {failure(error)}") from error
+    if not isinstance(parts, tuple | list) or len(parts) != 2:
+        raise InputError(f"{what} returns a {type(parts).__name__}; it must return two functions, init and apply")
+    return adapt(*parts, image_shape, out_channels=channels, num_classes=num_classes, what=what)
 
 
 def current_config(saved: Mapping[str, Any]) -> ConfigDict:
@@ -203,12 +250,17 @@ Describing a network takes time for each block, and none for its width; a millio
 """
 
 
-def from_record(saved: Mapping[str, Any], where: str) -> tuple[ConfigDict, Model]:
+def from_record(
+    saved: Mapping[str, Any],
+    where: str,
+    networks: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+) -> tuple[ConfigDict, Model]:
     """Returns the config and the model that a file or checkpoint describes, which may come from anybody.
 
     Args:
       saved: holds "config", "image_shape" and, where there are classes, "class_names".
       where: what the error calls it, such as "checkpoint runs/digits/checkpoints/5".
+      networks: see `make_model`.
 
     Raises:
       InputError: a field is missing, of another type, out of its range, or so large that no network has it.
@@ -226,11 +278,12 @@ def from_record(saved: Mapping[str, Any], where: str) -> tuple[ConfigDict, Model
             raise ValueError(f"image_shape is {shape!r}"[:100])
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise TypeError("class_names are no list of texts")
-        _check_size(config.model)
         count = config.model.num_classes
         if names and count and len(names) != count:
             raise ValueError(f"it has {len(names)} names for {count} classes")
-        return config, make_model(config, tuple(shape), tuple(names) if count else ())
+        return config, make_model(config, tuple(shape), tuple(names) if count else (), networks)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     except Exception as error:  # what a stranger wrote raises nearly any exception
         reason = " ".join(f"{'no ' if isinstance(error, KeyError) else ''}{error}".split())[:200]
         raise InputError(f"{where} describes no model that this version knows ({reason})") from None
@@ -240,9 +293,9 @@ def _check_size(config):
     """Refuses a network that would take forever only to describe."""
     numbers = [n for value in config.values() for n in (value if isinstance(value, list | tuple) else [value])]
     if any(isinstance(n, int | float) and not abs(n) <= MAX_NUMBER for n in numbers):
-        raise ValueError(f"config.model has a number above {MAX_NUMBER:,}")
+        raise InputError(f"config.model has a number above {MAX_NUMBER:,}; give smaller ones")
     if config.num_blocks * len(config.multipliers) > MAX_BLOCKS:
-        raise ValueError(f"config.model has more than {MAX_BLOCKS:,} blocks")
+        raise InputError(f"config.model has more than {MAX_BLOCKS:,} blocks; give fewer")
 
 
 def check_finite(params: Params, where: str) -> None:

@@ -2,6 +2,9 @@
 
 A name stands for a function of the library, such as a solver (schedule, tau, eta=0.0). The program fills in its first
 parameters; all others are options, and the type of an option's default is the type that its text is read as.
+
+A function of the user's own is named where Python finds it: "package.module:function" or
+"package.module:function:key=value". Nothing here imports one.
 """
 
 import inspect
@@ -13,6 +16,9 @@ from diffusion.errors import InputError, nearest
 
 REQUIRED = inspect.Parameter.empty
 """Stands for the default of an option that has none."""
+
+_DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+_OWN = re.compile(rf"({_DOTTED}:[^\W\d]\w*)(?::(.*))?", re.DOTALL)
 
 
 class Choice(NamedTuple):
@@ -44,8 +50,8 @@ def defaults(function: Callable[..., Any], leading: int) -> dict[str, Any]:
       function: anything with a signature.
       leading: how many of its first parameters are no options, because the program fills them in.
     """
-    parameters = list(inspect.signature(function).parameters.values())
-    return {p.name: p.default for p in parameters[leading:]}
+    parameters = list(inspect.signature(function).parameters.values())[leading:]
+    return {p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def parse(what: str, text: str, known: Mapping[str, Callable[..., Any]], leading: int) -> Choice:
@@ -89,6 +95,46 @@ def parse(what: str, text: str, known: Mapping[str, Callable[..., Any]], leading
     parameters = inspect.signature(known[name]).parameters
     options = {key: _value(f"{what} option {name}:{key}", text, parameters[key]) for key, text in texts.items()}
     return Choice(name, known[name], options)
+
+
+def own_name(text: str) -> str:
+    """Returns "package.module:function" if the text names a function of the user's own, with or without options.
+
+    Returns "" for all other texts.
+    """
+    match = _OWN.fullmatch(str(text))
+    return match[1] if match else ""
+
+
+def parse_own(what: str, text: str, function: Callable[..., Any], first: tuple[str, ...]) -> Choice:
+    """Reads the options of a function of the user's own, as `parse` does.
+
+    Args:
+      what: what to call the choice in errors, as "sampler".
+      text: the choice, as "package.module:function:key=value".
+      function: what the text names.
+      first: the names of the parameters that the program fills in, for errors; the function may call them otherwise.
+
+    Raises:
+      InputError: a function that cannot take these parameters, or as `parse`; an option without a default is missing.
+    """
+    name = own_name(text)
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # it is no function, or one without a signature
+        parameters = []
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < len(first):
+        takes = ", ".join(p.name for p in parameters)
+        raise InputError(f"{what} {name} takes ({takes}); it must take ({', '.join(first)}) and then its options")
+    short = name.partition(":")[2]
+    try:
+        choice = parse(what, f"{short}:{_OWN.fullmatch(text)[2] or ''}", {short: function}, len(first))
+    except InputError as error:
+        raise InputError(str(error).replace(f"write {short}:", f"write {name}:")) from None
+    if missing := choice.missing(len(first)):
+        raise InputError(f"{what} {name} needs {missing[0]}; write {name}:{missing[0]}=VALUE")
+    return choice._replace(name=name)
 
 
 def write(choice: Choice, leading: int) -> str:

@@ -9,10 +9,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from diffusion import predictions
+from diffusion import keys, predictions
 from diffusion.denoiser import Options, check_options, denoise, log_variance_between
 from diffusion.errors import InputError, nearest
 from diffusion.guidance import Guidance, Now
+from diffusion.images import LARGEST, check_floats
 from diffusion.predictions import Reading
 from diffusion.solvers.table import SamplerTable
 from diffusion.types import ApplyFn, Images, Params
@@ -96,7 +97,7 @@ def sample(  # noqa: PLR0913
       apply_fn: the network; hashable, and the same object at every call, or each call compiles again.
       params: its weights.
       table: from a function in `diffusion.solvers`.
-      key: a JAX random key.
+      key: a JAX random key. Whatever generator it is of, the package's own draws, see `diffusion.keys`.
       num_samples: N.
       sample_shape: the shape of one sample, (H, W, C) for images.
       prediction: what the network was trained to predict, a key of `diffusion.predictions.PREDICTIONS`.
@@ -124,10 +125,12 @@ def sample(  # noqa: PLR0913
       TypeError: an unknown keyword.
     """
     # Check what was asked for.
+    _check_table(table)
     clip = {None: "none", False: "none", True: "recompute"}.get(clip, clip)
     options = Options(clip, dynamic_threshold, table.log_variance is not None)
     check_options(prediction, options)
     check_prediction(table, prediction)
+    key = keys.threefry(key)
     ids = _check_ids(sample_ids, num_samples)
     x_init = _check_start(x_init, (num_samples, *sample_shape), table)
     known = _check_known(known, (num_samples, *sample_shape))
@@ -139,10 +142,21 @@ def sample(  # noqa: PLR0913
     scales = None if guidance is None else guidance.scales(table.t)
     stages = _Stage(np.arange(table.nfe), reading, table.update, table.log_variance, scales)
     shared = None if guidance is None else guidance.replace(scale=None, interval=None, rescale=1.0 * guidance.rescale)
-    start_std = (table.signal[0] ** 2 + table.noise[0] ** 2) ** 0.5
     shape = tuple(sample_shape)
-    inputs = _Inputs(params, key, ids, cond, shared, known, x_init, start_std, apply_fn, shape, options)
+    inputs = _Inputs(params, key, ids, cond, shared, known, x_init, _start_std(table), apply_fn, shape, options)
     return _run(inputs, stages, return_trajectory)
+
+
+def _check_table(table):
+    """Raises InputError for what is often given in the place of a table."""
+    if isinstance(table, SamplerTable):
+        return
+    make = "make one by solver(schedule, tau), as diffusion.solvers.ddim(schedule, tau)"
+    if callable(table):
+        raise InputError(f"table is the function {getattr(table, '__name__', table)}, not a table of it; {make}")
+    if isinstance(table, jax.Array | np.ndarray | list | tuple):
+        raise InputError(f"table is an array or a list, perhaps a grid tau; {make}")
+    raise InputError(f"table is a {type(table).__name__}; {make}")
 
 
 def _check_ids(sample_ids, num_samples):
@@ -160,7 +174,15 @@ def _check_start(x_init, shape, table):
     x_init = jnp.asarray(x_init)
     if x_init.shape != shape or not jnp.issubdtype(x_init.dtype, jnp.floating):
         raise InputError(f"x_init has shape {x_init.shape}, type {x_init.dtype}; give real numbers of {shape}")
+    # A start holds noise, whose scale is the schedule's own: 80 at T in EDM's.
+    if _is_concrete(table.signal) and _is_concrete(table.noise):
+        check_floats("x_init", x_init, LARGEST * max(1.0, float(_start_std(table))))
     return x_init
+
+
+def _start_std(table):
+    """Returns the standard deviation of the noise that sampling starts from."""
+    return (table.signal[0] ** 2 + table.noise[0] ** 2) ** 0.5
 
 
 def _check_conditions(num_samples, cond):
@@ -207,10 +229,14 @@ def _check_known(known, shape):
     if known is None:
         return None
     try:
-        values, mask = (jnp.broadcast_to(jnp.asarray(part), shape) for part in known)
+        values, mask = (part if isinstance(part, int | float) else jnp.asarray(part) for part in known)
+        placed = tuple(jnp.broadcast_to(part, shape) for part in (values, mask))
     except (ValueError, TypeError):
         raise InputError(f"known must be (values, mask), each of a shape that broadcasts to {shape}") from None
-    return values, mask
+    check_floats("known values", values)
+    if _is_concrete(mask) and not np.all((np.asarray(mask) >= 0) & (np.asarray(mask) <= 1)):
+        raise InputError("the mask of known holds values outside 0..1; give 1 where pixels are known, and 0 elsewhere")
+    return placed
 
 
 def _is_concrete(array):
@@ -218,14 +244,15 @@ def _is_concrete(array):
 
 
 @partial(jax.jit, static_argnames="return_trajectory")
+@keys.pinned
 def _run(inputs: _Inputs, stages: _Stage, return_trajectory: bool):
-    keys = jax.vmap(lambda i: jax.random.fold_in(inputs.key, i))(inputs.sample_ids)
+    sample_keys = jax.vmap(lambda i: jax.random.fold_in(inputs.key, i))(inputs.sample_ids)
     dtype = jnp.result_type(float) if inputs.x_init is None else inputs.x_init.dtype
     stages, known = _in_precision(stages, dtype), jax.tree.map(lambda leaf: leaf.astype(dtype), inputs.known)
     network = partial(inputs.apply_fn, inputs.params)
 
     def noise(stage_id):
-        return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, stage_id), inputs.sample_shape, dtype))(keys)
+        return jax.vmap(lambda k: keys.normal(jax.random.fold_in(k, stage_id), inputs.sample_shape, dtype))(sample_keys)
 
     def step(state, stage):
         registers, memory = state

@@ -5,13 +5,11 @@ A page says where such a part goes with a line `<!-- generated: KIND ARGUMENTS -
 
 import ast
 import importlib
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,10 +45,10 @@ def fill(page: str) -> str:
 
 
 def public_modules() -> list[str]:
-    """Returns the names of all modules of the library, but not of its programs: diffusion/train.py and the like."""
+    """Returns the names of all modules of the library, but not of its programs, such as diffusion/commands/train.py."""
     programs = {path.name for path in ROOT.glob("*.py")}
     paths = [path for path in sorted((ROOT / "diffusion").glob("**/*.py")) if path.stat().st_size]
-    paths = [path for path in paths if path.parent.name != "diffusion" or path.name not in programs]
+    paths = [path for path in paths if path.parent.name not in ("diffusion", "commands") or path.name not in programs]
     parts = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
     names = [".".join(part).removesuffix(".__init__") for part in parts]
     return sorted(name for name in names if "._" not in name and name != "diffusion")
@@ -105,24 +103,16 @@ def flags(page: str, *programs: str) -> str:
 
 def fields(page: str) -> str:
     """Returns every field of configs/default.py with its default and its comment, section by section."""
-    source = (ROOT / "configs" / "default.py").read_text()
-    comments = _comments(source)
-    body = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "get_config").body
+    from diffusion.commands import config_files
+
     sections = {"": ["## Outside the sections\n"]}
-    for node in body:
-        name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
-        if not name.startswith("config."):
-            continue
-        about, value = _comment_of(node, comments), node.value
-        is_section = isinstance(value, ast.Call)
-        section = sections.get(".".join(name.split(".")[:2]), sections[""])
-        if is_section and name.count(".") == 1:
+    for name, default, about in config_files.fields():
+        about = _markdown(about)
+        if not default:
             sections[name] = [f"\n## {name}\n\n{about[:1].upper()}{about[1:]}\n"]
-        elif is_section and value.args:
-            for key, default in zip(value.args[0].keys, value.args[0].values, strict=True):
-                section.append(_field(f"{name}.{key.value}", default, source, _comment_of(key, comments)))
         else:
-            section.append(_field(name, None if is_section else value, source, about))
+            section = sections.get(name.rpartition(".")[0], sections[""])
+            section.append(f"- `{name}` = `{default}`{DASH * bool(about)}{about}")
     return "\n".join(line for lines in sections.values() for line in lines)
 
 
@@ -161,30 +151,9 @@ def _takes(flag):
     return f"*{words[0].upper()}{words[1:]}.*" if words else ""
 
 
-def _field(name, default, source, about):
-    value = "" if default is None else f" = `{ast.get_source_segment(source, default)}`"
-    return f"- `{name}`{value}{DASH * bool(about)}{about}"
-
-
 def _markdown(text):
     """Returns text as Markdown in which code is code and all other signs mean themselves."""
     parts = re.split(CODE, " ".join(text.split()))
     escaped = [re.sub(r"([\\`*_\[\]<>#|$~{}])", r"\\\1", part) for part in parts[::2]]
     code = [f"`{part.strip('`')}`" for part in parts[1::2]] + [""]
     return "".join(plain + span for plain, span in zip(escaped, code, strict=True))
-
-
-def _comments(source):
-    """Returns {line: (text, whether the comment has the line to itself)}."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    found = [token for token in tokens if token.type == tokenize.COMMENT]
-    return {token.start[0]: (token.string[1:].strip(), token.line.lstrip().startswith("#")) for token in found}
-
-
-def _comment_of(node, comments):
-    """Returns the comments above a statement and on its lines, as Markdown."""
-    first = node.lineno
-    while comments.get(first - 1, ("", False))[1]:
-        first -= 1
-    texts = [comments[line][0] for line in range(first, node.end_lineno + 1) if line in comments]
-    return _markdown(" ".join(texts))

@@ -41,8 +41,8 @@ workspace = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## A folder
 #
-# Any tree of JPEG or PNG files, or a .zip or .tar of one. Sizes may differ. Where every image lies in a sub-folder, the
-# sub-folders are classes. Here: 400 discs and crosses.
+# Any tree of JPEG, PNG, WebP, TIFF or BMP files, or a .zip or .tar of one. Sizes may differ. Sub-folders are classes,
+# and the folders in them belong to them. Here: 400 discs and crosses.
 
 # %%
 rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ for number in range(400):
 
 # %%
 dataset = data.load("images", path=str(workspace / "pictures"), size=8, channels=1)
-print(dataset.images.shape, dataset.images.dtype, dataset.class_names)
+print(dataset.images.shape, dataset.images.dtype, dataset.counts())
 
 
 def show(images, title, columns=12):

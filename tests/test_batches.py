@@ -2,22 +2,27 @@
 
 import contextlib
 import gc
+import io
 import itertools
 import multiprocessing
 import os
 import pickle
+import re
 import signal
+import threading
 import time
 import zipfile
 
 import numpy as np
 import pytest
+from commands import ROOT, error_line, run, train
+from PIL import Image
 from test_data import encoded, noise, raises, write_folder, write_tar, write_zip
 
 from configs import default
 from diffusion import data
 from diffusion.commands import experiment
-from diffusion.data import batching, order
+from diffusion.data import batching, order, streaming
 
 COUNT, SIDE, BATCH = 30, 6, 12  # three epochs do not end with a batch
 
@@ -143,8 +148,19 @@ def test_changing_a_batch_changes_neither_the_data_nor_later_batches():
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"start": -1}, "step=-1"),
-        ({"workers": -1}, "config.data.workers is -1"),
-        *(({"rows": rows}, r"0\.\.11") for rows in (range(0), range(12, 13), slice(6, 13), slice(-1, 3), slice(5, 5))),
+        ({"workers": -1}, "workers=-1 is out of range"),
+        *(
+            ({"rows": rows}, r"0\.\.11")
+            for rows in (
+                range(0),
+                range(12, 13),
+                slice(6, 13),
+                slice(-1, 3),
+                slice(5, 5),
+                slice(0, 5, 0),
+                slice(-13, 5),
+            )
+        ),
     ],
     ids=str,
 )
@@ -286,7 +302,7 @@ def test_workers_outlive_the_signals_that_ask_the_run_to_stop_and_their_death_is
         assert_equal(first + list(itertools.islice(iterator, 39)), reference)
         os.kill(workers_alive()[0].pid, signal.SIGKILL)
         for _ in range(2):
-            with raises("has died .*exit code -9.*lower config.data.workers"):
+            with raises("has died .*exit code -9.*fewer than workers=2"):
                 for _ in range(1000):
                     next(iterator)
     assert not workers_alive()
@@ -329,7 +345,7 @@ def test_data_is_streamed_where_its_pixels_exceed_max_memory(folder):
     gib = COUNT * SIDE * SIDE * 3 / 2**30
     assert isinstance(load(folder, gib).images, np.ndarray)
     assert isinstance(load(folder, gib * 0.999).images, data.ImageFiles)
-    with raises("config.data.max_memory is -1"):
+    with raises("max_memory=-1 is out of range"):
         load(folder, -1)
 
 
@@ -351,13 +367,24 @@ def test_tar_gz_is_not_streamed_but_held(tmp_path, folder, held):
             load(path)
 
 
-def test_only_the_first_image_is_read_at_the_start(tmp_path):
-    path = write_numbered(tmp_path)
-    (path / "a" / "00004.png").write_bytes(b"<html>")
-    assert len(load(path).images) == COUNT
-    (path / "a" / "00000.png").write_bytes(b"<html>")
-    with raises("image a/00000.png cannot be read"):
-        load(path)
+def test_of_a_streamed_set_those_images_are_tried_that_stand_for_it(tmp_path):
+    count = 250
+    path = write_numbered(tmp_path, count)
+    good = data.fingerprint(load(path))
+    tried = {k * (count - 1) // 99 for k in range(100)}
+    for i in (min(tried - {0}), min(set(range(count)) - tried)):
+        name = sorted(path.rglob("*.png"))[i]
+        inner, content = str(name.relative_to(path)), name.read_bytes()
+        name.write_bytes(b"<html>")
+        if i in tried:
+            with raises(rf"image {inner} cannot be read .* \(100 of 250 were tried; train.py --check reads them all"):
+                load(path)
+        else:
+            assert len(load(path).images) == count
+        listed, number = data.check("images", path=str(path), size=SIDE)
+        assert ([image.name for image in listed], number) == ([inner], count)
+        name.write_bytes(content)
+    assert data.fingerprint(load(path)) == good
 
 
 def test_damage_in_an_archive_is_found_when_the_image_is_read(tmp_path, folder):
@@ -419,3 +446,136 @@ def test_fingerprint_tells_arrays_apart(count):
 def test_steps_have_no_end():
     steps = batching.Steps(plain(), BATCH, 0, 10**12, True, range(BATCH))
     assert steps[0].images.shape == (BATCH, SIDE, SIDE, 3)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_good_copy_in_place_of_a_damaged_image_lets_the_run_go_on(tmp_path, sampled):
+    """The run finds damage before its first step, or in the middle; the copy has other bytes in either case."""
+    path = write_numbered(tmp_path, 250)
+    names = sorted(path.rglob("*.png"))
+    tried = {k * 249 // 99 for k in range(100)}
+    name = names[next(i for i in range(1, 250) if (i in tried) == sampled)]
+    content = name.read_bytes()
+    name.write_bytes(content[:40])
+    if sampled:
+        with raises("put a good copy in its place"):
+            load(path)
+        name.write_bytes(encoded(Image.open(io.BytesIO(content)), compress_level=0))
+        load(path)
+        return
+    started = load(path)
+    with raises("put a good copy in its place"):
+        take(started, 22)
+    name.write_bytes(encoded(Image.open(io.BytesIO(content)), compress_level=0))
+    resumed = load(path)
+    assert data.fingerprint(resumed) == data.fingerprint(started)
+    assert_equal(take(resumed, 22), take(load(path, 1.0), 22))
+
+
+@pytest.mark.parametrize("max_memory", [0.0, 1.0])
+def test_damaged_images_are_left_out_and_the_set_is_that_of_the_others(tmp_path, max_memory):
+    path, whole = write_numbered(tmp_path / "some", 250), write_numbered(tmp_path / "others", 250)
+    gone = [f"{'ab'[i % 2]}/{i:05}.png" for i in (0, 7, 8, 249)]
+    for name in gone:
+        (path / name).write_bytes(b"<html>")
+        (whole / name).unlink()
+    dataset, others = load(path, max_memory, skip_damaged=True), load(whole, max_memory)
+    np.testing.assert_array_equal(dataset.images[:], others.images[:])
+    np.testing.assert_array_equal(dataset.labels, others.labels)
+    assert data.fingerprint(dataset) == data.fingerprint(others)
+    assert dataset.damaged == tuple(sorted(gone))
+    assert list(dataset.notes()) == [f"left out 4 images that cannot be read: {', '.join(sorted(gone))}"]
+    assert_equal(take(dataset, 9), take(others, 9))
+    (path / gone[0]).write_bytes(encoded(numbered(0)))  # as a repaired image is no part of the run
+    assert data.fingerprint(load(path, max_memory, skip_damaged=True)) != data.fingerprint(dataset)
+
+
+def test_a_class_without_a_readable_image_is_refused(tmp_path):
+    files = {"a/1.png": encoded(numbered(1)), "b/1.png": b"<html>"}
+    with raises("no image of class b can be read, such as b/1.png .cannot identify"):
+        load(write_folder(tmp_path / "one", files), skip_damaged=True)
+    with raises("1 of 1 images cannot be read|image b/1.png cannot be read"):
+        load(write_folder(tmp_path / "all", {"b/1.png": b"<html>"}), skip_damaged=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- hanging
+
+
+class Hanging:
+    """Images of which the first batch comes and no other ever does, as on a network disk that is gone."""
+
+    dtype, ndim, shape = np.dtype(np.uint8), 4, (COUNT, SIDE, SIDE, 3)
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        if HANGS.is_set():
+            time.sleep(600)
+        HANGS.set()
+        return np.zeros((len(index), *self.shape[1:]), np.uint8)
+
+
+HANGS = threading.Event()
+
+
+def test_hung_workers_keep_nobody_from_stopping(monkeypatch):
+    monkeypatch.setattr(streaming, "PATIENCE", 1.0)
+    stop = threading.Event()
+    dataset = data.Dataset(Hanging(), None, ())
+    iterator = data.batches(dataset, batch_size=BATCH, seed=1, workers=1, stopping=stop.is_set)
+    next(iterator)
+    (worker,) = workers_alive()
+    begin = time.monotonic()
+    threading.Timer(0.5, stop.set).start()
+    with raises("no images came after the run was asked to stop"):
+        next(iterator)
+    iterator.close()
+    assert 1 < time.monotonic() - begin < 10
+    worker.join(5)
+    assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("build", [slice(-3, None), slice(None, None, -1), slice(2, -2), slice(-12, 12, 5)], ids=str)
+def test_rows_may_be_counted_from_the_end(held, build):
+    whole = take(held, 2)
+    for some, all_rows in zip(take(held, 2, rows=build), whole, strict=True):
+        np.testing.assert_array_equal(some.images, all_rows.images[build])
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+IMAGES = (f"--config={ROOT}/configs/images.py", "--config.data.path=set", f"--config.data.size={SIDE}")
+
+
+def test_train_check_lists_every_damaged_image_and_trains_nothing(tmp_path):
+    path = write_numbered(tmp_path / "set")
+    assert "all 30 images can be read" in run("train.py", *IMAGES, "--check", cwd=tmp_path).stdout
+    for name in ("a/00002.png", "b/00007.png"):
+        (path / name).write_bytes(b"<html>")
+    result = run("train.py", *IMAGES, "--check", "--config.data.max_memory=0", cwd=tmp_path)
+    assert result.stdout.splitlines() == [f"{n} (cannot identify image file)" for n in ("a/00002.png", "b/00007.png")]
+    assert re.search("2 of 30 images cannot be read, as listed; .*config.data.skip_damaged=True", error_line(result))
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.reliability
+def test_a_run_that_a_damaged_image_ended_goes_on_after_its_repair(tmp_path):
+    path = write_numbered(tmp_path / "set", 250)
+    names = sorted(path.rglob("*.png"))
+    damaged = names[next(i for i in range(250) if i not in {k * 249 // 99 for k in range(100)})]
+    content = damaged.read_bytes()
+    damaged.write_bytes(b"<html>")
+    options = (*IMAGES, "--config.data.max_memory=0", "--workdir=run", "--config.train.num_steps=40")
+    failed = train(tmp_path, *options)
+    assert "put a good copy in its place" in error_line(failed)
+    damaged.write_bytes(encoded(Image.open(io.BytesIO(content)), compress_level=0))
+    assert train(tmp_path, *options).returncode == 0
+    # With the damaged one left out it is another run, and says so.
+    damaged.write_bytes(b"<html>")
+    other = (*options, "--workdir=other", "--config.data.skip_damaged=True", "--config.train.num_steps=3")
+    started = train(tmp_path, *other)
+    assert started.returncode == 0, started.stderr
+    assert f"left out 1 images that cannot be read: {damaged.relative_to(path)}" in started.stdout
+    damaged.write_bytes(content)
+    assert "num_examples is 250, the run has 249" in error_line(train(tmp_path, *other, "--config.train.num_steps=4"))

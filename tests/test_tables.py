@@ -1,5 +1,8 @@
 """Laws of the DDIM and DDPM tables, and of the exact propagation of Gaussian data through any table."""
 
+import dataclasses
+from html.parser import HTMLParser
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,6 +169,44 @@ def test_a_long_table_prints_its_first_and_last_stages():
     assert lines[2].split()[0] == "1000.00"
     assert lines[-1].split()[0] == "1.00"
     assert len(str(ddim(LINEAR, timesteps.uniform(LINEAR, 5))).splitlines()) == 7
+
+
+class _Cells(HTMLParser):
+    """Collects the texts of each row of a table, and fails on a tag that no table has."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.caption, self.open = [], "", []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        assert tag in ("table", "caption", "tr", "th", "td")
+        self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1] == "caption":
+            self.caption += data
+        else:
+            self.rows[-1][-1] += data
+
+
+@pytest.mark.parametrize("steps", [3, 40])
+def test_a_notebook_shows_the_numbers_that_are_printed_and_a_name_as_text(steps):
+    table = SOLVERS["unipc"](LINEAR, timesteps.uniform(LINEAR, steps))
+    table = dataclasses.replace(table, name="<script>alert(1)</script> & co")
+    title, header, *lines = str(table).splitlines()
+    found = _Cells(table._repr_html_())
+    assert found.caption == title
+    assert [" ".join(row).split() for row in found.rows[1:]] == [line.replace("|", " ").split() for line in lines]
+    assert " ".join(found.rows[0]).split() == header.replace("|", " ").replace("'", "\N{PRIME}").split()
 
 
 def test_tables_of_one_shape_are_pytrees_of_one_structure():

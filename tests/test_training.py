@@ -73,18 +73,6 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_number_that_can():
         devices.training_mesh(24, fsdp=3)
 
 
-@pytest.mark.parametrize(
-    ("content", "cores"),
-    [("150000 100000\n", 1), ("200000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None), (None, None)],
-)
-def test_a_container_s_quota_bounds_the_number_of_cpu_devices(content, cores, tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "CPU_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    if content is not None:
-        (tmp_path / "cpu.max").write_text(content)
-    assert devices._cores() == (cores or 16)
-
-
 def test_arrays_are_sharded_over_their_longest_axis_that_fsdp_divides():
     mesh = tiny.training_mesh(8, fsdp=4)
     arrays = {"long": np.zeros((3, 8, 64)), "odd": np.zeros((1025, 3)), "small": np.zeros(8)}

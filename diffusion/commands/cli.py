@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import runpy
 import signal
 import sys
 import threading
@@ -17,13 +16,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from diffusion import process
-from diffusion.errors import InputError, nearest
+from diffusion.commands import config_files, recipes, usage
+from diffusion.errors import InputError, nearest, printable
 from diffusion.training.stop import Stopped
 
 USER_ERROR = 2
-
-_OLD_FIELDS = "name|num_timesteps|linear|scaled_linear|cosine|shifted_cosine|edm|rectified_flow"
-"""What config.schedule had below it in version 0.1."""
 
 # What the user can do about an error of the disk, by its errno.
 _FULL = ("ENOSPC", "EDQUOT", "EFBIG")
@@ -34,21 +31,45 @@ _REMEDIES = {getattr(errno, name): "free some space and start again with the sam
 _REMEDIES[errno.EIO] = "the disk or the network it lies on fails; see to it and start again with the same command"
 
 
-def start(main: Callable[[], int | None], *, default_config: str | None = None) -> None:
-    """Parses the flags and calls main; never returns.
+def start(main: Callable[[], int | None], *, about: str, default_config: str | None = None) -> None:
+    """Parses the flags and calls main, or prints the help that --help and -h ask for; never returns.
 
     Args:
       main: returns an exit code, None for 0. Its InputErrors, errors of the disk and a full device become one line on
         stderr and exit code 2.
+      about: what the program does, for its help.
       default_config: path of the config for a command line without --config.
     """
     process.ready(resumes=default_config is not None)  # again for who comes with python -m
+    if any(arg in ("-h", "-help", "--help", "--helpshort") for arg in sys.argv[1:]):
+        _print_help(about, default_config)
     app.run(lambda _: _guarded(main), argv=_with_config(sys.argv, default_config), flags_parser=_parse)
+
+
+def _print_help(about, default_config):
+    """Prints the help of the program, with the fields of the config that the command line names."""
+    config = None
+    if default_config is not None:
+        chosen = _with_config(sys.argv, default_config)[1].partition("=")[2]
+        config = _read_config(chosen)
+    path = Path(sys.argv[0])
+    called = f"-m diffusion.{path.stem}" if path.parent.name == "diffusion" else path.name
+    print(usage.text(called, about, config, chosen if config is not None else ""))
+    sys.exit(0)
+
+
+def require_flag_files() -> None:
+    """Fails if a --flagfile cannot be read; programs with --config read it when they define that flag."""
+    for index, arg in enumerate(sys.argv[1:], start=1):
+        if match := re.fullmatch(r"--?flagfile(?:=(.*))?", arg, flags=re.DOTALL):
+            path = match[1] if match[1] is not None else "".join(sys.argv[index + 1 : index + 2])
+            if not os.path.isfile(path):
+                fail(f"--flagfile={path} names no file")
 
 
 def fail(message: str) -> None:
     """Prints one line to stderr and exits with code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit: while Python shuts down, background threads of a failed save would report the same error once more.
     os._exit(USER_ERROR)
@@ -58,7 +79,7 @@ def _guarded(main):
     """Calls main and exits with its code; turns what the user can put right into one line."""
     process.begin()
     _hide_background_errors()
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {printable(str(message))}", file=sys.stderr)
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -79,6 +100,10 @@ def _guarded(main):
             "the memory of the device is full; take a smaller batch_size, or train with more "
             "config.train.microbatches, with config.model.remat=True or config.model.dtype=bfloat16"
         )
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        fail("a path begins with ~ and the name of somebody who has no home here; write the whole path")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -124,22 +149,20 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
         arg = rest.pop(0)
         if match := re.fullmatch(r"--?config(?:=(.*))?", arg, flags=re.DOTALL):
             value = match[1] if match[1] is not None else (rest.pop(0) if rest else "")
-            chosen.append(value)
+            chosen.append(os.path.expanduser(value))
         else:
             others.append(arg)
     # If a field is given twice, the last one counts as well; ml_collections would join tuples.
     fields = [arg.partition("=")[0] if re.match(r"--?config\.[^=]+=", arg) else None for arg in others]
     last = {field: i for i, field in enumerate(fields)}
     others = [arg for i, arg in enumerate(others) if fields[i] is None or last[fields[i]] == i]
-    # Check that the file is there and is Python, for a better message than an import gives.
+    chosen[-1] = recipes.find(chosen[-1])
+    recipes.alias()
+    # Check the file here, for a better message than that of config_flags, which is going to read it again.
     path = Path(chosen[-1].partition(":")[0])  # the text after a colon is an argument of get_config
     if not path.is_file() or path.suffix != ".py":
-        own = sorted(str(p) for p in Path(default_config).parent.glob("*.py") if p.stem not in ("__init__", "default"))
-        fail(f"{str(path)!r} is no config file; {nearest(str(path), own)}")
-    try:
-        compile(path.read_bytes(), str(path), "exec")
-    except (SyntaxError, ValueError) as error:
-        fail(f"config file {path}, line {getattr(error, 'lineno', None) or 1}: {error}")
+        fail(f"{str(path)!r} is no config file; {nearest(str(path), recipes.names())}")
+    _read_config(chosen[-1])
     sys.argv[:] = [program, f"--config={chosen[-1]}", *others]  # config_flags reads sys.argv itself
     return list(sys.argv)
 
@@ -154,9 +177,11 @@ def _old_schedule(arg: str) -> str:
 
 
 def _read_config(chosen: str) -> ConfigDict:
-    """Returns the config of FILE or FILE:ARGUMENT, without what the command line overrides."""
-    path, colon, argument = chosen.partition(":")
-    return runpy.run_path(path)["get_config"](*[argument] * bool(colon))
+    """Returns the checked config of FILE or FILE:ARGUMENT, without what the command line overrides."""
+    try:
+        return config_files.read(chosen)
+    except InputError as error:
+        fail(error)
 
 
 def _fail_below_value(argv: Sequence[str]) -> None:
@@ -173,37 +198,33 @@ def _fail_below_value(argv: Sequence[str]) -> None:
             field = field.get(part) if hasattr(field, "get") else None
 
 
-def _fields_named(name: str, chosen: str) -> list[str]:
-    """Returns the fields of this name in all sections of a config, FILE or FILE:ARGUMENT, as config.SECTION.NAME."""
-    sections = _read_config(chosen).items()
-    return [f"config.{section}.{name}" for section, fields in sections if hasattr(fields, "keys") and name in fields]
-
-
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags for absl's `app.run`; a mistake ends the program with a line that says what would be right."""
     overridden = {part for arg in argv if arg.startswith("--config.") for part in arg[2:].split("=")[0].split(".")}
     try:
         remaining = flags.FLAGS(list(argv))
     except flags.UnrecognizedFlagError as error:
-        modules = flags.FLAGS.flags_by_module_dict()
-        ours = [f.name for module in modules if module == argv[0] or "diffusion" in module for f in modules[module]]
+        ours = [flag.name for flag in usage.ours()]
         fields = ", and --config.FIELD" if "config" in ours else ""
         fail(f"there is no flag --{error.flagname}; {nearest(error.flagname, ours)}{fields}")
     except flags.Error as error:
-        fail(f"{str(error).strip().splitlines()[-1]}; --help lists all flags")
-    except (KeyError, AttributeError) as error:
-        # Probably a misspelt field. A bug in the config file raises the same exceptions, and keeps its traceback.
-        if "no attribute 'get_config'" in str(error):
-            fail(f"{argv[1].partition('=')[2]!r} has no function get_config, so it is no config file")
-        if re.search(f"'str' object has no attribute '({_OLD_FIELDS})'", str(error)):
-            file = argv[1].partition("=")[2]
-            fail(f"config file {file}: a schedule is one text, as config.schedule = 'linear:beta_end=0.02'")
+        told = str(error).strip().splitlines()[-1]
+        told = re.sub(r"invalid literal for int.*", "write a whole number", told)
+        told = re.sub(r"\(?'Non-boolean argument.*", "write true or false", told)
+        told = re.sub(
+            r"Failed to parse .* as a ConfigDict.*",
+            "it is a section; give its fields, as --config.train.num_steps=100",
+            told,
+        )
+        told = re.sub(r"could not convert string to float.*", "write a number", told)
+        fail(f"{told}; --help lists all flags")
+    except (KeyError, AttributeError) as error:  # a misspelt field
         below = re.search(r"lookup: ([\w.]+)", str(error))  # the override looked inside a number
         name = below[1].rpartition(".")[2] if below else re.search(r"\w+", str(error))[0]
         if name not in overridden:
             raise
         guess = re.search(r'Did you mean "(\w+)"', str(error))
-        elsewhere = _fields_named(name, argv[1].partition("=")[2])
+        elsewhere = config_files.fields_named(name, _read_config(argv[1].partition("=")[2]))
         hint = f"did you mean {guess[1]!r}? " if guess else f"did you mean {elsewhere[0]!r}? " if elsewhere else ""
         fail(f"the config has no field {name!r}; {hint}configs/default.py holds every field")
     except TypeError:
@@ -212,6 +233,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if flags.FLAGS["verbosity"].using_default_value:
         # orbax logs every file at INFO, and at ERROR it logs a traceback of each error that it also raises.
         flags.FLAGS.verbosity = logging.FATAL
+    if empty := [flag.name for flag in usage.ours() if flag.present and flag.value == ""]:
+        fail(f"--{empty[0]} is empty; give it a value, or leave it out")
     if len(remaining) > 1:
         fail(f"unexpected argument {remaining[1]!r}; flags are written --name=value")
     return remaining

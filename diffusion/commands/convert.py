@@ -8,16 +8,18 @@ from pathlib import Path
 
 from absl import flags
 
-from diffusion.commands import cli
+from diffusion.commands import cli, own, usage
 from diffusion.errors import InputError
 from diffusion.files import read_json
 from diffusion.pretrained import weights
 from diffusion.training import run_folder
 from diffusion.training.run_folder import load_trained
 
+usage.group("The model, and the file")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")
 _EMA = flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.", lower_bound=1)
+_NETWORK = flags.DEFINE_string("network", None, "The run's own network, as package.module:function, which is imported.")
 _OUT = flags.DEFINE_string("out", None, "File to write, NAME.safetensors. Default: one named after the run folder.")
 _FIGURES = flags.DEFINE_string("figures", None, "JSON file with figures to keep as well, as evaluate.py writes them.")
 
@@ -30,7 +32,8 @@ def main() -> None:
     if out.suffix != weights.SUFFIX:
         raise InputError(f"out is {str(out)!r}; its name must end in {weights.SUFFIX}")
     figures = _read_figures(_FIGURES.value) if _FIGURES.value else {}
-    trained = load_trained(folder, _EMA.value or "", _STEP.value)
+    trained = load_trained(folder, _EMA.value or "", _STEP.value, own.networks(_NETWORK.value))
+    own.check_used(_NETWORK.value, trained.config)
     weights.save(out, trained, figures)
     size = out.stat().st_size / 2**20
     print(f"{folder.path}, step {trained.step:,}, EMA {trained.ema}: wrote {out}, {size:.2f} MiB")
@@ -46,4 +49,4 @@ def _read_figures(path):
 
 def launch() -> None:
     """Runs the program with the flags of the command line; never returns."""
-    cli.start(main)
+    cli.start(main, about=__doc__)

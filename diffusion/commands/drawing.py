@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, UInt8
 
+from diffusion import keys
 from diffusion.errors import InputError
 from diffusion.model import Model
 from diffusion.sampling import sample
@@ -51,7 +52,7 @@ def generate(
     params = jax.device_put(params, everywhere)
     if (guidance := options.get("guidance")) is not None:
         options["guidance"] = guidance.replace(reference_params=jax.device_put(guidance.reference_params, everywhere))
-    key = jax.device_put(jax.random.key(seed), everywhere)
+    key = jax.device_put(keys.make(seed), everywhere)
     for start in range(0, len(ids), size):
         batch = ids[start : start + size]
         padded = np.pad(batch, (0, size - len(batch)), mode="edge")
@@ -78,7 +79,7 @@ def frames(
     """Returns what the images look like before each network call, and at the end; takes the arguments of `generate`."""
     ids = np.asarray(sample_ids, np.uint32)
     options |= {"sample_ids": ids, **_classes(model, ids, labels), "return_trajectory": True}
-    _, passed = _sample(model, params, table, jax.random.key(seed), **options)
+    _, passed = _sample(model, params, table, keys.make(seed), **options)
     return np.stack([model.space.decode(x) for x in passed.x])
 
 

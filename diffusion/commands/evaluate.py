@@ -20,8 +20,8 @@ import pooch
 from absl import flags
 from tqdm import tqdm
 
-from diffusion import __version__, data, devices, files, options
-from diffusion.commands import cli, experiment, plots, samplers, shared_flags, sources, sweep
+from diffusion import __version__, data, devices, files, keys, options
+from diffusion.commands import cli, experiment, own, plots, samplers, shared_flags, sources, sweep, usage
 from diffusion.errors import InputError, nearest
 from diffusion.evaluation import bound, features, likelihood
 
@@ -34,10 +34,12 @@ LONG_NAMES = {
 }
 
 shared_flags.define_source_flags()
+usage.group("The samples")
 _SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, with commas. Default: the run's.")
 _STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default: the run's config.sample.steps (25).")
 _ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
 _TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as sample.py's --tau. Default: config.sample.tau.")
+usage.group("What they are compared with, and how")
 _FEATURES = flags.DEFINE_string("features", None, "pixels, classifier or inception. Default: pixels for digits.")
 _METRICS = flags.DEFINE_list(
     "metrics",
@@ -49,11 +51,13 @@ _SPLIT = flags.DEFINE_string("split", None, "Part of the data to measure or comp
 _NUM = flags.DEFINE_integer(
     "num", None, "Number of samples. Default: as many as real images.", lower_bound=2, upper_bound=10**6
 )
+usage.group("Bounds and likelihoods, in place of samples")
 _FIRST = flags.DEFINE_integer("first", None, "Images that --bound and --likelihood take. Default: all.", lower_bound=1)
 _BOUND = flags.DEFINE_list("bound", None, "Print the variational bound with each of these numbers of steps, as 10,25.")
 _LIKELIHOOD = flags.DEFINE_list(
     "likelihood", None, "Print the likelihood under the probability flow with each of these numbers of steps, as 25,50."
 )
+usage.group("Where the figures go")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
 OF_SAMPLES = ("samplers", "steps", "etas", "features", "metrics", "inception", "num", "labels", "dynamic_threshold")
@@ -84,7 +88,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     # The rows, and a table for each.
     config = source.trained.config
     tau = config.sample.tau if _TAU.value is None else _TAU.value
-    names = options.split(config.sample.sampler if _SAMPLERS.value is None else _SAMPLERS.value)
+    names = options.split(own.stored("sampler", "samplers", _SAMPLERS.value, config.sample.sampler))
     steps = None if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
     steps = samplers.chosen_steps(tau, steps, [config.sample.steps])
     entries = sweep.plan(names, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [])
@@ -170,7 +174,7 @@ def measure_bound(source: sources.Source, out: Path) -> None:
     grids = [samplers.make_tau(schedule, tau, count) for count in steps]
     # A row for each variance and number of steps.
     print(f"{_of(source)}: variational bound of {len(images.images):,} images of its data on {tau}, clip {clip}")
-    key = jax.random.key(source.seed)
+    key = keys.make(source.seed)
     rows = bound.bits_table(source.trained, images, key, grids=grids, clip=clip)
     print(f"{'variance':10} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for row in rows:
@@ -183,7 +187,7 @@ def measure_likelihood(source: sources.Source, out: Path) -> None:
     steps = _numbers("likelihood", _LIKELIHOOD.value, int)
     images, split = _first_images(source)
     print(f"{_of(source)}: likelihood of {len(images.images):,} images of its data under the probability flow")
-    rows = likelihood.bits_table(source.trained, images, jax.random.key(source.seed), steps=steps)
+    rows = likelihood.bits_table(source.trained, images, keys.make(source.seed), steps=steps)
     print(f"{'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for row in rows:
         print(f"{row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
@@ -294,4 +298,4 @@ def _plot(out, source, rows, metric, space):
 
 def launch() -> None:
     """Runs the program with the flags of the command line; never returns."""
-    cli.start(main)
+    cli.start(main, about=__doc__)

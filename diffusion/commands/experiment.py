@@ -1,7 +1,10 @@
 """From the config of a training run to the objects that it names."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -10,11 +13,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion import data, denoiser, devices, options, predictions
-from diffusion.commands import samplers
+from diffusion import data, denoiser, devices, keys, machine, options, predictions
+from diffusion.commands import config_files, own, samplers
 from diffusion.data import Dataset
 from diffusion.errors import InputError, nearest, require_range
-from diffusion.model import Model, make_model, make_schedule, sampling_clip
+from diffusion.model import UNET, Model, make_model, make_schedule, sampling_clip
 from diffusion.objectives.bound import bound_steps
 from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES, Batch, Loss
 from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
@@ -63,6 +66,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
     Raises:
       InputError: an unknown name, a value out of its range, choices that do not go together, or unreadable data.
     """
+    config_files.check(config)
     settings = config.train
     # Numbers first, then what takes time.
     plan = Plan(*(settings[name] for name in ("num_steps", "batch_size", "log_every", "save_every", "grid_every")))
@@ -75,11 +79,10 @@ def make_experiment(config: ConfigDict) -> Experiment:
     table = samplers.make_table(schedule, config.sample.sampler, config.sample.steps, config.sample.tau)
     # The data and the network.
     dataset = load_data(config.data)
-    model = make_model(config, dataset.images.shape[1:], dataset.class_names if config.model.num_classes else ())
-    if model.conditions is not None and len(dataset.class_names) != model.conditions.null:
-        raise InputError(
-            f"config.model.num_classes is {config.model.num_classes}; the data has {len(dataset.class_names)} classes"
-        )
+    config = with_classes(config, dataset.class_names)
+    class_names = dataset.class_names if config.model.num_classes else ()
+    model = make_model(config, dataset.images.shape[1:], class_names, own.networks(config.network))
+    require_memory(config, model)
     # What fits together.
     denoiser.check_options(settings.prediction, denoiser.Options(sampling_clip(config, model)))
     samplers.check_fits(table, model)
@@ -92,8 +95,75 @@ def make_experiment(config: ConfigDict) -> Experiment:
     return Experiment(config, plan, dataset, model, objective, rate, optimizer, mesh, step_options, table)
 
 
+def require_memory(config: ConfigDict, model: Model) -> None:
+    """Raises InputError if parameters, averages, optimizer and gradient or the images of a batch exceed this machine.
+
+    Only a CPU's memory is known beforehand; a GPU that is full says so itself.
+    """
+    if jax.default_backend() != "cpu" or jax.process_count() > 1:
+        return
+    copies = 4 + len(config.train.ema_decays)  # parameters, gradient, two moments, averages
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, keys.make(0))))
+    sizes = {
+        f"the network has {parameters:,} parameters, which in training": 4 * copies * parameters,
+        f"config.train.batch_size is {config.train.batch_size:,}, images which": 4
+        * config.train.batch_size
+        * math.prod(model.image_shape),
+    }
+    for what, size in sizes.items():
+        if size > machine.memory():
+            raise InputError(
+                f"{what} take {size / 2**30:,.0f} GiB; this machine has {machine.memory() / 2**30:,.0f} GiB. Take "
+                "smaller config.model.width, model.multipliers, train.batch_size or data.size"
+            )
+
+
+def with_classes(config: ConfigDict, class_names: Sequence[str]) -> ConfigDict:
+    """Returns a config in which config.model.num_classes is the number of classes that the network is told.
+
+    Args:
+      config: the whole config; -1 in that field stands for as many classes as the data has.
+      class_names: of the data, none if it has no classes.
+
+    Raises:
+      InputError: the field names another number than the data has.
+    """
+    wanted = config.model.num_classes
+    if wanted not in (-1, 0, len(class_names)):
+        raise InputError(
+            f"config.model.num_classes is {wanted}; the data has {len(class_names)} classes; -1 takes those, 0 none"
+        )
+    config = config.copy_and_resolve_references()
+    if wanted == -1:  # a single class would tell the network nothing
+        config.model.num_classes = len(class_names) if len(class_names) > 1 else 0
+    return config
+
+
+def require_levels(config: ConfigDict, image_shape: Sequence[int]) -> None:
+    """Raises InputError if config.model.attention_resolutions names a height that no level of the UNet has.
+
+    A new run has to pass; one that was begun before there was this check goes on, as it has no such attention.
+    """
+    if config.network != UNET:
+        return
+    heights = [image_shape[0] >> level for level in range(len(config.model.multipliers))]
+    for height in config.model.attention_resolutions:
+        if height not in (0, *heights):
+            raise InputError(
+                f"config.model.attention_resolutions has {height}; images of {image_shape[0]} pixels have levels of "
+                f"{', '.join(map(str, heights))}, and 0 stands for no attention but in the middle"
+            )
+
+
 def _check_numbers(config):
+    for name, value in config_files.leaves(config):
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, int) and name != "config.seed":
+                require_range(name, number, -(2**31), 2**31 - 1)
+            elif isinstance(number, float) and math.isnan(number):
+                raise InputError(f"{name} is nan; it must be a number")
     require_range("config.seed", config.seed, 0, 2**32 - 1)
+    require_range("config.data.max_memory", config.data.max_memory, 0)
     require_range("config.sample.num", config.sample.num, 1)
     require_range("config.train.keep", config.train.keep, 1)
     require_range("config.train.keep_best", config.train.keep_best, 0)
@@ -158,8 +228,29 @@ def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Bat
 
 def load_data(config: ConfigDict) -> Dataset:
     """Loads the images that the section config.data names; fields that an old run lacks have their default."""
-    others = {name: value for name, value in config.items() if name not in ("name", "flip", "workers")}
-    return data.load(config.name, **others)
+    with data_fields():
+        return data.load(**_without(config, "flip", "workers"))
+
+
+def check_data(config: ConfigDict) -> tuple[list[data.Damaged], int]:
+    """Reads all images that the section config.data names; returns the damaged ones, and how many there are in all."""
+    with data_fields():
+        return data.check(**_without(config, "flip", "workers", "labels"))
+
+
+def _without(config, *names):
+    return {name: value for name, value in config.items() if name not in names}
+
+
+@contextlib.contextmanager
+def data_fields() -> Iterator[None]:
+    """Gives arguments in the errors of `diffusion.data`, such as size=0, the names of their fields in the config."""
+    try:
+        yield
+    except InputError as error:
+        names = "name|path|split|size|channels|labels|max_memory|max_decoded|skip_damaged|workers"
+        text = re.sub(rf"(?<![^\s(])({names})=", r"config.data.\1=", str(error))
+        raise InputError(text) from error
 
 
 def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:

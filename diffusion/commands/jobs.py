@@ -90,6 +90,7 @@ class Job:
             files.refuse_links(out / name, out)
         self.replaces = self._check_same()
         files.remove_temporaries(out, TEMPORARIES, out)
+        files.remove_temporaries(out / "png", PNG, out)
         # A single file is always drawn anew, so its record and checksum can wait until it is there.
         self._sums, self.damaged = {}, []
         if len(self.shards) > 1:

@@ -1,9 +1,13 @@
 """Draws plots of results as PNG files."""
 
+import csv
 import io
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -39,6 +43,54 @@ def curves(
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    _write(figure, path)
+
+
+def losses(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Draws the record of a training run, the loss and the error in each tenth of the timesteps, and writes the plot.
+
+    A picture ends no run: whatever goes wrong is a warning.
+
+    Args:
+      metrics: the run's metrics.csv; nothing is drawn before its first row.
+      path: of the PNG file.
+    """
+    try:
+        with open(metrics, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a line may be half written
+        if rows:
+            columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+            _write(_loss_figure(columns), path)
+    except Exception as error:
+        warnings.warn(f"no plot of the loss in {path}: {str(error).splitlines()[0][:200]}", stacklevel=2)
+
+
+def _loss_figure(columns):
+    """Returns the figure of `losses`; columns are those of metrics.csv."""
+    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    tenths = [name for name in columns if name.startswith("error_tenth_")]
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(tenths)))
+    lines = [(left, "loss", "black", "")]
+    lines += [(right, name, color, name.rpartition("_")[2]) for name, color in zip(tenths, colors, strict=True)]
+    steps = columns["step"]
+    for axes, name, color, label in lines:
+        marker = "." if len(steps) < 30 else ""  # a line needs two points to be seen
+        axes.plot(steps, columns[name], color=color, label=label, marker=marker, linewidth=1)
+    # Both axes alike: a logarithmic one where that shows more.
+    for axes, title in ((left, "loss"), (right, "error in each tenth of the timesteps, 1 is next to the data")):
+        found = np.concatenate([line.get_ydata() for line in axes.lines])
+        if len(found := found[np.isfinite(found)]):
+            scale_y(axes, found)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("training steps")
+        axes.grid(alpha=0.3)
+    right.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _write(figure, path):
+    """Writes a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())

@@ -17,11 +17,12 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import __version__, devices, files
-from diffusion.commands import cli, jobs, samplers, shared_flags, sources
+from diffusion.commands import cli, jobs, samplers, shared_flags, sources, usage
 from diffusion.images import sheet, write_gif, write_png
 
 shared_flags.define_source_flags()
 shared_flags.define_sampler_flags()
+usage.group("What is drawn and written")
 _NUM = flags.DEFINE_integer("num", 64, "Number of images, numbered from 0.", lower_bound=1, upper_bound=10**8)
 _SEEDS = flags.DEFINE_string("seeds", None, "Draw the images of these numbers instead, as 0-63 or 5,7,100-199.")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: one named after the sampler in the run folder.")
@@ -142,4 +143,4 @@ def _label(sampling, ids):
 
 def launch() -> None:
     """Runs the program with the flags of the command line; never returns."""
-    cli.start(main)
+    cli.start(main, about=__doc__)

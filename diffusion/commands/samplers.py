@@ -1,5 +1,6 @@
 """Samplers and grids by name: every program finds them here, whatever makes the table."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from diffusion import options, schedules, timesteps
-from diffusion.errors import InputError
+from diffusion.commands import own
+from diffusion.errors import InputError, failure
 from diffusion.files import read
 from diffusion.guidance import RULES
 from diffusion.model import Model
 from diffusion.sampling import check_prediction, check_variance
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS, SamplerTable, from_json
+from diffusion.solvers import make_table as make_checked_table
 from diffusion.timesteps import GRIDS, Tau
 
 SAMPLERS = SOLVERS | ESTIMATED_SOLVERS
@@ -92,18 +95,21 @@ def make_table(
 
     Args:
       schedule: the noise schedule.
-      sampler: a key of SAMPLERS, with options after a colon ("ddim:eta=0.5", "dpm_solver_pp:order=3,variant=official"),
-        or the path of a table that `SamplerTable.to_json` wrote ("mine.json"), which has its own grid.
+      sampler: a key of SAMPLERS, with options after a colon ("ddim:eta=0.5", "dpm_solver_pp:order=3,variant=official");
+        a function of the user's own ("package.module:function:order=2"), which is imported, see `own.stored`; or the
+        path of a table that `SamplerTable.to_json` wrote ("mine.json"), which has its own grid.
       num_steps, tau: see `make_tau`.
       eta: short for the option of that name; None leaves it to the text.
       resources: options that are estimated and not written; see `Resources`.
 
     Raises:
-      InputError: an unknown name or option, a value out of its range, an option without its value, a file that is no
-        table or one for another schedule.
+      InputError: an unknown name or option, a value out of its range, an option without its value; a function or a file
+        that gives no table, or one for another schedule.
     """
     if is_file(sampler):
         return _read_table(sampler, schedule, eta)
+    if is_own(sampler):
+        return _own_table(schedule, sampler, make_tau(schedule, tau, num_steps), eta)
     _refuse_foreign(sampler)
     choice = options.parse("sampler", sampler, SAMPLERS, leading=2)
     if eta is not None:
@@ -130,12 +136,17 @@ def is_file(sampler: str) -> bool:
     return sampler.endswith(TABLE_SUFFIX)
 
 
+def is_own(sampler: str) -> bool:
+    """Whether a sampler is named as a function of the user's own."""
+    return bool(options.own_name(sampler)) and _name(sampler) not in SAMPLERS
+
+
 def default_eta(sampler: str) -> float | None:
     """Returns what eta is where it is not given, or None where the sampler has none or the text names its own."""
     name = _name(sampler)
-    if name not in SAMPLERS:  # an unknown name is refused when its table is made
+    if name not in SAMPLERS and not is_own(sampler):  # an unknown name is refused when its table is made
         return None
-    allowed = options.defaults(SAMPLERS[name], leading=2)
+    allowed = options.defaults(SAMPLERS.get(name) or own.load("sampler", sampler), leading=2)
     return None if "eta=" in sampler else allowed.get("eta")
 
 
@@ -168,7 +179,8 @@ def describe() -> str:
             settings = [f"{key}={_shown(value)}" for key, value in options.defaults(function, leading).items()]
             lines += [f"  {'':26} options: {', '.join(settings)}"] * bool(settings)
         lines.append("")
-    lines.append("options follow a colon: NAME:KEY=VALUE,...; a sampler can also be the file of a table, as mine.json")
+    lines.append("options follow a colon: NAME:KEY=VALUE,...; a sampler can also be a function of your own, as")
+    lines.append("package.module:function, or the file of a table, as mine.json")
     return "\n".join(lines)
 
 
@@ -178,6 +190,26 @@ def _shown(default):
 
 def _name(text):
     return text.partition(":")[0]
+
+
+def _own_table(schedule, sampler, grid, eta):
+    """Calls a function of the user's own, and checks what it returns."""
+    function, what = own.load("sampler", sampler), f"sampler {options.own_name(sampler)}"
+    choice = options.parse_own("sampler", sampler, function, ("schedule", "tau"))
+    if eta is not None:
+        choice = _with_eta(choice, eta)
+    try:
+        table = function(schedule, grid, **choice.options)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} fails with {failure(error)}") from error
+    if not isinstance(table, SamplerTable):
+        raise InputError(
+            f"{what} returns a {type(table).__name__}; it must return a SamplerTable, as forms.build makes"
+        )
+    fields = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
+    return _checked(schedule, make_checked_table(**fields), what, "build it from the schedule that it is given")
 
 
 def _with_eta(choice, eta):
@@ -206,20 +238,25 @@ def _read_table(path, schedule, eta):
         raise InputError(f"--eta does nothing for the table in {path}; leave it out")
     try:
         table = from_json(read(file).decode())
-        if table.tau[0] < table.tau[-1]:
-            raise InputError(f"{table.name} goes from images to noise and draws none")
-        timesteps.check(schedule, table.tau)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"sampler file {path} cannot be read ({error}); write it with SamplerTable.to_json, or name a sampler"
         ) from None
     except InputError as error:
         raise InputError(f"sampler file {path}: {error}") from None
+    return _checked(schedule, table, f"sampler file {path}", "make it again with the model's schedule")
+
+
+def _checked(schedule, table, what, remedy):
+    """Returns a table that goes from noise to images over the schedule's levels; refuses any other."""
+    try:
+        if table.tau[0] < table.tau[-1]:
+            raise InputError(f"{table.name} goes from images to noise and draws none")
+        timesteps.check(schedule, table.tau)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
     if not np.all((table.t > 0) & (table.t <= schedule.num_timesteps)) or not _has_levels(table, schedule):
-        raise InputError(
-            f"sampler file {path} holds a table for another noise schedule than the model's; make it again with the "
-            "model's schedule"
-        )
+        raise InputError(f"{what} holds a table for another noise schedule than the model's; {remedy}")
     return table
 
 

@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from diffusion.commands import usage
 from diffusion.denoiser import CLIPS
 from diffusion.guidance import RULES
 
@@ -11,16 +12,26 @@ SHIPPED = "digits"
 
 def define_source_flags() -> None:
     """Defines the flags that `sources.open_source` reads."""
+    usage.group("The model, and how it is asked")
     flags.DEFINE_string(
         "workdir",
         None,
         f"Run folder, or a file of convert.py. Default: the newest run in runs/, or the {SHIPPED} model that ships.",
     )
+    flags.DEFINE_string(
+        "network",
+        None,
+        "The model's own network, as package.module:function: says that you trust that code, which is imported.",
+    )
     flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
     flags.DEFINE_integer("seed", 0, "Image i depends only on the seed and i.", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
     flags.DEFINE_string("clip", None, f"x_0 outside [-1, 1]: {', '.join(CLIPS)}. Default: what suits the model.")
     flags.DEFINE_float("dynamic_threshold", None, "Clip x_0 at this quantile of its own pixels instead, as 0.995.")
-    flags.DEFINE_list("labels", None, "Classes that the images take in turn, as 3 or 0,1,2. Default: all, in turn.")
+    usage.group("Classes and guidance")
+    flags.DEFINE_list(
+        "labels", None, "Classes that images take in turn, by name or number: frog,cat or 0,3. Default: all."
+    )
     flags.DEFINE_float("guidance_scale", 1.0, "How far to push towards the class; 1 is no guidance.")
     flags.DEFINE_list("guidance_interval", None, "LOW,HIGH: guide only at these timesteps.")
     flags.DEFINE_float("guidance_rescale", 0.0, "0..1, how far to bring guided outputs back to their usual spread.")
@@ -30,17 +41,17 @@ def define_source_flags() -> None:
         None,
         "Run folder or file of a weaker model to push away from (autoguidance); needs no classes.",
     )
-    flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
 
 
 def define_sampler_flags() -> None:
     """Defines the flags that `sources.open_sampling` reads besides those of `define_source_flags`."""
+    usage.group("The sampler")
     flags.DEFINE_integer("steps", None, "Number of steps S. Default: config.sample.steps.")
     flags.DEFINE_string(
         "sampler",
         None,
-        "A sampler of --list, options after a colon: dpm_solver_pp:order=3; or the file of a table. Default: "
-        "config.sample.sampler.",
+        "A sampler of --list, options after a colon: dpm_solver_pp:order=3; a function of your own, as "
+        "package.module:function; or the file of a table. Default: config.sample.sampler.",
     )
     flags.DEFINE_float("eta", None, "Short for the sampler's option eta: 0 is deterministic, 1 is DDPM.")
     flags.DEFINE_string(

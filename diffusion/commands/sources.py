@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from diffusion import pretrained
-from diffusion.commands import drawing, samplers
+from diffusion.commands import drawing, own, samplers
 from diffusion.commands.experiment import load_data
 from diffusion.commands.shared_flags import SHIPPED
 from diffusion.denoiser import Options, check_options
-from diffusion.errors import InputError
+from diffusion.errors import InputError, nearest
 from diffusion.files import digest
 from diffusion.guidance import Guidance
 from diffusion.learning import analytic
@@ -27,6 +27,10 @@ from diffusion.training import run_folder
 
 MAX_GAIN = 100
 """A step that multiplies the network's errors by more than this leaves nothing of an image but those errors."""
+
+
+MAX_NAMED = 5
+"""The most classes that the title of a job names."""
 
 
 class Source(NamedTuple):
@@ -88,7 +92,16 @@ class Sampling(NamedTuple):
         """Says in one line which model draws how many images with what."""
         source = f"{self.source.name}, step {self.source.trained.step:,}"
         on = f" on {self.tau}" if self.tau else ""
-        return f"{source}: {num:,} images with {self.table.name}{on}, {self.table.nfe} network calls"
+        return (
+            f"{source}: {num:,} images{self._of_classes()} with {self.table.name}{on}, {self.table.nfe} network calls"
+        )
+
+    def _of_classes(self):
+        """Says which classes the images take in turn, or nothing for a model without classes."""
+        labels, model = self.source.labels, self.source.trained.model
+        if len(labels) > MAX_NAMED:
+            return f" of {len(labels)} classes in turn"
+        return f" of {', '.join(model.conditions.names[label] for label in labels)}" if labels else ""
 
     def notes(self) -> Iterator[str]:
         """Yields what a user may not expect of the images."""
@@ -131,8 +144,8 @@ class Sampling(NamedTuple):
         }
 
     def _file_record(self):
-        """Returns what tells a table in a file apart from another one under the same name."""
-        if not samplers.is_file(self.sampler):
+        """Returns what tells a table from a file or a function of the user's apart from another of the same name."""
+        if not samplers.is_file(self.sampler) and not samplers.is_own(self.sampler):
             return {}
         return {"table_sha256": hashlib.sha256(self.table.to_json().encode()).hexdigest()}
 
@@ -176,13 +189,15 @@ def open_source() -> Source:
     )
     guide.check(cond=None, acts=False)
     _check_effect(given, trained, guide.acts())
-    sha256 = digest(trained.params)
+    sha256, configs = digest(trained.params), [trained.config]
     if given.guidance_model is not None:
         weaker = _open_weaker(given.guidance_model, trained.model)
         settings["guidance_model_sha256"] = digest(weaker.params)
         if settings["guidance_model_sha256"] == sha256:
             raise InputError("--guidance_model is the model itself, which changes nothing; name a weaker one")
         guide = guide.replace(reference_fn=weaker.model.apply_fn, reference_params=weaker.params)
+        configs.append(weaker.config)
+    own.check_used(given.network, *configs)
     return Source(name, home, trained, sha256, settings, guide, labels, given.seed)
 
 
@@ -207,7 +222,8 @@ def open_sampling() -> Sampling:
     given = flags.FLAGS
     source = open_source()
     config = source.trained.config.sample
-    sampler, tau = (config[name] if given[name].value is None else given[name].value for name in ("sampler", "tau"))
+    sampler = own.stored("sampler", "sampler", given.sampler, config.sampler)
+    tau = config.tau if given.tau is None else given.tau
     if samplers.is_file(sampler):
         useless = [name for name in ("steps", "tau") if given[name].value is not None]
         if useless:
@@ -217,14 +233,14 @@ def open_sampling() -> Sampling:
 
 def _open(workdir, ema):
     """Returns (source, home, trained): a run folder, a weights file, the newest run, or the model that ships."""
-    folder = None
+    folder, networks = None, own.networks(flags.FLAGS.network)
     if not workdir:
         folder = run_folder.newest("runs")
     elif not workdir.endswith(weights.SUFFIX):
         folder = run_folder.existing(workdir)
     if folder is not None:
-        return str(folder.path), folder.path, run_folder.load_trained(folder, ema)
-    trained = weights.load(workdir) if workdir else pretrained.load(SHIPPED)
+        return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
+    trained = weights.load(workdir, networks) if workdir else pretrained.load(SHIPPED)
     if ema and ema != trained.ema:
         raise InputError(f"ema is {ema}; this file holds only that of {trained.ema}")
     if not workdir:
@@ -282,13 +298,18 @@ def _check_effect(given, trained, guides):
 
 
 def _labels(texts, model):
+    """Returns the classes that --labels names, by their names or, where no class is called that, their numbers."""
     if model.conditions is None:
         if texts:
             raise InputError("this model has no classes: leave out --labels")
         return ()
-    count = model.conditions.null
+    names = list(model.conditions.names)
+    numbers = {str(number): number for number in range(len(names))} | {name: i for i, name in enumerate(names)}
     if not texts:
-        return tuple(range(count))
-    if not all(text.isdecimal() and int(text) < count for text in texts):
-        raise InputError(f"labels are {','.join(texts)!r}; classes are numbered 0..{count - 1}")
-    return tuple(map(int, texts))
+        return tuple(range(len(names)))
+    if unknown := [text for text in texts if text.strip() not in numbers]:
+        shown = names if names != list(numbers) else [f"0..{len(names) - 1}"]
+        raise InputError(
+            f"labels are {','.join(texts)!r}; there is no class {unknown[0]!r}; {nearest(unknown[0], shown)}"
+        )
+    return tuple(numbers[text.strip()] for text in texts)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion import sealed
 from diffusion.commands.jobs import identity_of
 from diffusion.commands.samplers import default_eta, is_file
 from diffusion.errors import InputError
-from diffusion.files import read, read_json, write_atomically, write_json
+from diffusion.files import read, write_atomically
 
 
 class Entry(NamedTuple):
@@ -112,7 +113,7 @@ class Results:
         # What is new goes into it, and both files are written again.
         row["metrics"].update(values)
         row.update(facts)
-        write_json(self._json, {"rows": self.rows}, self._folder)
+        sealed.write(self._json, {"rows": self.rows}, self._folder)
         self._write_table()
         return row
 
@@ -143,7 +144,7 @@ class Results:
 def _read_rows(path, folder):
     """Returns the rows of an evaluation.json; raises InputError unless they are what `Results.add` writes."""
     try:
-        rows = read_json(path, ROWS_LIMIT, folder)["rows"]
+        rows = sealed.read(path, ROWS_LIMIT, folder)["rows"]
         if not all(isinstance(row[name], kind) for row in rows for name, kind in _ROW.items()):
             raise TypeError
         values = [value for row in rows for value in row["metrics"].values()]

@@ -1,8 +1,9 @@
 """Trains a diffusion model: `python train.py --config=configs/cifar.py`, or without a config the embedded digits.
 
-The run folder (runs/<config name>, or --workdir) gets config.json, environment.json, checkpoints, metrics.csv,
-TensorBoard events and sample grids. The same command resumes an interrupted run, from the newest checkpoint that is as
-it was written. Ctrl-C and SIGTERM, SIGHUP, SIGUSR1 or SIGXCPU save the step in progress; the exit codes are 130 and 75.
+The run folder (runs/<config name>, or --workdir) gets config.json, environment.json, checkpoints, metrics.csv and its
+plot loss.png, TensorBoard events and sample grids. The same command resumes an interrupted run, from the newest
+checkpoint that is as it was written. Ctrl-C and SIGTERM, SIGHUP, SIGUSR1 or SIGXCPU save the step in progress; the exit
+codes are 130 and 75.
 
 Several processes train one model together when each gets --coordinator, --num_processes and --process_id, or
 --distributed where a cluster's own environment tells them.
@@ -12,8 +13,9 @@ import contextlib
 import hashlib
 import json
 import shlex
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -21,14 +23,13 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from configs import default
-from diffusion import data, devices
-from diffusion.commands import cli
+from diffusion import data, devices, keys
+from diffusion.commands import cli, forecast, own, plots, recipes, usage
 from diffusion.commands.drawing import generate
-from diffusion.commands.experiment import Experiment, make_experiment
-from diffusion.errors import InputError
+from diffusion.commands.experiment import Experiment, check_data, data_fields, make_experiment, require_levels
+from diffusion.errors import InputError, printable
 from diffusion.images import sheet, write_png
 from diffusion.model import sampling_clip
 from diffusion.training import checkpoints, environment, run_folder
@@ -38,11 +39,21 @@ from diffusion.training.saving import CheckpointWriter
 from diffusion.training.step import TrainState, ema_name, make_train_step
 from diffusion.training.stop import Stopped, StopRequest
 
-DEFAULT_CONFIG = Path(default.__file__).parent / "digits.py"
+DEFAULT_CONFIG = recipes.FOLDER / "digits.py"
 
+SHOWN_CLASSES = 12
+"""The most classes that the log names."""
+
+cli.require_flag_files()
+usage.group("The run")
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file. Any field: --config.train.num_steps=100")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: runs/<config name>.")
+_NETWORK = flags.DEFINE_string(
+    "network", None, "Your own network, as package.module:function; short for --config.network."
+)
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to RUN/profile, for TensorBoard or XProf.")
+_CHECK = flags.DEFINE_bool("check", False, "Read every image, list those that are damaged, and train nothing.")
+usage.group("Several processes that train one model")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several train one model.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train one model.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this one, from 0.", lower_bound=0)
@@ -53,6 +64,8 @@ def main() -> int:
     with StopRequest() as stop:
         try:
             devices.prepare()
+            if _CHECK.value:
+                return check(_CONFIG.value)
             if _DISTRIBUTED.value or _COORDINATOR.value is not None:
                 stop.call(devices.join_processes, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
             elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
@@ -65,10 +78,27 @@ def main() -> int:
             return stop.exit_code
 
 
+def check(config: ConfigDict) -> int:
+    """Lists the damaged images of the data; raises InputError if there are any."""
+    damaged, count = check_data(config.data)
+    for image in damaged:
+        print(image)
+    if damaged:
+        raise InputError(
+            f"{len(damaged):,} of {count:,} images cannot be read, as listed; put good copies in their places, remove "
+            "them, or set config.data.skip_damaged=True"
+        )
+    print(f"all {count:,} images can be read")
+    return 0
+
+
 def start(stop: StopRequest) -> int:
     """Builds what the config asks for, which finds its mistakes before anything is written, and goes on to `run`."""
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     folder = run_folder.RunFolder(_WORKDIR.value or Path("runs", name))
+    if _NETWORK.value is not None:
+        _CONFIG.value.network = _NETWORK.value
+    own.check_unet_fields(_CONFIG.value.network, sys.argv)
     experiment = make_experiment(_CONFIG.value)
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:
         return run(experiment, folder, stop, (lambda: True) if lock is None else lock.is_ours)
@@ -78,7 +108,7 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     """Starts or resumes the run, as long as the folder is ours; returns the exit code."""
     config, plan, model, mesh = experiment.config, experiment.plan, experiment.model, experiment.mesh
     metadata = describe(experiment)
-    key = jax.random.key(config.seed)
+    key = keys.make(config.seed)
 
     # The state: a new one, or that of the newest good checkpoint.
     begin = folder.latest_step()
@@ -89,13 +119,14 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     if begin >= plan.num_steps and (begin > plan.num_steps or folder.sheet(begin).exists()):
         say(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
         return 0
-    count = sum(p.size for p in jax.tree.leaves(state.params))
     say(f"resuming {folder.path} at step {begin:,}" if begin else f"training {folder.path}")
-    say(f"{metadata['num_examples']:,} images {model.image_shape}, {count:,} parameters, {devices.describe(mesh)}")
+    for line in introduction(experiment, state, plan.num_steps - begin):
+        say(line)
 
     # What the loop works with.
-    keys = jax.random.fold_in(key, 1)
-    train_step = make_train_step(model, experiment.objective, experiment.optimizer, mesh, keys, experiment.step_options)
+    step_key = jax.random.fold_in(key, 1)
+    parts = (experiment.objective, experiment.optimizer, mesh, step_key, experiment.step_options)
+    train_step = make_train_step(model, *parts)
     if jax.process_index() == 0:
         folder.create(config, environment.describe(mesh, begin))
     sealed = checkpoints.sealed_record(folder.checkpoints, begin) if begin else {}
@@ -105,7 +136,7 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     with writer, recorder:
         work = Run(
             train_step=train_step,
-            batches=placed_batches(experiment, begin),
+            batches=placed_batches(experiment, begin, stop),
             learning_rate=experiment.rate,
             recorder=recorder,
             writer=writer,
@@ -117,12 +148,11 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
         )
         state, finished = train(state, plan, work)
 
-    # Where it ended.
     if not finished:
         say(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
         return stop.exit_code
-    workdir = shlex.quote(str(folder.path))
-    say(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 --workdir={workdir}")
+    named = f"--workdir={shlex.quote(str(folder.path))}{own.flag(config.network)}"
+    say(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 {named}")
     return 0
 
 
@@ -139,22 +169,53 @@ def describe(experiment: Experiment) -> dict:
         "image_shape": tuple(map(int, experiment.dataset.images.shape[1:])),
         "num_examples": len(experiment.dataset.images),
         "class_names": experiment.dataset.class_names,
+        "damaged": experiment.dataset.damaged,
         "data": data.fingerprint(experiment.dataset),
+        "generator": keys.GENERATOR,
     }
+
+
+def introduction(experiment: Experiment, state: TrainState, num_steps: int) -> Iterator[str]:
+    """Yields lines on what is trained on what, and on what a user may not expect of so many steps of it."""
+    images, model = experiment.dataset.images, experiment.model
+    count = sum(p.size for p in jax.tree.leaves(state.params))
+    yield f"{len(images):,} images {model.image_shape}, {count:,} parameters, {devices.describe(experiment.mesh)}"
+    yield from map(printable, experiment.dataset.notes())
+    if experiment.dataset.class_names:
+        yield describe_classes(experiment)
+    if jax.process_count() > 1:  # what the other machines do is not known here
+        return
+    seconds = forecast.training_seconds(experiment.model, experiment.plan.batch_size, num_steps, experiment.mesh)
+    if seconds > forecast.LONG:
+        yield (
+            f"note: {num_steps:,} steps would take about {seconds / 86400:,.0f} days on this machine. Recipes for a "
+            "CPU are configs/images_small.py and configs/small.py; a training gets shorter by smaller "
+            "config.train.num_steps, train.batch_size, model.width, model.num_blocks or data.size"
+        )
+
+
+def describe_classes(experiment: Experiment) -> str:
+    """Says in one line which classes the data has, how many images each, and whether the network is told them."""
+    shown = [f"{printable(name)} ({count:,})" for name, count in experiment.dataset.counts().items()]
+    if len(shown) > SHOWN_CLASSES:
+        shown = [*shown[: SHOWN_CLASSES - 1], "...", shown[-1]]
+    kind = "classes" if experiment.model.conditions is not None else "classes that the network is not told"
+    return f"{kind}: {', '.join(shown)}"
 
 
 def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int | None, metadata: dict) -> TrainState:
     """Returns the state to start from, laid over the devices.
 
     Raises:
-      InputError: the checkpoint was trained otherwise.
+      InputError: the checkpoint was trained otherwise, or a new run has attention where no level is.
     """
-    key = jax.random.key(experiment.config.seed)
+    key = keys.make(experiment.config.seed)
     shapes = jax.eval_shape(experiment.make_state, key)
     shardings = devices.state_sharding(experiment.mesh, shapes)
     if begin is None:
+        require_levels(experiment.config, experiment.model.image_shape)
         return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
-    defaults = {"config": default.get_config().to_dict()}
+    defaults = {"config": recipes.defaults().to_dict(), "damaged": [], "generator": keys.GENERATOR}
     run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return checkpoints.load_state(folder.checkpoints, begin, like)
@@ -178,10 +239,11 @@ def require_agreement(facts: dict, folder: run_folder.RunFolder) -> None:
         )
 
 
-def placed_batches(experiment: Experiment, begin: int):
+def placed_batches(experiment: Experiment, begin: int, stop: StopRequest):
     """Yields (images, labels or None) of each step on the devices; every process loads its own rows."""
     config, mesh, size = experiment.config, experiment.mesh, experiment.plan.batch_size
     options = {"flip": config.data.flip, "workers": config.data.workers, "rows": devices.local_rows(mesh, size)}
+    options["stopping"] = lambda: stop.received
     local = data.batches(experiment.dataset, batch_size=size, seed=config.seed, start=begin, **options)
     sharding = devices.batch_sharding(mesh)
 
@@ -189,7 +251,7 @@ def placed_batches(experiment: Experiment, begin: int):
         return jax.make_array_from_process_local_data(sharding, part, (size, *part.shape[1:]))
 
     conditional = experiment.model.conditions is not None
-    with contextlib.closing(local):
+    with contextlib.closing(local), data_fields():
         for batch in local:
             yield place(batch.images), place(batch.labels) if conditional else None
 
@@ -197,7 +259,7 @@ def placed_batches(experiment: Experiment, begin: int):
 def sheet_drawer(
     experiment: Experiment, folder: run_folder.RunFolder, recorder: Recorder | Silent
 ) -> Callable[[TrainState], None]:
-    """Returns state -> None: the first process draws samples of the first EMA. A sheet that fails ends no run."""
+    """Returns state -> None: the first process draws the loss, and samples of the first EMA. No picture ends a run."""
     model, config = experiment.model, experiment.config
     ema = ema_name(experiment.step_options.ema_decays[0])
     gather = jax.jit(lambda params: params, out_shardings=NamedSharding(experiment.mesh, PartitionSpec()))
@@ -208,6 +270,7 @@ def sheet_drawer(
         params = jax.tree.map(lambda x: x.addressable_data(0), gather(state.ema_params[ema]))
         if jax.process_index() > 0 or path.exists():
             return
+        plots.losses(folder.path / "metrics.csv", folder.path / "loss.png")
         labels = () if model.conditions is None else range(model.conditions.null)
         shared = {"seed": config.seed, "labels": labels, "clip": sampling_clip(config, model)}
         ids = range(config.sample.num)
@@ -219,8 +282,8 @@ def sheet_drawer(
             return
         try:
             write_png(path, picture, within=folder.path)
-        except OSError as error:
-            warnings.warn(f"no sheet of step {step:,}: {path} cannot be written ({error.strerror})", stacklevel=2)
+        except (OSError, InputError) as error:
+            warnings.warn(f"no sheet of step {step:,}: {error}", stacklevel=2)
         recorder.image("samples", picture, step)
 
     return draw
@@ -228,4 +291,4 @@ def sheet_drawer(
 
 def launch() -> None:
     """Runs the program with the flags of the command line; never returns."""
-    cli.start(main, default_config=str(DEFAULT_CONFIG))
+    cli.start(main, about=__doc__, default_config=str(DEFAULT_CONFIG))

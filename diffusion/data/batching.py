@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import Int32, UInt8
 
 from diffusion.data import order
 from diffusion.data.dataset import Dataset
-from diffusion.errors import InputError, require_range
+from diffusion.errors import InputError
 
 
 class Batch(NamedTuple):
@@ -32,6 +32,7 @@ def batches(
     flip: bool = False,
     rows: slice | range | None = None,
     workers: int = 0,
+    stopping: Callable[[], bool] | None = None,
 ) -> "Batches":
     """Returns batches number start, start + 1, ... without end, or only some rows of each.
 
@@ -48,18 +49,21 @@ def batches(
         range(p * batch_size // n, (p + 1) * batch_size // n).
       workers: processes that read ImageFiles; with 0, threads of this process read them. A script that starts
         processes needs an `if __name__ == "__main__"`.
+      stopping: says whether a stop was asked for. Then a batch that is not there in 5 seconds is an error, as a disk
+        that is gone would keep the caller waiting for ever.
 
     Raises:
       InputError: an argument is out of its range. The iterator raises it if an image cannot be read or a worker died.
     """
     order.check(len(dataset.images), batch_size, seed, start)
-    require_range("config.data.workers", workers, 0)
+    if workers < 0:
+        raise InputError(f"workers={workers} is out of range; it must be at least 0")
     steps = Steps(dataset, batch_size, seed, start, flip, _rows(rows, batch_size))
     if isinstance(dataset.images, np.ndarray):
         return Batches(map(steps.__getitem__, itertools.count()))
     from diffusion.data import streaming  # slow, and data in memory does not need it
 
-    return Batches(streaming.read_ahead(steps, workers))
+    return Batches(streaming.ReadAhead(steps, workers, stopping))
 
 
 class Batches(Iterator[Batch]):
@@ -123,8 +127,11 @@ def _rows(rows: slice | range | None, batch_size: int) -> range:
     """Returns rows as a range within 0..batch_size-1; raises InputError if it is empty or goes beyond."""
     if rows is None:
         return range(batch_size)
-    if isinstance(rows, slice):  # range(batch_size)[rows] would silently cut off rows beyond the batch
-        rows = range(rows.start or 0, batch_size if rows.stop is None else rows.stop, rows.step or 1)
-    if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
+    chosen = rows
+    if isinstance(rows, slice):
+        # Python cuts a slice off where it goes beyond the batch, in silence.
+        beyond = any(end is not None and not -batch_size <= end <= batch_size for end in (rows.start, rows.stop))
+        chosen = range(0) if beyond or rows.step == 0 else range(batch_size)[rows]
+    if not chosen or not 0 <= min(chosen) <= max(chosen) < batch_size:
         raise InputError(f"rows are {rows}; give at least one row, all within 0..{batch_size - 1}")
-    return rows
+    return chosen

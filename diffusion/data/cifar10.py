@@ -1,5 +1,6 @@
 """Loads CIFAR-10 from its official binary archive, which unlike the pickled one runs no code when it is read."""
 
+import errno
 import hashlib
 import sys
 import tarfile
@@ -10,11 +11,11 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from diffusion.data.dataset import Dataset, require
-from diffusion.errors import InputError
+from diffusion.errors import InputError, printable
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-REMEDY = f"download {URL} by hand and pass --config.data.path=/path/to/cifar-10-binary.tar.gz"
+SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+REMEDY = f"download {URL} by hand and pass path=/path/to/cifar-10-binary.tar.gz"
 
 FOLDER = "cifar-10-batches-bin"
 SPLITS = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
@@ -40,8 +41,12 @@ def load(path: str = "", split: str = "", size: int = 0, channels: int = 0) -> D
     require("cifar10", "split", split, SPLITS)
     require("cifar10", "size", size, [0, 32])
     require("cifar10", "channels", channels, [0, 3])
-    location = Path(path).expanduser() if path else _download()
-    if location.is_dir():
+    try:
+        location = Path(path).expanduser() if path else _download()
+        is_folder = location.is_dir()
+    except (OSError, RuntimeError) as error:  # no such user, or a name that is too long
+        raise InputError(f"path={printable(path)!r} cannot be read ({error}); correct it, or {REMEDY}") from error
+    if is_folder:
         files = _read_folder(location, SPLITS[split])
     else:
         if path:
@@ -69,7 +74,7 @@ def parse_records(
     """
     if len(content) != num_records * RECORD_BYTES:
         raise InputError(
-            f"{name} holds {len(content):,} bytes, not {num_records:,} records of {RECORD_BYTES}: "
+            f"{name} does not hold {num_records:,} records of {RECORD_BYTES} bytes: "
             f"it is damaged or not CIFAR-10's binary version; {REMEDY}"
         )
     records = np.frombuffer(content, np.uint8).reshape(num_records, RECORD_BYTES)
@@ -87,7 +92,7 @@ def _download() -> Path:
         return Path(
             pooch.retrieve(
                 URL,
-                known_hash=f"md5:{MD5}",
+                known_hash=f"sha256:{SHA256}",
                 fname="cifar-10-binary.tar.gz",
                 path=pooch.os_cache("diffusion"),
                 progressbar=sys.stderr.isatty(),
@@ -100,19 +105,27 @@ def _download() -> Path:
 
 def _read_folder(folder: Path, names: tuple[str, ...]) -> list[tuple[str, bytes]]:
     folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+    return [(str(folder / name), _read_file(folder / name)) for name in names]
+
+
+def _read_file(path: Path) -> bytes:
+    """Returns a file's content, of a larger one only so much that its size is seen to be wrong."""
     try:
-        return [(str(folder / name), (folder / name).read_bytes()) for name in names]
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
+        with path.open("rb") as file:
+            return file.read(RECORDS_PER_FILE * RECORD_BYTES + 1)
     except OSError as error:
-        raise InputError(f"{error.filename} cannot be read ({error.strerror}); {REMEDY}") from error
+        raise InputError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from error
 
 
 def _check_archive(archive: Path) -> None:
     if not archive.is_file():
-        raise InputError(f"config.data.path={str(archive)!r} is neither a file nor a folder; correct it, or {REMEDY}")
+        raise InputError(f"path={str(archive)!r} is neither a file nor a folder; correct it, or {REMEDY}")
     with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "md5").hexdigest()
-    if digest != MD5:
-        raise InputError(f"{archive} is not CIFAR-10's binary archive (md5 {digest}, expected {MD5}); {REMEDY}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise InputError(f"{archive} is not CIFAR-10's binary archive (sha256 {digest}, expected {SHA256}); {REMEDY}")
 
 
 def _read_archive(archive: Path, names: tuple[str, ...]) -> list[tuple[str, bytes]]:

@@ -1,13 +1,14 @@
 """Defines what every data source returns, and the one check that they share."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from diffusion.data.decoding import ImageFiles
+from diffusion.data.image_files import ImageFiles
+from diffusion.data.names import some
 from diffusion.errors import InputError
 
 
@@ -19,12 +20,28 @@ class Dataset(NamedTuple):
       labels: 0..len(class_names)-1, or None where the source has no classes.
       class_names: one name per class; () where labels is None.
       files: identity of the image files, which stands in for their pixels (see `fingerprint`); "" for other sources.
+      left_out: how many files of what kind were found and not read, as "9 .heic, 2 .gif".
+      damaged: names of the images that cannot be read and were left out, as the caller asked.
     """
 
     images: UInt8[np.ndarray, "N H W C"] | ImageFiles
     labels: Int32[np.ndarray, "N"] | None
     class_names: tuple[str, ...]
     files: str = ""
+    left_out: str = ""
+    damaged: tuple[str, ...] = ()
+
+    def counts(self) -> dict[str, int]:
+        """Returns how many images each class has, by its name; {} where there are no classes."""
+        numbers = () if self.labels is None else np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        return dict(zip(self.class_names, numbers, strict=False))
+
+    def notes(self) -> Iterator[str]:
+        """Yields lines on what was left out."""
+        if self.left_out:
+            yield f"left out: {self.left_out}"
+        if self.damaged:
+            yield f"left out {len(self.damaged):,} images that cannot be read: {some(self.damaged)}"
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -44,7 +61,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def require(source: str, field: str, given: object, allowed: Collection) -> None:
-    """Raises InputError unless the value given for config.data.<field> is one that the source allows."""
+    """Raises InputError unless the value given for an argument is one that the source allows."""
     if given not in allowed:
-        choices = ", ".join(map(repr, allowed))
-        raise InputError(f"data {source!r} has no {field}={given!r}; set config.data.{field} to one of: {choices}")
+        choices = ", ".join(f"{field}={choice!r}" for choice in allowed)
+        raise InputError(f"data {source!r} has no {field}={given!r}; allowed: {choices}")

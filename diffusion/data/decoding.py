@@ -1,127 +1,156 @@
-"""Decodes image files to arrays: one of them, all at once, or each when it is asked for."""
+"""Decodes one image file to pixels, within bounds on the memory that it may take."""
 
 import contextlib
-import hashlib
 import io
-import operator
-import os
-import re
+import logging
+import threading
+import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from diffusion.data.archives import Files
-from diffusion.errors import InputError
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # not all that Pillow reads: a PostScript file, for one, is a program
+MIB = 2**20
+PIXEL_BYTES = {"WEBP": 8, "TIFF": 8}
+"""What a pixel costs in decoding; 4 in the other formats. WebP's decoder keeps two frames, TIFF's may have 16 bits."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # not all that Pillow reads: a PostScript file, for one, is a program
-BLOCK = 32  # images that one task of the thread pool decodes
+MAX_DECODED = 682
+"""MiB of 4-byte pixels above which Pillow refuses any image, whatever we allow."""
 
+STRIP = 2**22  # pixels that are converted at a time
+ORIENTATION = 0x0112  # in EXIF
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of an EXIF orientation upright."""
 
-class ImageFiles:
-    """Stands in for an array uint8[N, H, W, C], and decodes its images from files when they are asked for.
-
-    It has the array's shape, dtype and length, and is indexed along N by a number, a slice, or integers int[b], which
-    give new arrays of shape [H, W, C] or [b, H, W, C]. It can be pickled, and several threads may use it at once.
-
-    Raises:
-      InputError: an image cannot be read; the message names it.
-    """
-
-    dtype = np.dtype(np.uint8)
-    ndim = 4
-
-    def __init__(self, files: Files, size: int, channels: int):
-        self.files = files
-        self.shape = (len(files.names), size, size, channels)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: int | slice | np.ndarray) -> UInt8[np.ndarray, "*b H W C"]:
-        if isinstance(index, slice):
-            index = range(len(self))[index]
-        if np.ndim(index) == 0:
-            return self._decode(range(len(self))[operator.index(index)])
-        images = np.empty((len(index), *self.shape[1:]), np.uint8)
-        for k, i in enumerate(index):
-            images[k] = self[i]
-        return images
-
-    def digest(self, inner_names: list[str]) -> str:
-        """Returns the identity of the files: a SHA-256 of their names and of the content of 100 of them.
-
-        It leaves out the pixels, which differ a little between versions of JPEG decoders, and the files' sizes, as
-        asking for each takes long in a large folder.
-
-        Args:
-          inner_names: the files' names, without the folders that hold them all.
-        """
-        digest = hashlib.sha256("\0".join(inner_names).encode(errors="surrogateescape"))
-        for i in sorted({k * (len(self) - 1) // 99 for k in range(100)}):
-            with _naming(self.files.names[i]):
-                digest.update(self.files.read(i))
-        return digest.hexdigest()
-
-    def _decode(self, i: int) -> np.ndarray:
-        with _naming(self.files.names[i]):
-            return decode(self.files.read(i), *self.shape[2:])
+# Pillow warns of images that max_decoded allows, and of damaged EXIF, without the image's name.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-def read_all(images: ImageFiles) -> UInt8[np.ndarray, "N H W C"]:
-    """Returns all the images as one array; if some cannot be read, the error names the first."""
-    result = np.empty(images.shape, np.uint8)
+class Budget:
+    """Bounds the memory that threads use at a time: who asks for more than is left waits until others have ended."""
 
-    def decode_block(start: int) -> int:
-        block = range(start, min(start + BLOCK, len(images)))
-        for i in block:
-            result[i] = images[i]
-        return len(block)
+    def __init__(self, total: int):
+        self._total = self._left = total
+        self._changed = threading.Condition()
 
-    # Threads decode at the same time only while Pillow has released the interpreter's lock. For tiny files, around
-    # 64x64 pixels and less, they hold the lock most of the time and would only wait for each other.
-    with _naming(images.files.names[0]):
-        threads = 1 if len(images.files.read(0)) < 4096 else os.cpu_count()
-    hidden = None if len(images) > 5000 else True  # tqdm takes None as "hidden unless on a terminal"
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(images), desc="reading images", disable=hidden) as bar:
-        for count in pool.map(decode_block, range(0, len(images), BLOCK)):
-            bar.update(count)
-    return result
+    @contextlib.contextmanager
+    def of(self, amount: int) -> Iterator[None]:
+        """Holds an amount while the body runs; one above the total counts as all of it."""
+        amount = min(amount, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= amount)
+            self._left -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += amount
+                self._changed.notify_all()
 
 
-def decode(content: bytes, size: int, channels: int) -> UInt8[np.ndarray, "{size} {size} {channels}"]:
+_PIXELS = Budget(256 * MIB)
+
+
+def decode(
+    content: bytes, size: int, channels: int, max_decoded: int = MAX_DECODED
+) -> UInt8[np.ndarray, "{size} {size} {channels}"]:
     """Decodes one image file, turns it upright, and puts white behind what is transparent.
 
     The largest centred square is resized with Pillow's antialiased bicubic filter. A JPEG's decoder first shrinks it by
-    a power of two, to no less than twice the size: this is much faster, and looks the same.
+    a power of two, to no less than twice the size: this is much faster, and looks the same. EXIF that cannot be read
+    counts as none.
 
     Args:
       content: of the file, one of FORMATS.
       size: height and width of the result in pixels.
       channels: 1 (grey) or 3 (RGB).
+      max_decoded: MiB that the whole image may take, by the size that it states and PIXEL_BYTES.
+
+    Raises:
+      Exception: of nearly any kind, if the file is damaged; ValueError if it is larger than max_decoded, or its pixels
+        are numbers that are no grey levels.
     """
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
-    image.draft(None, (2 * size, 2 * size))
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16-bit grey; depending on its version, Pillow's convert would clip it or cut bits
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB" if channels == 3 else "L")
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(size, size, channels)
-
-
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
     try:
-        yield
-    except Exception as error:  # a damaged file makes the decoders raise nearly any exception
-        reason = " ".join(re.sub(r"<.*?>", "", str(error)).split())  # "<_io.BytesIO object at ...>" says nothing
-        raise InputError(
-            f"image {name} cannot be read ({reason}); put a good copy in its place, or remove it before a run starts"
-        ) from error
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(f"its pixels take more than {MAX_DECODED} MiB, above max_decoded={max_decoded:g}") from None
+    cost = _cost(image)
+    if cost > max_decoded * MIB:
+        width, height = image.size
+        raise ValueError(
+            f"its {width:,} x {height:,} pixels take {cost / MIB:,.0f} MiB, above max_decoded={max_decoded:g}"
+        )
+    image.draft(None, (2 * size, 2 * size))
+    with _PIXELS.of(_cost(image)):
+        wide = image.tile and str(image.tile[0].args).find("RGB;16") >= 0
+        image.load()
+        if wide and isinstance(image.info.get("transparency"), tuple):  # Pillow has kept the high bytes of the pixels
+            image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
+        image = _visible(_upright(image), "RGB" if channels == 3 else "L")
+        if image.size != (size, size):
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        return np.asarray(image).reshape(size, size, channels)
+
+
+def _cost(image: Image.Image) -> int:
+    """Returns the bytes that decoding takes, by the sizes that the file states."""
+    width, height = image.size
+    if image.format == "TIFF":  # it is decoded by tiles, which may be larger than the image
+        width, height = max(width, _number(image, 322)), max(height, _number(image, 323))
+    return width * height * PIXEL_BYTES.get(image.format, 4)
+
+
+def _number(image: Image.Image, tag: int) -> int:
+    value = image.tag_v2.get(tag, 0)
+    return value if isinstance(value, int) else 0
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # EXIF is damaged in as many ways as pixels are, and says nothing of them
+        return image
+    turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _visible(image: Image.Image, mode: str) -> Image.Image:
+    """Returns the image in a mode without transparency, "RGB" or "L", on white; in strips, which need little memory."""
+    if image.mode == mode and not image.has_transparency_data:
+        return image
+    width, height = image.size
+    rows = max(1, STRIP // width)
+    result = Image.new(mode, image.size)
+    for top in range(0, height, rows):
+        strip = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
+        if image.mode.startswith("I"):
+            strip = _eight_bits(strip)
+        elif image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+        elif strip.has_transparency_data:
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip.convert("RGBA"))
+        result.paste(strip.convert(mode), (0, top))
+    return result
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Returns 16-bit grey with 8 bits; depending on its version, Pillow's convert would clip it or cut bits off."""
+    wide = np.asarray(image)
+    if wide.min() < 0 or wide.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits; save it with 8 or 16")
+    grey = ((wide.astype(np.uint32) + 128) // 257).astype(np.uint8)  # v / 257, rounded; it is never halfway
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[wide == transparent] = 255
+    return Image.fromarray(grey)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from diffusion import devices
+from diffusion import devices, keys
 from diffusion.data import Dataset
 from diffusion.denoiser import Options, check_options, denoise, log_variance_between
 from diffusion.errors import InputError, nearest
@@ -87,8 +87,8 @@ def variational_bound(  # noqa: PLR0913
     steps = bound_steps(schedule, tau, prediction)
     x_0 = _check_images(x_0)
     ids = jnp.arange(len(x_0)) if sample_ids is None else jnp.asarray(sample_ids)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-    terms = _terms(apply_fn, params, steps, _SHARES[variance], x_0, keys, cond, options)
+    of_samples = jax.vmap(partial(jax.random.fold_in, keys.threefry(key)))(ids)
+    terms = _terms(apply_fn, params, steps, _SHARES[variance], x_0, of_samples, cond, options)
     prior = mean_bits(_prior(steps.reading.signal[0], steps.reading.noise[0], x_0))
     return Bound(prior + terms.sum(axis=0), terms, prior)
 
@@ -116,7 +116,8 @@ def _prior(signal, noise, x_0):
 
 
 @partial(jax.jit, static_argnames=("apply_fn", "options"))
-def _terms(apply_fn, params, steps: BoundSteps, share, x_0, keys, cond, options):
+@keys.pinned
+def _terms(apply_fn, params, steps: BoundSteps, share, x_0, of_samples, cond, options):
     """Returns the terms [S, B]; one step is computed after the other, to hold the activations of only one."""
     num, network = steps.from_x0.shape[0], partial(apply_fn, params)
     cast = jax.tree.map(lambda leaf: leaf.astype(x_0.dtype), steps._replace(reading=None))
@@ -124,7 +125,7 @@ def _terms(apply_fn, params, steps: BoundSteps, share, x_0, keys, cond, options)
 
     def term(_, inputs):
         index, step = inputs
-        eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), x_0.shape[1:], x_0.dtype))(keys)
+        eps = jax.vmap(lambda k: keys.normal(jax.random.fold_in(k, index), x_0.shape[1:], x_0.dtype))(of_samples)
         x_t = step.reading.signal * x_0 + step.reading.noise * eps
         d = denoise(network, x_t, cond, step.reading, options)
         where = d.log_variance_share if options.learned_variance else jnp.full_like(x_0, share)

@@ -21,6 +21,7 @@ import safetensors.numpy
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
+from diffusion import keys
 from diffusion.data import Dataset, batch_indices, fingerprint
 from diffusion.errors import InputError, require_range
 from diffusion.evaluation.metrics import prdc
@@ -163,10 +164,11 @@ def train(dataset: Dataset, *, epochs: int = 20, seed: int = 0) -> Classifier:
     return Classifier(params, shape, num_classes, **facts, data=fingerprint(dataset), seed=seed, epochs=epochs)
 
 
+@keys.pinned
 def _fit(dataset, kept, num_classes, epochs, seed):
     batch_size = min(BATCH_SIZE, len(kept))
     steps = max(1, epochs * len(kept) // batch_size)
-    start, drop = jax.random.split(jax.random.key(seed))
+    start, drop = jax.random.split(keys.make(seed))
     params, state = _init(start, tuple(dataset.images.shape[1:]), num_classes, steps)
     for k in range(steps):
         index = kept[batch_indices(len(kept), batch_size, seed, k)]
@@ -251,7 +253,7 @@ def load(path: str | os.PathLike) -> Classifier:
             raise ValueError(f"images of shape {shape}, {num_classes} classes")
         if not all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
             raise ValueError("a share that is none")
-        wanted = jax.eval_shape(Network(num_classes).init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
+        wanted = jax.eval_shape(Network(num_classes).init, keys.make(0), jnp.zeros((1, *shape)))["params"]
         wanted = flax.traverse_util.flatten_dict(wanted, sep="/")
         if {name: t.shape for name, t in header.tensors.items()} != {name: x.shape for name, x in wanted.items()}:
             raise ValueError("parameters of another network")

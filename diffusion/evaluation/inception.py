@@ -21,6 +21,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
+from diffusion import keys
 from diffusion.errors import InputError
 from diffusion.files import open_to_read
 from diffusion.images import to_floats
@@ -310,5 +311,5 @@ def _take(state, name, shape):
 
 def _shapes() -> dict[str, tuple[int, ...]]:
     """Returns the shape of each of the network's parameters by its name."""
-    shapes = jax.eval_shape(partial(Inception().init, jax.random.key(0)), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    shapes = jax.eval_shape(partial(Inception().init, keys.make(0)), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     return {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}

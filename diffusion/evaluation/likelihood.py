@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from diffusion import predictions
+from diffusion import keys, predictions
 from diffusion.data import Dataset
 from diffusion.denoiser import denoise
 from diffusion.errors import InputError, is_whole, nearest
 from diffusion.evaluation.bound import in_batches
-from diffusion.images import HALF_BIN, to_floats
+from diffusion.images import HALF_BIN, check_floats, to_floats
 from diffusion.model import Trained
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import ApplyFn, Images, Params
@@ -95,11 +95,11 @@ def log_likelihood(  # noqa: PLR0913
         raise InputError(f"trace {trace!r} with dequantize={dequantize} draws random numbers; give a key")
     x_0 = _check_images(x_0, dequantize)
     ids = jnp.arange(len(x_0)) if sample_ids is None else jnp.asarray(sample_ids)
-    keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+    of_samples = None if key is None else jax.vmap(partial(jax.random.fold_in, keys.threefry(key)))(ids)
     if dequantize:
-        x_0 = _spread_over_bins(x_0, keys)
+        x_0 = _spread_over_bins(x_0, of_samples)
     levels, ratio, length = _way(schedule, prediction, steps, t_min)
-    draws = None if trace == "exact" else _probes(keys, trace, int(probes), x_0)
+    draws = None if trace == "exact" else _probes(of_samples, trace, int(probes), x_0)
     log_density = _log_density(apply_fn, params, x_0, levels, ratio, length, draws, cond)
     bits = -log_density / (x_0[0].size * np.log(2))
     return FlowLikelihood(log_density, bits - np.log2(2 * HALF_BIN) if dequantize else bits)
@@ -172,25 +172,28 @@ def _check_images(x_0, dequantize):
         raise InputError(f"x_0 has type {x_0.dtype}; dequantize takes uint8 images")
     if not dequantize and not jnp.issubdtype(x_0.dtype, jnp.floating):
         raise InputError(f"x_0 has type {x_0.dtype}; give floats, or 8-bit images with dequantize=True")
+    if not dequantize:
+        check_floats("x_0", x_0)
     return x_0
 
 
-def _spread_over_bins(x_0, keys):
+def _spread_over_bins(x_0, of_samples):
     """Returns uint8 images as floats, each pixel at a uniformly random place in its bin."""
     dtype = jnp.result_type(float)
-    shift = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0), x_0.shape[1:], dtype, -1, 1))(keys)
+    shift = jax.vmap(lambda k: keys.uniform(jax.random.fold_in(k, 0), x_0.shape[1:], -1, 1))(of_samples)
     return to_floats(x_0, dtype) + HALF_BIN * shift
 
 
-def _probes(keys, trace, probes, x_0):
+@keys.pinned
+def _probes(of_samples, trace, probes, x_0):
     """Returns random vectors [probes, B, *shape] with mean 0 and identity covariance."""
-    draw = jax.random.rademacher if trace == "rademacher" else jax.random.normal
+    draw = jax.random.rademacher if trace == "rademacher" else keys.normal
 
     def of_sample(key):
         # 0 is taken: it places the pixels in their bins.
         return jax.vmap(lambda i: draw(jax.random.fold_in(key, i), x_0.shape[1:], x_0.dtype))(1 + jnp.arange(probes))
 
-    return jax.vmap(of_sample, out_axes=1)(keys)
+    return jax.vmap(of_sample, out_axes=1)(of_samples)
 
 
 def _way(schedule, prediction, steps, t_min):
@@ -206,6 +209,7 @@ def _way(schedule, prediction, steps, t_min):
 
 
 @partial(jax.jit, static_argnames="apply_fn")
+@keys.pinned
 def _log_density(apply_fn, params, x_0, levels, ratio, length, probes, cond):
     """Returns log p(x_0) in nats, [B]."""
     levels, network = levels.astype(x_0.dtype), partial(apply_fn, params)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from diffusion import files, predictions
+from diffusion import files, keys, predictions, sealed
 from diffusion.denoiser import denoise
 from diffusion.errors import InputError
 from diffusion.model import Model, Trained
@@ -54,7 +54,7 @@ def estimate_gamma(
         reading = predictions.reading(model.prediction, np.float64(t), *model.schedule.at(t))
         for b, batch in enumerate(batches):
             x_0 = model.space.encode(batch)
-            eps = jax.random.normal(jax.random.fold_in(of_time, b), x_0.shape)
+            eps = keys.normal(jax.random.fold_in(of_time, b), x_0.shape)
             gamma[k] += float(batch_mean(x_0, eps, reading)) / count
     return gamma
 
@@ -84,14 +84,14 @@ def cached_gamma(
     if missing:
         say(f"estimating E|eps|^2 at {len(missing)} timesteps on {min(len(images), NUM_IMAGES):,} images")
         chosen = np.random.default_rng(0).permutation(len(images))[:NUM_IMAGES]
-        found = estimate_gamma(trained.model, trained.params, images[chosen], missing, jax.random.key(0))
+        found = estimate_gamma(trained.model, trained.params, images[chosen], missing, keys.make(0))
         gamma |= {t: float(value) for t, value in zip(missing, found, strict=True)}
         try:
             with files.locked(folder, "writing an estimate into", ".analytic_gamma.lock"):
                 known = _read_gamma(folder)  # again: another process may have added to it in the meantime
                 known[name] = known.get(name, {}) | gamma
                 texts = {key: {str(t): value for t, value in of.items()} for key, of in known.items()}
-                files.write_json(folder / FILE, texts, folder)
+                sealed.write(folder / FILE, texts, folder)
         except (OSError, InputError) as error:
             warnings.warn(f"{folder / FILE} is not written, and is estimated again next time ({error})", stacklevel=2)
     return np.array([gamma[float(t)] for t in tau[:-1]])
@@ -101,7 +101,7 @@ def _read_gamma(folder):
     """Returns what the file knows: the values by time, by the model's parameters."""
     path = folder / FILE
     try:
-        known = files.read_json(path, within=folder)
+        known = sealed.read(path, within=folder)
         result = {name: {float(t): float(value) for t, value in of.items()} for name, of in known.items()}
         if all(math.isfinite(value) and value >= 0 for of in result.values() for value in of.values()):
             return result

@@ -1,14 +1,15 @@
-"""Holds the networks, written in Flax Linen; code outside this folder sees each as an `ApplyFn` and no more."""
+"""Holds the networks, written in Flax Linen, and takes in those of others; code outside sees each as an `ApplyFn`."""
 
 import dataclasses
 import functools
 
 from flax import linen as nn
 
+from diffusion.models.own import Network, adapt
 from diffusion.models.unet import UNet
 from diffusion.types import ApplyFn
 
-__all__ = ["UNet", "as_apply_fn"]
+__all__ = ["Network", "UNet", "adapt", "as_apply_fn"]
 
 
 def as_apply_fn(model: nn.Module) -> ApplyFn:

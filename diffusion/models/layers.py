@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
+from diffusion.keys import bernoulli
 from diffusion.types import Timesteps
 
 # DDPM's initialisation. The last layer of a residual branch starts at zero, so that at first the branch adds nothing.
@@ -30,11 +31,12 @@ def sinusoidal_embedding(t: Float[Array, "B"] | Timesteps, dim: int) -> Float[Ar
 
 
 def num_groups(channels: int, max_groups: int = 32) -> int:
-    """Returns the number of groups to normalise in: as many as have at least four channels, at most max_groups.
+    """Returns the number of groups to normalise in: as many equal ones of at least four channels as max_groups allows.
 
     A group of one channel would remove exactly what the timestep adds to that channel: a constant over its pixels.
     """
-    return max(1, min(max_groups, channels // 4))
+    most = max(1, min(max_groups, channels // 4))
+    return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
 class GroupNorm(nn.Module):
@@ -51,8 +53,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x):
         channels = x.shape[-1]
         groups = num_groups(channels, self.max_groups)
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         x32 = x.astype(jnp.float32)
         pixels = tuple(range(1, x.ndim - 1))
 
@@ -105,7 +107,7 @@ def dropout(keys: Key[Array, "B"] | None, layer: int, rate: float, x: Float[Arra
     """
     if keys is None or rate == 0:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:]))(keys)
+    keep = jax.vmap(lambda key: bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), 0)
 
 

@@ -16,7 +16,6 @@ from diffusion.models.layers import (
     ResidualBlock,
     SelfAttention,
     Upsample,
-    num_groups,
     sinusoidal_embedding,
 )
 
@@ -31,7 +30,7 @@ class UNet(nn.Module):
 
     Attributes:
       width: channels at full resolution; even, at least 4. A level has width * multiplier channels, which must be a
-        multiple of num_heads and of the number of normalisation groups (a quarter of the channels, at most 32).
+        multiple of num_heads.
       multipliers: one factor for each resolution; every level but the last ends by halving the image.
       num_blocks: residual blocks per level on the way down; the way up has one more.
       attention_resolutions: image heights at which self-attention follows every block. The middle always has it.
@@ -157,10 +156,10 @@ class UNet(nn.Module):
 
         # Fields that depend on each other, and on the input.
         for features in (self.width * m for m in self.multipliers):
-            if features % num_groups(features) or features % self.num_heads:
+            if features % self.num_heads:
                 raise InputError(
                     f"model.width and model.multipliers give a level of {features} channels; it must be a multiple "
-                    f"of its {num_groups(features)} groups and of {self.num_heads} heads"
+                    f"of {self.num_heads} heads"
                 )
         factor = 2 ** (len(self.multipliers) - 1)
         if x.shape[1] % factor or x.shape[2] % factor:

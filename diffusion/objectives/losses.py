@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from diffusion import predictions
+from diffusion import keys, predictions
 from diffusion.denoiser import Network, log_variance_between, split_variance
 from diffusion.errors import InputError
 from diffusion.gaussian import signal_noise
@@ -82,9 +82,9 @@ def stratified_timesteps(
     Returns:
       int [B] in 1..T.
     """
-    share = (index + uniforms) / batch_size
+    share = (jnp.asarray(index, uniforms.dtype) + uniforms) / batch_size
     # Rounding can make share 1.0 for the last sample of a large batch.
-    return jnp.minimum(jnp.floor(share * num_timesteps).astype(int), num_timesteps - 1) + 1
+    return jnp.minimum(jnp.floor(share * num_timesteps).astype(jnp.int32), num_timesteps - 1) + 1
 
 
 def simple_loss(batch: Batch, schedule: NoiseSchedule, prediction: str = "eps", weights: Weights | None = None) -> Loss:
@@ -174,8 +174,8 @@ def _evaluate(batch, schedule, prediction):
     """Draws t and eps and asks the network."""
     predictions.check_known(prediction)
     x_0 = batch.x_0
-    uniforms = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0)))(batch.keys)
-    eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1), x_0.shape[1:], x_0.dtype))(batch.keys)
+    uniforms = jax.vmap(lambda k: keys.uniform(jax.random.fold_in(k, 0)))(batch.keys)
+    eps = jax.vmap(lambda k: keys.normal(jax.random.fold_in(k, 1), x_0.shape[1:], x_0.dtype))(batch.keys)
     t = stratified_timesteps(uniforms, batch.index, batch.size, schedule.num_timesteps)
     a, n = signal_noise(schedule, t, x_0)
     x_t = a * x_0 + n * eps

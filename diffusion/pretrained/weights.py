@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax.traverse_util
@@ -11,6 +13,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from diffusion import keys
 from diffusion.errors import InputError, is_whole
 from diffusion.files import digest, write_atomically
 from diffusion.interop.safetensors_file import read_header, read_tensors
@@ -52,16 +55,20 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
     write_atomically(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(facts, sort_keys=True)}))
 
 
-def load(path: str | os.PathLike) -> Trained:
+def load(path: str | os.PathLike, networks: Mapping[str, Callable[..., Any]] = MappingProxyType({})) -> Trained:
     """Reads what `save` wrote.
+
+    Args:
+      path: the file.
+      networks: see `make_model`.
 
     Raises:
       InputError: there is no such file, it is damaged, or `save` did not write it.
     """
     header, facts = _read(path)
-    config, model = from_record(facts, str(path))
+    config, model = from_record(facts, str(path), networks)
     # Check that the config still describes the network whose parameters these are, before they are read.
-    wanted = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    wanted = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, keys.make(0)), sep="/")
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in header.tensors.items()}
     if shapes != {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}:
         raise InputError(f"{path} holds weights of another network than its config describes; convert it again")

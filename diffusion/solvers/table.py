@@ -13,6 +13,7 @@ and no JAX. `diffusion.sample` executes any table with one compiled scan.
 """
 
 import dataclasses
+import html
 import json
 
 import jax
@@ -87,19 +88,36 @@ class SamplerTable:
 
     def __str__(self) -> str:
         """Prints up to 30 stages: time, signal, noise, and the row that makes the next x."""
-        columns = [*(f"R{i}" for i in range(self.num_registers)), "D", "z"]
-        ends = f"tau {self.tau[0]:g} to {self.tau[-1]:g}"
-        lines = [
-            f"{self.name}: {self.nfe} network calls, {self.num_registers} register(s), {ends}",
-            f"{'t':>9} {'signal':>9} {'noise':>9} | x' = " + " ".join(f"{c:>9}" for c in columns),
-        ]
-        for i in range(self.nfe):
-            if self.nfe > 30 and 15 <= i < self.nfe - 15:
-                lines += [f"{'...':>9}"] * (i == 15)
-                continue
-            row = " ".join(f"{v:9.5f}" for v in np.asarray(self.update[i, 0]))
-            lines.append(f"{self.t[i]:9.2f} {self.signal[i]:9.5f} {self.noise[i]:9.5f} |      {row}")
+        title, columns, rows = self._shown()
+        lines = [title, f"{'t':>9} {'signal':>9} {'noise':>9} | x' = " + " ".join(f"{c:>9}" for c in columns)]
+        for cells in rows:
+            cells = [f"{cell:>9}" for cell in cells]
+            lines.append(f"{' '.join(cells[:3])} |      {' '.join(cells[3:])}" if len(cells) > 1 else cells[0])
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Shows a notebook what `__str__` prints, as a table."""
+        title, columns, rows = self._shown()
+        head = "".join(f"<th>{name}</th>" for name in ("t", "signal", "noise", "x&prime; =", *columns))
+        body = ""
+        for t, *others in rows:
+            cells = [t, *others[:2], "", *others[2:]] if others else [t]
+            body += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        return f"<table><caption>{html.escape(title)}</caption><tr>{head}</tr>{body}</table>"
+
+    def _shown(self):
+        """Returns a title, the names of the columns of a row, and for up to 30 stages the texts to show."""
+        columns = [*(f"R{i}" for i in range(self.num_registers)), "D", "z"]
+        calls = f"{self.name}: {self.nfe} network calls, {self.num_registers} register(s)"
+        title = f"{calls}, tau {self.tau[0]:g} to {self.tau[-1]:g}"
+        rows = []
+        for i in range(self.nfe):
+            if self.nfe <= 30 or not 15 <= i < self.nfe - 15:
+                levels = [f"{self.t[i]:.2f}", f"{self.signal[i]:.5f}", f"{self.noise[i]:.5f}"]
+                rows.append([*levels, *(f"{v:.5f}" for v in np.asarray(self.update[i, 0]))])
+            elif i == 15:
+                rows.append(["..."])
+        return title, columns, rows
 
 
 def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> SamplerTable:

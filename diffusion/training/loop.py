@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from diffusion import devices
 from diffusion.errors import InputError
+from diffusion.training.progress import Progress
 from diffusion.training.recorder import Recorder, Row, Silent
 from diffusion.training.saving import CheckpointWriter
 from diffusion.training.step import Metrics, TrainState
@@ -91,9 +90,7 @@ def train(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, bool]:
     if start and (start % plan.grid_every == 0 or start == plan.num_steps):
         draw = run.stop.call if jax.process_count() == 1 else lambda function, *args: function(*args)
         draw(run.draw_sheet, state)
-    progress = tqdm(
-        total=plan.num_steps, initial=start, unit="step", dynamic_ncols=True, disable=jax.process_index() > 0 or None
-    )
+    progress = Progress(start, plan.num_steps, shown=jax.process_index() == 0)
     run.stop.defer()
     with contextlib.closing(run.batches), progress:
         return _Loop(state, plan, run, progress).go()
@@ -109,8 +106,7 @@ class _Loop:
         self.skipped = int(state.skipped)  # as far as they have been reported
         self.votes = 0.0  # above 0 once a process wants to stop
         self.ballots: dict[bool, jax.Array] = {}  # either vote of this process, once it is on the devices
-        self.clock = _Clock()
-        self.trace = Trace(run.profile, lambda: self._settle(0), self._say)
+        self.trace = Trace(run.profile, lambda: self._settle(0), progress.say)
 
     def go(self):
         """Makes the steps; returns the last state, and whether training came to its end."""
@@ -118,7 +114,13 @@ class _Loop:
         step, finished = self.start, True
         for step in range(self.start + 1, plan.num_steps + 1):
             self.trace.before(step - self.start - 1)
-            metrics = self._step(step)
+            try:
+                metrics = self._step(step)
+            except Stopped:
+                if step - 1 == self.start:
+                    raise
+                finished = False  # the next batch did not come, and the steps before it are saved
+                break
             if step % plan.log_every == 0 or step == plan.num_steps:
                 self._settle(0)
                 self._log(step, metrics)
@@ -126,7 +128,7 @@ class _Loop:
             if saved:
                 self._save(step)
             if step % plan.grid_every == 0 or step == plan.num_steps:
-                with self.clock.paused():
+                with self.progress.paused("drawing samples"):
                     finished = self._draws_sheet()
             last = step == plan.num_steps or self._stopping()
             if last and not saved:
@@ -154,18 +156,16 @@ class _Loop:
         images, cond = self._next_batch(step)
         first = step == self.start + 1
         call = self._interruptible if first else lambda function, *args: function(*args)
-        self.state, metrics = call(self.run.train_step, self.state, images, cond, self._vote(images))
-        self.in_flight.append((step, metrics))
-        self._settle(0 if first else 2)
-        self.clock.steps += 1
-        self.progress.update()
-        if first:
-            self._say(f"first step after {self.clock.elapsed():.1f} s, compilation included")
-            self.clock.restart()
+        with self.progress.compiling() if first else contextlib.nullcontext():
+            self.state, metrics = call(self.run.train_step, self.state, images, cond, self._vote(images))
+            self.in_flight.append((step, metrics))
+            self._settle(0 if first else 2)
+        if not first:
+            self.progress.step(step)
         return metrics
 
     def _next_batch(self, step):
-        """Returns the next batch; saves what has been trained if it cannot be read."""
+        """Returns the next batch; saves what has been trained if it cannot be read, or does not come after a signal."""
         try:
             return next(self.run.batches)
         except InputError:
@@ -174,6 +174,8 @@ class _Loop:
             if step - 1 > saved and jax.process_count() == 1:
                 self._save(step - 1)
                 self.run.writer.wait()
+            if self.run.stop.received:
+                raise Stopped from None
             raise
 
     def _interruptible(self, function, *args):
@@ -212,7 +214,7 @@ class _Loop:
         facts = {"in_row": in_row, "examples": self.run.examples(step - 1).tolist()}
         self.run.recorder.skipped(step, loss=str(loss), grad_norm=str(grad_norm), **facts)  # JSON has no NaN
         what = f"the loss is {loss:g}, the norm of the gradient {grad_norm:g}"
-        self._say(f"step {step:,}: {what}; skipped ({in_row} in a row), see skipped.jsonl")
+        self.progress.say(f"step {step:,}: {what}; skipped ({in_row} in a row), see skipped.jsonl")
         if in_row >= MAX_SKIPPED_IN_ROW:
             raise InputError(
                 f"{in_row} steps in a row up to step {step} gave no finite gradient ({what}); earlier checkpoints are "
@@ -222,16 +224,17 @@ class _Loop:
     def _log(self, step, metrics):
         """Writes one line on the terminal and one row on disk."""
         plan = self.plan
-        seconds, pace = self.clock.take()
+        seconds, pace = self.progress.take()
         skipped = int(metrics.skipped)
         # The rate goes by updates, and a skipped step made none.
         row = _row(step, metrics, float(self.run.learning_rate(max(0, step - skipped - 1))))
         memory = devices.memory_in_use() / 2**30
         self.run.recorder.scalars(row, pace * plan.batch_size, seconds, memory)
-        left = tqdm.format_interval((plan.num_steps - step) / pace) if pace > 0 else "?"
-        self._say(
+        measured = f"{pace * plan.batch_size:.1f} images/s" if pace else "measuring the pace"
+        left = f"  {self.progress.left(step, pace)} left" if pace and step < plan.num_steps else ""
+        self.progress.say(
             f"step {step:,}/{plan.num_steps:,}  loss {row.loss:.4f}  gradient {row.grad_norm:.3f}  "
-            f"rate {row.learning_rate:.2e}  {pace * plan.batch_size:.1f} images/s  {memory:.2f} GiB  {left} left"
+            f"rate {row.learning_rate:.2e}  {measured}  {memory:.2f} GiB{left}"
             + (f"  {skipped} skipped" if skipped else "")
         )
 
@@ -249,10 +252,7 @@ class _Loop:
         # The record is on disk before the checkpoint that vouches for it.
         self.run.writer.save(step, self.state, self.run.metadata, loss, self.run.recorder.seal())
 
-    def _say(self, line):
-        """Prints a line above the progress bar, from the first process only."""
-        if jax.process_index() == 0:
-            self.progress.write(line)
+        self.trace = Trace(run.profile, lambda: self._settle(0), progress.say)
 
 
 @jax.jit
@@ -268,29 +268,3 @@ def _row(step, metrics, learning_rate):
         loss, grad_norm = totals.loss / totals.steps, totals.grad_norm / totals.steps
         errors = totals.errors / totals.counts
     return Row(step, float(loss), float(grad_norm), learning_rate, int(metrics.skipped), tuple(map(float, errors)))
-
-
-class _Clock:
-    """Measures the pace since the last row of the log; compilation and drawing do not count as time."""
-
-    def __init__(self):
-        self.restart()
-
-    def elapsed(self) -> float:
-        return time.monotonic() - self._mark
-
-    def restart(self) -> None:
-        self._mark, self.steps = time.monotonic(), 0
-
-    @contextlib.contextmanager
-    def paused(self):
-        before = time.monotonic()
-        yield
-        self._mark += time.monotonic() - before
-
-    def take(self) -> tuple[float, float]:
-        """Returns (seconds, steps a second) since the last call; the pace is 0 if no step but the first was made."""
-        seconds = self.elapsed()
-        pace = self.steps / seconds if self.steps else 0.0
-        self.restart()
-        return seconds, pace

@@ -3,14 +3,15 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from diffusion import files
+from diffusion import files, keys
 from diffusion.errors import InputError, nearest
 from diffusion.model import Trained, check_finite, from_record
 from diffusion.training import checkpoints, environment, saving
@@ -28,7 +29,9 @@ _FREE = (
     "config.train.fsdp",
     "config.model.remat",
     "config.data.path",
+    "config.data.labels",  # class_names and the fingerprint hold what it decides
     "config.data.max_memory",
+    "config.data.max_decoded",
     "config.data.workers",
     "config.sample.",
 )
@@ -86,7 +89,7 @@ class RunFolder:
 
         The caller must hold the lock. Links are refused here, before the training.
         """
-        for folder in (self.checkpoints, self.grids, self.profile):
+        for folder in (self.checkpoints, self.grids, self.profile / "plugins" / "profile"):
             files.refuse_links(folder, self.path)
         files.remove_temporaries(
             self.path, r"(config|environment)\.json|(metrics|speed)\.csv|skipped\.jsonl", self.path
@@ -117,31 +120,37 @@ def existing(path: str | os.PathLike) -> RunFolder:
     return folder
 
 
-def load_trained(folder: RunFolder, ema: str = "", step: int | None = None) -> Trained:
+def load_trained(
+    folder: RunFolder,
+    ema: str = "",
+    step: int | None = None,
+    networks: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+) -> Trained:
     """Reads the model of a run from a checkpoint.
 
     Args:
       folder: the run.
       ema: which of its EMAs, by decay; "" is the first.
       step: which checkpoint; None is the newest good one.
+      networks: see `make_model`.
 
     Raises:
       InputError: it is damaged, or does not fit its own config; there is no such step or EMA.
     """
     with checkpoints.opened(folder.checkpoints, step) as found:
-        return _load(folder, found, ema)
+        return _load(folder, found, ema, networks)
 
 
-def _load(folder, step, ema):
+def _load(folder, step, ema, networks):
     if step is None:
         raise InputError(f"{folder.path} holds no checkpoint; --workdir names a run folder such as runs/digits")
     where = f"checkpoint {folder.checkpoints / str(step)}"
-    config, model = from_record(checkpoints.metadata(folder.checkpoints, step), where)
+    config, model = from_record(checkpoints.metadata(folder.checkpoints, step), where, networks)
     names = [ema_name(decay) for decay in config.train.ema_decays]
     if not names or (ema and ema not in names):
         raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(model.init, keys.make(0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     ema = ema or names[0]
     params = checkpoints.load_ema(folder.checkpoints, step, ema, like)

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from diffusion import devices
+from diffusion import devices, keys
 from diffusion.errors import InputError
 from diffusion.model import Model
 from diffusion.objectives.losses import Batch, Loss
@@ -85,13 +85,14 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, ema_deca
     """Returns the state before the first step; each EMA starts as a copy of params."""
     ema_params = {ema_name(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays}
     none = [jnp.zeros((), jnp.int32) for _ in range(3)]
-    totals = Totals(*(jnp.zeros(()) for _ in range(3)), *(jnp.zeros(TENTHS) for _ in range(2)))
+    totals = Totals(*(jnp.zeros(shape, jnp.float32) for shape in ((), (), (), TENTHS, TENTHS)))
     return TrainState(none[0], params, ema_params, optimizer.init(params), totals, *none[1:])
 
 
 def ema_decay_at(step: Int[Array, ""], decay: float) -> Float[Array, ""]:
     """Returns min(decay, (1 + step) / (10 + step)), so that short runs and first steps forget the random start."""
-    return jnp.minimum(decay, (1 + step) / (10 + step))
+    made = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(decay, (1 + made) / (10 + made))
 
 
 class StepOptions(NamedTuple):
@@ -140,10 +141,11 @@ def make_train_step(
     """
     # XLA's gradient of a convolution to its kernel is many times slower inside a loop on a CPU.
     unroll = mesh.devices.flat[0].platform == "cpu"
-    part_loss = _part_loss(model, objective, key, options.label_dropout)
+    part_loss = _part_loss(model, objective, keys.threefry(key), options.label_dropout)
     mean_gradient = _over_devices(_gradient(part_loss, options.microbatches, unroll), mesh)
     first_ema = ema_name(options.ema_decays[0]) if options.ema_decays else None
 
+    @keys.pinned
     def train_step(state, images, cond, stop, frozen):
         if images.shape[0] % (mesh.size * options.microbatches):
             raise InputError(
@@ -172,15 +174,15 @@ def _part_loss(model, objective, key, label_dropout):
         images, cond, index = part
         average, frozen = others
         step_key = jax.random.fold_in(key, step)
-        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
+        sample_keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
         if label_dropout:
-            cond = _drop_conditions(cond, model.conditions.null, keys, label_dropout)
-        dropout_keys = jax.vmap(lambda k: jax.random.fold_in(k, 4))(keys)
+            cond = _drop_conditions(cond, model.conditions.null, sample_keys, label_dropout)
+        dropout_keys = jax.vmap(lambda k: jax.random.fold_in(k, 4))(sample_keys)
         batch = Batch(
             network=partial(model.apply_fn, params, dropout_keys=dropout_keys),
             x_0=model.space.encode(images),
             cond=cond,
-            keys=keys,
+            keys=sample_keys,
             index=index,
             size=size,
             average=None if average is None else partial(model.apply_fn, average),
@@ -217,9 +219,9 @@ def _gradient(part_loss, microbatches, unroll):
     return gradient
 
 
-def _drop_conditions(cond, null, keys, share):
+def _drop_conditions(cond, null, sample_keys, share):
     """Replaces the conditions of a share of the samples by the one that means "none"."""
-    dropped = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 3), share))(keys)
+    dropped = jax.vmap(lambda k: keys.bernoulli(jax.random.fold_in(k, 3), share))(sample_keys)
 
     def replace(given, none):
         return jnp.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), none, given)
@@ -234,7 +236,7 @@ def _over_devices(gradient, mesh):
         """Where parameters are sharded, XLA lays out the work."""
         images, cond = batch
         size = images.shape[0]
-        return gradient(params, others, (images, cond, jnp.arange(size)), step, size), stop.mean()
+        return gradient(params, others, (images, cond, jnp.arange(size, dtype=jnp.int32)), step, size), stop.mean()
 
     def shared_gradient(params, others, batch, stop, step):
         """Each device takes its share of the batch, and all results meet in ONE collective, raveled into a vector.
@@ -243,7 +245,7 @@ def _over_devices(gradient, mesh):
         """
         images, cond = batch
         share = images.shape[0]
-        index = jax.lax.axis_index(mesh.axis_names) * share + jnp.arange(share)
+        index = jax.lax.axis_index(mesh.axis_names) * share + jnp.arange(share, dtype=jnp.int32)
         result = gradient(params, others, (images, cond, index), step, mesh.size * share)
         vector, unravel = ravel_pytree((result, stop.mean()))
         return unravel(jax.lax.pmean(vector, mesh.axis_names))
@@ -258,7 +260,9 @@ def _over_devices(gradient, mesh):
 def _update(state, loss, by_tenth, grads, optimizer, options):
     """Returns the state after a step, and the norm of the gradient; a step that is not finite changes only counters."""
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    # optax raises decay rates to its own int32 counts, which strict promotion of dtypes would not let it do.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = {
         ema_name(decay): _average(state.ema_params[ema_name(decay)], params, ema_decay_at(state.step, decay))
@@ -266,12 +270,12 @@ def _update(state, loss, by_tenth, grads, optimizer, options):
     }
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     totals = jax.tree.map(lambda x: jnp.where(state.step % options.log_every == 0, 0, x), state.totals)
-    added = Totals(jnp.ones(()), loss, grad_norm, *by_tenth)
+    added = Totals(*(jnp.asarray(value, jnp.float32) for value in (1, loss, grad_norm, *by_tenth)))
     changed = (params, ema_params, opt_state, jax.tree.map(jnp.add, totals, added))
     unchanged = (state.params, state.ema_params, state.opt_state, totals)
     kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, unchanged)
     skipped_in_row = jnp.where(good, 0, state.skipped_in_row + 1)
-    return TrainState(state.step + 1, *kept, state.skipped + ~good, skipped_in_row), grad_norm
+    return TrainState(state.step + 1, *kept, state.skipped + jnp.asarray(~good, jnp.int32), skipped_in_row), grad_norm
 
 
 def _average(ema, params, decay):

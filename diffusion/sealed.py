@@ -1,0 +1,40 @@
+"""Keeps JSON files that vouch for themselves: a number that has changed on the disk is found, and not believed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion import files
+from diffusion.errors import InputError
+
+_SEAL = "sha256"
+
+
+def write(path: str | os.PathLike, record: Mapping[str, Any], within: str | os.PathLike | None = None) -> None:
+    """Writes a record as `files.write_json` does, with the SHA-256 of what it holds as its entry "sha256"."""
+    files.write_json(path, {**record, _SEAL: _digest(record)}, within)
+
+
+def read(
+    path: str | os.PathLike, limit: int = files.READ_LIMIT, within: str | os.PathLike | None = None
+) -> dict[str, Any]:
+    """Reads what `write` wrote, or an earlier version, which put no SHA-256 into it.
+
+    Raises:
+      InputError: it is no JSON object, or not what was written; else as `files.read_json`.
+    """
+    record = files.read_json(path, limit, within)
+    if not isinstance(record, dict):
+        raise InputError(f"{path} is damaged: it holds no JSON object; move it away")
+    if _SEAL in record and record.pop(_SEAL) != _digest(record):
+        raise InputError(f"{path} is damaged: it is not what was written; move it away")
+    return record
+
+
+def _digest(record):
+    """Returns 64 hex digits that are the same for what is written and what is read of it."""
+    # In the form in which it comes back: texts for the numbers that are keys, null for NaN.
+    plain = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
