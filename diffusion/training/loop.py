@@ -252,8 +252,6 @@ class _Loop:
         # The record is on disk before the checkpoint that vouches for it.
         self.run.writer.save(step, self.state, self.run.metadata, loss, self.run.recorder.seal())
 
-        self.trace = Trace(run.profile, lambda: self._settle(0), progress.say)
-
 
 @jax.jit
 def _all_finite(tree):
