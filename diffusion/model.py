@@ -13,7 +13,7 @@ from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from diffusion import keys, options, schedules
-from diffusion.errors import InputError, failure, require_range
+from diffusion.errors import InputError, require_range, users_code
 from diffusion.images import to_floats, to_uint8
 from diffusion.models import Network, UNet, adapt, as_apply_fn
 from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES
@@ -203,12 +203,8 @@ def _own_network(text, networks, image_shape, channels, num_classes):
     require_range("config.model.num_classes", num_classes, 0)
     what = f"network {name}"
     choice = options.parse_own("network", text, networks[name], ("image_shape", "out_channels", "num_classes"))
-    try:
+    with users_code(what):
         parts = choice.function(tuple(image_shape), channels, num_classes, **choice.options)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what} fails with {failure(error)}") from error
     if not isinstance(parts, tuple | list) or len(parts) != 2:
         raise InputError(f"{what} returns a {type(parts).__name__}; it must return two functions, init and apply")
     return adapt(*parts, image_shape, out_channels=channels, num_classes=num_classes, what=what)
