@@ -80,8 +80,8 @@ def start(stop: StopRequest) -> int:
     kept = experiment.config.train
     if kept.keep_best and kept.save_every % kept.log_every:
         raise InputError(
-            f"config.train.save_every is {kept.save_every}; keep_best ranks steps by the mean loss since the last row of "
-            f"the log, so make it a multiple of log_every, {kept.log_every}, or some of these means are over few steps"
+            f"config.train.save_every is {kept.save_every}; keep_best ranks steps by the mean loss since the last row "
+            f"of the log: make it a multiple of log_every, {kept.log_every}, or some of these means are over few steps"
         )
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:
         return run(experiment, folder, stop, (lambda: True) if lock is None else lock.is_ours)
