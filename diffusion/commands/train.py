@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import shlex
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from diffusion.commands.experiment import Experiment, make_experiment
 from diffusion.errors import InputError
 from diffusion.images import sheet, write_png
 from diffusion.model import sampling_clip
+from diffusion.process import PREEMPTED
 from diffusion.training import checkpoints, environment, run_folder
 from diffusion.training.loop import Run, train
 from diffusion.training.recorder import Recorder, Silent
@@ -63,6 +65,11 @@ def main() -> int:
         except Stopped:
             print("stopped before the first step; nothing is lost")
             return stop.exit_code
+        except (InputError, jax.errors.JaxRuntimeError) as error:
+            if not devices.tells_of_lost(error) or jax.process_count() == 1:
+                raise
+            print(f"{devices.LOST} ({' '.join(str(error).split())[:200]})", file=sys.stderr)
+            return PREEMPTED
 
 
 def start(stop: StopRequest) -> int:
@@ -70,6 +77,12 @@ def start(stop: StopRequest) -> int:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     folder = run_folder.RunFolder(_WORKDIR.value or Path("runs", name))
     experiment = make_experiment(_CONFIG.value)
+    kept = experiment.config.train
+    if kept.keep_best and kept.save_every % kept.log_every:
+        raise InputError(
+            f"config.train.save_every is {kept.save_every}; keep_best ranks steps by the mean loss since the last row "
+            f"of the log: make it a multiple of log_every, {kept.log_every}, or some of these means are over few steps"
+        )
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:
         return run(experiment, folder, stop, (lambda: True) if lock is None else lock.is_ours)
 
@@ -219,8 +232,8 @@ def sheet_drawer(
             return
         try:
             write_png(path, picture, within=folder.path)
-        except OSError as error:
-            warnings.warn(f"no sheet of step {step:,}: {path} cannot be written ({error.strerror})", stacklevel=2)
+        except (OSError, InputError) as error:
+            warnings.warn(f"no sheet of step {step:,}: {error}", stacklevel=2)
         recorder.image("samples", picture, step)
 
     return draw

@@ -13,9 +13,11 @@ import numpy as np
 from absl import flags
 
 from diffusion.errors import InputError
+from diffusion.process import STOPPING
 
 MAX_THREADS = 16  # more would only wait for the interpreter's lock; then workers help
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
+SIGNALS = {signal.SIGINT, *STOPPING}
+PATIENCE = 5.0  # seconds
 
 
 def read_ahead(steps: Sequence, workers: int) -> Iterator:
@@ -32,10 +34,11 @@ def read_ahead(steps: Sequence, workers: int) -> Iterator:
         flags.FLAGS.mark_as_parsed()
     grain.config.update("py_traceback_filtering", "off")  # it would add lines to the one line of an InputError
     iterator = iter(_pipeline(steps, workers))
+    others = multiprocessing.active_children()
     try:
-        # Ctrl-C and a cluster's SIGTERM reach all processes of a job, but the workers must not die of them: a run that
-        # stops in order still needs batches, and stops its workers itself. So a thread that blocks these signals
-        # starts the workers, which inherit that.
+        # Ctrl-C, a cluster's SIGTERM and a terminal's SIGHUP reach all processes of a job, but the workers must not die
+        # of them: a run that stops in order still needs batches, and stops its workers itself. So a thread that blocks
+        # these signals starts the workers, which inherit that.
         _start_tracker()
         with ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, SIGNALS)) as starter:
             item = starter.submit(next, iterator).result()
@@ -53,7 +56,19 @@ def read_ahead(steps: Sequence, workers: int) -> Iterator:
             "means too little memory, -7 too little shared memory (docker run --shm-size): lower config.data.workers"
         ) from error
     finally:
-        iterator.close()
+        _close(iterator, others)
+
+
+def _close(iterator, others):
+    """Closes an iterator of grain's; after `PATIENCE` seconds kills its workers, as one that hangs would hang this."""
+    closing = threading.Thread(target=iterator.close, daemon=True)
+    closing.start()
+    closing.join(PATIENCE)
+    if closing.is_alive():
+        for worker in multiprocessing.active_children():
+            if worker not in others:
+                worker.kill()
+        closing.join(PATIENCE)
 
 
 def _start_tracker() -> None:

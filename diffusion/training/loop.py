@@ -118,7 +118,13 @@ class _Loop:
         step, finished = self.start, True
         for step in range(self.start + 1, plan.num_steps + 1):
             self.trace.before(step - self.start - 1)
-            metrics = self._step(step)
+            try:
+                metrics = self._step(step)
+            except Stopped:
+                if step - 1 == self.start:
+                    raise
+                finished = False  # the next batch did not come, and the steps before it are saved
+                break
             if step % plan.log_every == 0 or step == plan.num_steps:
                 self._settle(0)
                 self._log(step, metrics)
@@ -165,10 +171,11 @@ class _Loop:
         return metrics
 
     def _next_batch(self, step):
-        """Returns the next batch; saves what has been trained if it cannot be read."""
+        """Returns the next batch; saves what has been trained if it cannot be read, or does not come after a signal."""
+        wait_for = self.run.stop.wait_for if jax.process_count() == 1 else lambda function, *args: function(*args)
         try:
-            return next(self.run.batches)
-        except InputError:
+            return wait_for(next, self.run.batches)
+        except (InputError, Stopped):
             # So a damaged image costs no steps. A save needs all processes, and the others may not have failed.
             saved = self.start if (step - 1) % self.plan.save_every else step - 1
             if step - 1 > saved and jax.process_count() == 1:

@@ -86,7 +86,7 @@ class RunFolder:
 
         The caller must hold the lock. Links are refused here, before the training.
         """
-        for folder in (self.checkpoints, self.grids, self.profile):
+        for folder in (self.checkpoints, self.grids, self.profile / "plugins" / "profile"):
             files.refuse_links(folder, self.path)
         files.remove_temporaries(
             self.path, r"(config|environment)\.json|(metrics|speed)\.csv|skipped\.jsonl", self.path

@@ -8,6 +8,9 @@ from typing import Any
 
 from diffusion.process import INTERRUPTED, PREEMPTED, STOPPING
 
+PATIENCE = 10.0
+"""How many seconds after a signal a run still waits for a batch, which a process that hangs may never bring."""
+
 
 class Stopped(BaseException):
     """Reports that a stop was asked for while there was nothing to save.
@@ -25,7 +28,8 @@ class StopRequest:
 
     def __init__(self):
         self._signal: int | None = None
-        self._deferred = False
+        self._deferred = self._waiting = self._nudged = False
+        self._nudge: threading.Timer | None = None
 
     @property
     def received(self) -> bool:
@@ -64,6 +68,18 @@ class StopRequest:
             concurrent.futures.wait([future], timeout=0.1)
         return future.result()
 
+    def wait_for(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Returns function(*args), which is short unless what it waits for hangs.
+
+        Raises:
+          Stopped: a signal came `PATIENCE` seconds ago, and it has not returned.
+        """
+        self._waiting = True
+        try:
+            return function(*args)
+        finally:
+            self._waiting = False
+
     def __enter__(self):
         # A process that a shell starts in the background ignores Ctrl-C, one under nohup SIGHUP, and should go on so.
         heard = [s for s in (signal.SIGINT, *STOPPING) if signal.getsignal(s) is not signal.SIG_IGN]
@@ -71,12 +87,27 @@ class StopRequest:
         return self
 
     def __exit__(self, *_):
+        if self._nudge is not None:
+            self._nudge.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _receive(self, number, frame):
+        if self._nudged:
+            self._nudged = False
+            if self._waiting:
+                raise Stopped(number)
+            return
         again, self._signal = self.received, number
         if not self._deferred:
             raise Stopped(number)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not again:
+            self._nudge = threading.Timer(PATIENCE, self._send_again, (number,))
+            self._nudge.daemon = True
+            self._nudge.start()
+
+    def _send_again(self, number):
+        self._nudged = True
+        signal.pthread_kill(threading.main_thread().ident, number)
