@@ -31,7 +31,8 @@ agreement: $(VENV)/.installed-test
 # Kills, full disks, damages, hostile files, values, streams, processes and devices, with counts; about an hour.
 reliability: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -rA --no-header -m "" tests/test_reliability.py tests/test_endurance.py \
-		tests/test_batches.py tests/test_checkpoints.py tests/test_loop.py
+		tests/test_batches.py tests/test_checkpoints.py tests/test_loop.py tests/test_files.py \
+		tests/test_run_folder.py tests/test_process.py
 
 # Runs the notebooks that have changed, or all where the library has; the results are pages of the site.
 NOTEBOOKS := $(patsubst notebooks/%.py,docs/notebooks/%.ipynb,$(wildcard notebooks/*.py))

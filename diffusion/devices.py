@@ -14,12 +14,19 @@ import numpy as np
 import pooch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from diffusion import machine
+from diffusion import machine, process
 from diffusion.errors import InputError
 
 # Parameters of glibc's mallopt (malloc.h), by which we ask for one heap for all threads, no block straight from the
 # system, and no memory given back.
 MALLOC_ARENA_MAX, MALLOC_MMAP_MAX, MALLOC_TRIM_THRESHOLD = -8, -4, -1
+
+HEARTBEAT = 30
+"""After how many seconds without a sign of life a process of a run counts as lost."""
+
+LOST = "another process of the run was lost; all checkpoints are whole: start all of them again with the same command"
+
+_NO_ANSWER = re.compile(r"Gloo|NCCL|RCCL|coordination service|barrier|UNAVAILABLE|DEADLINE_EXCEEDED")
 
 SHARDED_FROM = 1024
 """Arrays with fewer elements than this are not worth sharding."""
@@ -64,7 +71,7 @@ def _reuse_memory() -> None:
 def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Connects the processes of one run through `jax.distributed`, which waits 300 seconds for all to come.
 
-    If they do not, it ends this process with a message of its own and exit code 134.
+    From then on this process ends with exit code PREEMPTED where another one is lost, and also if they do not come.
 
     Args:
       coordinator: HOST:PORT of process 0; None leaves it to jax.distributed, which knows Slurm, Open MPI, Kubernetes
@@ -82,10 +89,22 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
     if coordinator is not None:
         print(f"process {process_id} waits for all {num_processes} at {coordinator}, at most 300 s", flush=True)
     jax.config.update("jax_enable_preemption_service", False)  # it would hear SIGTERM in place of StopRequest
+    # JAX aborts a process that hears no more of the others, for which no step could end.
+    process.exit_if_aborted(process.PREEMPTED, LOST)
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        beat = {"heartbeat_timeout_seconds": HEARTBEAT}
+        jax.distributed.initialize(coordinator, num_processes, process_id, **beat)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes of the run did not find each other ({str(error).splitlines()[0]})") from error
+
+
+def tells_of_lost(error: BaseException | None) -> bool:
+    """Says whether an error, or one that led to it, is how XLA or JAX report that another process does not answer."""
+    while error is not None:
+        if _NO_ANSWER.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def data_mesh(batch_size: int | None = None) -> Mesh:

@@ -3,6 +3,8 @@
 It imports only the standard library, and launchers run this file by its path before the seconds of imports.
 """
 
+import contextlib
+import ctypes
 import io
 import os
 import select
@@ -38,6 +40,25 @@ def begin() -> None:
     for number in (signal.SIGINT, *STOPPING):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def exit_if_aborted(code: int, line: str) -> None:
+    """Has the process print a line and exit with a code where C++ would abort it, as JAX's network service does.
+
+    Python's own handlers hear no abort: they run after the signal, and there is no after.
+    """
+
+    def handle(_):
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode())
+        os._exit(code)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    _KEPT.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+
+
+_KEPT: list[object] = []  # C knows only the address of a handler, so something in Python must hold it
 
 
 def _fill_closed():

@@ -1,8 +1,12 @@
 """Strict JAX settings for all tests, and double precision on request."""
 
+import signal
+
 import jax
 import pytest
 from commands import shared_cache, train
+
+from diffusion.process import STOPPING
 
 jax.config.update("jax_num_cpu_devices", 8)  # for what must not depend on their number
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,3 +36,13 @@ def trained(compile_once, tmp_path_factory):
     result = train(cwd, "--config.train.num_steps=12", "--config.train.log_every=5", "--config.train.save_every=5")
     assert result.returncode == 0, result.stderr
     return cwd
+
+
+@pytest.fixture(autouse=True)
+def hears_signals():
+    """Lets tests send signals also where a shell's & or nohup has told this process, and so its children, to ignore."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

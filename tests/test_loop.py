@@ -227,6 +227,25 @@ def test_an_image_that_cannot_be_read_costs_no_step(go, tmp_path, last):
     assert checkpoints.newest_good(tmp_path / "checkpoints") == last
 
 
+def test_a_batch_that_never_comes_holds_up_no_stop(go, tmp_path, monkeypatch):
+    """As from a process that hangs; what was trained is saved."""
+    monkeypatch.setattr("diffusion.training.stop.PATIENCE", 0.5)
+
+    def images(step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(300):
+                time.sleep(0.1)
+        return IMAGES
+
+    before = time.monotonic()
+    state, finished, stop = go(images=images)
+    assert time.monotonic() - before < 20
+    assert not finished
+    assert stop.exit_code == PREEMPTED
+    assert int(state.step) == checkpoints.newest_good(tmp_path / "checkpoints") == 6
+
+
 def test_a_trace_is_written_on_request(go, tmp_path):
     go(plan=dataclasses.replace(PLAN, num_steps=20), profile=tmp_path / "profile")
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -44,6 +44,9 @@ MISTAKES = [
     ("train.py", ["--config.data.workers=-1"], "workers is -1"),
     ("train.py", ["--coordinator=nonsense"], "write HOST:PORT"),
     ("train.py", [f"--config={ROOT}/tests/tiny.py"], "no function get_config"),
+    # The run folder
+    ("train.py", ["--workdir=a[x]"], r"a\[x\] holds '\[', and checkpoints could not be read there"),
+    ("train.py", ["--config.train.keep_best=1", "--config.train.save_every=30"], "a multiple of log_every, 100"),
     ("train.py", ["--config.train.batch_size=0"], "batch_size is 0; it must be at least 1"),
     ("train.py", ["--config.data.name=digts"], "did you mean 'digits'"),
     ("train.py", ["--config.schedule=cosin"], "config.schedule is 'cosin'; did you mean 'cosine'"),

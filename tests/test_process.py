@@ -9,27 +9,24 @@ import sys
 import time
 
 import pytest
-from commands import TINY, command, metrics, read_until, saved_steps, start_training
+from commands import TINY, command, free_port, metrics, read_until, saved_steps, start_training
 
 from diffusion import process
 from diffusion.process import INTERRUPTED, PREEMPTED, STOPPING
+from diffusion.training import checkpoints
 
 SIGNALS = {signal.SIGINT: INTERRUPTED, **dict.fromkeys(STOPPING, PREEMPTED)}
 ROUTES = {
     "closed": ">&- 2>&- <&-",
+    "stdout closed": ">&-",
+    "stderr closed": "2>&- 1>/dev/null",
+    "stdin closed": "<&- >/dev/null",
     "full": ">/dev/full 2>/dev/full",
     "nobody reads": "2>&1 | true",
+    "one line is read": "2>&1 | head -n 1 >/dev/null",
+    "tee is killed": "2>&1 | (read line; kill -9 $BASHPID) || true",
 }
-
-
-@pytest.fixture(autouse=True)
-def hears_signals():
-    """The signals, which a shell's & or nohup has told this process to ignore, as its children inherit."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+RELIABILITY = pytest.mark.reliability
 
 
 def shell(line, cwd):
@@ -39,7 +36,7 @@ def shell(line, cwd):
 
 
 @pytest.mark.usefixtures("compile_once")
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", ["closed", *(pytest.param(r, marks=RELIABILITY) for r in list(ROUTES)[1:])])
 def test_a_run_that_can_print_nothing_trains_to_its_end(tmp_path, route):
     line = " ".join(command("train.py", *TINY, "--workdir=run", "--config.train.num_steps=30"))
     assert shell(f"{line} --config.train.log_every=1 {ROUTES[route]}", tmp_path) == (0, "")
@@ -47,7 +44,7 @@ def test_a_run_that_can_print_nothing_trains_to_its_end(tmp_path, route):
     assert [int(row["step"]) for row in metrics(tmp_path / "run")] == list(range(1, 31))
 
 
-@pytest.mark.parametrize("route", [*ROUTES.values(), "| head -n 1"])
+@pytest.mark.parametrize("route", [">&- 2>&- <&-", ">/dev/full 2>/dev/full", "| head -n 1 >/dev/null"])
 def test_a_list_that_nobody_reads_to_its_end_is_no_error(tmp_path, route):
     assert shell(" ".join([*command("sample.py", "--list"), route]), tmp_path) == (0, "")
 
@@ -75,8 +72,7 @@ def test_output_that_can_be_printed_is_printed_whole_whatever_its_letters(tmp_pa
         assert result.returncode == 0
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("seconds", [0.3, 1.0])
+@pytest.mark.parametrize(("number", "seconds"), [*((number, 1.0) for number in SIGNALS), (signal.SIGINT, 0.3)])
 def test_a_signal_in_the_first_seconds_ends_a_run_quietly_with_its_code(tmp_path, number, seconds):
     process = start_training(tmp_path, "--workdir=run")
     time.sleep(seconds)
@@ -134,6 +130,7 @@ def test_a_terminal_that_goes_away_saves_the_run(tmp_path):
     assert int(metrics(tmp_path / "run")[-1]["step"]) == saved
 
 
+@RELIABILITY
 @pytest.mark.usefixtures("compile_once")
 def test_a_run_under_nohup_ignores_the_terminal_and_hears_the_cluster(tmp_path):
     args = ("--workdir=run", "--config.train.num_steps=1000000", "--config.train.log_every=1")
@@ -149,3 +146,43 @@ def test_a_run_under_nohup_ignores_the_terminal_and_hears_the_cluster(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == PREEMPTED
     assert re.search(r"stopped; saved step", output)
+
+
+# Several processes
+
+
+def pair(cwd, *args):
+    """Two processes that train one model, once they have made some steps; what they print goes to files."""
+    join = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--workdir=run")
+    options = ("--config.train.num_steps=1000000", "--config.train.log_every=5", "--config.train.save_every=10")
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    processes = []
+    for number in range(2):
+        with open(cwd / f"{number}.log", "w") as log:
+            line = command("train.py", *TINY, *join, *options, *args, f"--process_id={number}")
+            processes.append(subprocess.Popen(line, cwd=cwd, env=env, stdout=log, stderr=subprocess.STDOUT))
+    end = time.monotonic() + 240
+    while "step 25/" not in (cwd / "0.log").read_text():
+        assert time.monotonic() < end, [(cwd / f"{number}.log").read_text() for number in range(2)]
+        time.sleep(0.1)
+    return processes
+
+
+@RELIABILITY
+@pytest.mark.usefixtures("compile_once")
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_where_a_process_is_lost_the_other_exits_within_a_minute_and_no_checkpoint_is_damaged(tmp_path, lost, how):
+    processes = pair(tmp_path)
+    saved = saved_steps(tmp_path / "run")
+    before = time.monotonic()
+    processes[lost].send_signal(how)
+    try:
+        assert processes[1 - lost].wait(timeout=90) == PREEMPTED
+        assert time.monotonic() - before < 60
+        assert "another process of the run was lost" in (tmp_path / f"{1 - lost}.log").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert checkpoints.newest_good(tmp_path / "run" / "checkpoints") >= max(saved)

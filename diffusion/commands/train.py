@@ -32,6 +32,7 @@ from diffusion.commands.experiment import Experiment, check_data, data_fields, m
 from diffusion.errors import InputError, printable
 from diffusion.images import sheet, write_png
 from diffusion.model import sampling_clip
+from diffusion.process import PREEMPTED
 from diffusion.training import checkpoints, environment, run_folder
 from diffusion.training.loop import Run, train
 from diffusion.training.recorder import Recorder, Silent
@@ -76,6 +77,11 @@ def main() -> int:
         except Stopped:
             print("stopped before the first step; nothing is lost")
             return stop.exit_code
+        except (InputError, jax.errors.JaxRuntimeError) as error:
+            if not devices.tells_of_lost(error) or jax.process_count() == 1:
+                raise
+            print(f"{devices.LOST} ({' '.join(str(error).split())[:200]})", file=sys.stderr)
+            return PREEMPTED
 
 
 def check(config: ConfigDict) -> int:
@@ -100,6 +106,12 @@ def start(stop: StopRequest) -> int:
         _CONFIG.value.network = _NETWORK.value
     own.check_unet_fields(_CONFIG.value.network, sys.argv)
     experiment = make_experiment(_CONFIG.value)
+    kept = experiment.config.train
+    if kept.keep_best and kept.save_every % kept.log_every:
+        raise InputError(
+            f"config.train.save_every is {kept.save_every}; keep_best ranks steps by the mean loss since the last row "
+            f"of the log: make it a multiple of log_every, {kept.log_every}, or some of these means are over few steps"
+        )
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:
         return run(experiment, folder, stop, (lambda: True) if lock is None else lock.is_ours)
 

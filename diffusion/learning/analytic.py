@@ -105,7 +105,7 @@ def _read_gamma(folder):
         result = {name: {float(t): float(value) for t, value in of.items()} for name, of in known.items()}
         if all(math.isfinite(value) and value >= 0 for of in result.values() for value in of.values()):
             return result
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (InputError, ValueError, TypeError, AttributeError, OverflowError, OSError):
         pass
