@@ -7,7 +7,6 @@ the folder that the user chose: that one may be a link, and nothing below it may
 import contextlib
 import errno
 import fcntl
-import hashlib
 import itertools
 import json
 import math
@@ -20,9 +19,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import flax.traverse_util
-import numpy as np
 
 from diffusion.errors import InputError
 
@@ -140,10 +136,12 @@ def open_atomically(path: str | os.PathLike, within: str | os.PathLike | None = 
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_SH)  # so that `remove_temporaries` leaves it
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)  # missing if a signal came just after the renaming
         if isinstance(error, OSError):
@@ -182,24 +180,31 @@ def remove_matching(folder: str | os.PathLike, name: str, within: str | os.PathL
       name: of files that the caller itself writes, such as r"\\d{6}\\.png".
       within: as for `remove`.
     """
-    folder = Path(folder)
-    if within is not None:
-        refuse_links(folder, within)
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if re.fullmatch(name, path.name) and not path.is_dir():
-                path.unlink(missing_ok=True)
+    for path in _named(folder, name, within):
+        path.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: str | os.PathLike, name: str, within: str | os.PathLike | None = None) -> None:
-    """Removes what killed processes left of `write_atomically`; the caller must hold the lock of those files.
+    """Removes what killed processes left of `write_atomically`, but no file that a process is writing.
 
     Args:
       folder: need not be there.
       name: a regular expression for the names of the files that were written.
       within: as for `remove`.
     """
-    remove_matching(folder, _TEMPORARY.format(name=f"(?:{name})"), within)
+    for path in _named(folder, _TEMPORARY.format(name=f"(?:{name})"), within):
+        with contextlib.suppress(OSError, InputError), unused(path) as free:
+            if free:
+                path.unlink()
+
+
+def _named(folder, name, within):
+    """Returns the paths in a folder, if it is there, whose name a regular expression describes; no folders."""
+    folder = Path(folder)
+    if within is not None:
+        refuse_links(folder, within)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if re.fullmatch(name, path.name) and not path.is_dir()]
 
 
 def remove_folder(path: str | os.PathLike, within: str | os.PathLike | None = None) -> None:
@@ -308,13 +313,3 @@ def locked(folder: str | os.PathLike, what: str, name: str = ".lock") -> Iterato
         yield lock
     finally:
         os.close(handle)
-
-
-def digest(params: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of a nested dict of arrays, as 64 hex digits: of their names, dtypes, shapes and values."""
-    arrays = flax.traverse_util.flatten_dict(params, sep="/")
-    result = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        result.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
-    return result.hexdigest()

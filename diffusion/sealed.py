@@ -1,10 +1,13 @@
-"""Keeps JSON files that vouch for themselves: a number that has changed on the disk is found, and not believed."""
+"""Vouches for parameters and for JSON files: a number that has changed on the disk is found, and not believed."""
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
+
+import flax.traverse_util
+import numpy as np
 
 from diffusion import files
 from diffusion.errors import InputError
@@ -38,3 +41,13 @@ def _digest(record):
     # In the form in which it comes back: texts for the numbers that are keys, null for NaN.
     plain = json.loads(json.dumps(record), parse_constant=lambda _: None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def digest(params: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a nested dict of arrays, as 64 hex digits: of their names, dtypes, shapes and values."""
+    arrays = flax.traverse_util.flatten_dict(params, sep="/")
+    result = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        result.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return result.hexdigest()

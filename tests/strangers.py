@@ -183,7 +183,7 @@ def model_file(change, *, signed=True, data=lambda data: data):
 
 
 def _digest_of(header, numbers):
-    """As `files.digest` defines it, of arrays that lie in a file."""
+    """As `sealed.digest` defines it, of arrays that lie in a file."""
     result = hashlib.sha256()
     for name in sorted(header.keys() - {"__metadata__"}):
         entry = header[name]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from reference import refused
 
-from diffusion import files
+from diffusion import files, sealed
 from diffusion.images import sheet, to_uint8, write_png
 
 
@@ -61,10 +61,10 @@ def test_one_process_at_a_time_holds_a_lock(tmp_path):
 
 def test_a_digest_is_of_names_types_shapes_and_values():
     params = {"a": {"b": np.arange(6.0)}, "c": np.zeros(2, np.float32)}
-    assert files.digest(params) == files.digest({"c": params["c"].copy(), "a": {"b": np.arange(6.0)}})
+    assert sealed.digest(params) == sealed.digest({"c": params["c"].copy(), "a": {"b": np.arange(6.0)}})
     others = [{"a": {"x": np.arange(6.0)}}, {"a": {"b": np.arange(6.0).reshape(2, 3)}}, {"c": np.zeros(2)}]
     others += [{"a": {"b": np.arange(6.0) + 1e-9}}]
-    assert len({files.digest({**params, **other}) for other in [{}, *others]}) == 5
+    assert len({sealed.digest({**params, **other}) for other in [{}, *others]}) == 5
 
 
 # A folder that a stranger has laid out
@@ -232,3 +232,12 @@ def test_a_file_in_use_is_not_unused(tmp_path):
             assert free
     with files.in_use(tmp_path / "nothing"):
         pass
+
+
+def test_what_killed_processes_left_is_removed_and_what_is_being_written_stays(tmp_path):
+    (tmp_path / ".a.json.0123abcd.unfinished").write_bytes(b"half")
+    with files.open_atomically(tmp_path / "a.json") as file:
+        file.write(b"whole")
+        files.remove_temporaries(tmp_path, r"a\.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == b"whole"

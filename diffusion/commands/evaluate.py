@@ -245,6 +245,7 @@ def _write_bits(source, path, images, rows, **facts):
     record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "weights_sha256": source.sha256}
     record |= {"seed": source.seed, "num": len(images.images), **facts, "rows": [row._asdict() for row in rows]}
     files.make_folder(path.parent)
+    files.remove_temporaries(path.parent, r"(bound|likelihood)\.json", path.parent)
     files.write_json(path, record, path.parent)
     print(f"wrote {path}")
 

@@ -16,11 +16,11 @@ from diffusion.commands.experiment import load_data
 from diffusion.commands.shared_flags import SHIPPED
 from diffusion.denoiser import Options, check_options
 from diffusion.errors import InputError, nearest
-from diffusion.files import digest
 from diffusion.guidance import Guidance
 from diffusion.learning import analytic
 from diffusion.model import Model, Trained
 from diffusion.pretrained import weights
+from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable
 from diffusion.timesteps import GRIDS
 from diffusion.training import run_folder

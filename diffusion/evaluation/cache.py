@@ -1,12 +1,14 @@
 """Keeps results in files: makes each once, checks it when it is read, and makes it again if the check fails."""
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from diffusion.errors import InputError
+from diffusion.files import remove_temporaries
 
 Result = TypeVar("Result")
 
@@ -43,6 +45,7 @@ def cached(
     result = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(path.parent, re.escape(path.name))
         save(path, result)
     except OSError as error:
         reason = error.strerror or error

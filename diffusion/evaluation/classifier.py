@@ -25,10 +25,11 @@ from diffusion import keys
 from diffusion.data import Dataset, batch_indices, fingerprint
 from diffusion.errors import InputError, require_range
 from diffusion.evaluation.metrics import prdc
-from diffusion.files import digest, write_atomically
+from diffusion.files import write_atomically
 from diffusion.images import to_floats
 from diffusion.interop.safetensors_file import read_header, read_tensors
 from diffusion.model import check_finite
+from diffusion.sealed import digest
 
 WIDTH = 32
 """Channels of the first stage; each later one has twice as many as the one before, up to four times WIDTH."""

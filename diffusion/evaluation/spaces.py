@@ -15,7 +15,7 @@ from diffusion.errors import InputError
 from diffusion.evaluation import classifier as classifiers
 from diffusion.evaluation import inception as inceptions
 from diffusion.evaluation.cache import cached
-from diffusion.files import digest
+from diffusion.sealed import digest
 
 MAX_PIXELS = 16
 """Largest height and width of images in the space of pixels."""

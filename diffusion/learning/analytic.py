@@ -1,6 +1,7 @@
 """Estimates gamma = E |eps_hat|^2 / d at each time, which Analytic-DPM needs, once for a trained run on its data."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -88,6 +89,7 @@ def cached_gamma(
         gamma |= {t: float(value) for t, value in zip(missing, found, strict=True)}
         try:
             with files.locked(folder, "writing an estimate into", ".analytic_gamma.lock"):
+                files.remove_temporaries(folder, re.escape(FILE), folder)
                 known = _read_gamma(folder)  # again: another process may have added to it in the meantime
                 known[name] = known.get(name, {}) | gamma
                 texts = {key: {str(t): value for t, value in of.items()} for key, of in known.items()}

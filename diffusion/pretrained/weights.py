@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,9 +16,10 @@ import safetensors.numpy
 
 from diffusion import keys
 from diffusion.errors import InputError, is_whole
-from diffusion.files import digest, write_atomically
+from diffusion.files import remove_temporaries, write_atomically
 from diffusion.interop.safetensors_file import read_header, read_tensors
 from diffusion.model import Trained, check_finite, from_record
+from diffusion.sealed import digest
 
 SUFFIX = ".safetensors"
 _FORMATS, _ENTRY = ("jax-fast-diffusion 1", "jax-fast-diffusion 2"), "model"
@@ -52,6 +54,8 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
     facts = json.loads(json.dumps(facts))  # lists for tuples, as whoever reads it finds them
     facts["digest"] = _digest(facts)
     # One entry holds all facts: safetensors writes several in any order, and the same model should give the same file.
+    path = Path(path)
+    remove_temporaries(path.parent, re.escape(path.name))
     write_atomically(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(facts, sort_keys=True)}))
 
 
