@@ -14,7 +14,7 @@ import numpy as np
 import pooch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from diffusion.errors import InputError
+from diffusion.errors import InputError, require_range
 
 # Parameters of glibc's mallopt (malloc.h), by which we ask for one heap for all threads, no block straight from the
 # system, and no memory given back.
@@ -46,6 +46,22 @@ def prepare() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+
+
+def check_platform() -> None:
+    """Raises InputError if JAX finds no device of the kind that JAX_PLATFORMS asks for.
+
+    It opens the devices, so in a run of several processes it comes after `join_processes`.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")
+        reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
+        raise InputError(
+            f"JAX_PLATFORMS is {asked!r}, and JAX finds no such device here{reason}; unset it, or install JAX for that "
+            "device"
+        ) from error
 
 
 def _cores() -> int:
@@ -101,6 +117,7 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
 
 def data_mesh(batch_size: int | None = None) -> Mesh:
     """Returns a mesh with one axis, "data", over this process's devices, or over as many as divide the batch."""
+    check_platform()
     local = jax.local_devices()
     count = max(n for n in range(1, len(local) + 1) if (batch_size or n) % n == 0)
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=local[:count])
@@ -117,7 +134,11 @@ def training_mesh(batch_size: int, fsdp: int = 1, microbatches: int = 1) -> Mesh
     Raises:
       InputError: the batch cannot be divided so, or fsdp does not divide the number of devices.
     """
+    require_range("fsdp", fsdp, 1)
+    require_range("microbatches", microbatches, 1)
+    require_range("batch_size", batch_size, 1)
     # Sort by process, so that each process has its rows of the batch in one piece.
+    check_platform()
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if len(devices) % fsdp:
         raise InputError(f"config.train.fsdp is {fsdp}; it must divide the number of devices, {len(devices)}")

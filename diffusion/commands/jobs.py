@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from diffusion import keys
 from diffusion.commands.drawing import labels_of
 from diffusion.errors import InputError
 from diffusion.files import write_atomically, write_json
@@ -112,6 +113,8 @@ class Job:
         found = found if isinstance(found, dict) else {}
         if isinstance(found.get("config"), dict):  # an earlier version may have written it
             found["config"] = json.loads(current_config(found["config"]).to_json())
+        if found:
+            found.setdefault("generator", keys.GENERATOR)  # as in all versions that did not record it
         wanted = json.loads(json.dumps(self.record))  # tuples become lists, as in the file
         different = [key for key in wanted if found.get(key) != wanted[key]]
         if not different:

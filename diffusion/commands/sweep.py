@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion import keys
 from diffusion.commands.samplers import default_eta, is_file
 from diffusion.errors import InputError
 from diffusion.files import write_atomically, write_json
@@ -131,4 +132,7 @@ class Results:
 
 def _identity(record):
     """Returns 16 hex digits that are the same for equal records."""
+    # Rows of earlier versions, which had the same generator, do not name it.
+    if record.get("generator") == keys.GENERATOR:
+        record = {name: value for name, value in record.items() if name != "generator"}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]

@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from configs import default
 from diffusion import data, devices, keys
-from diffusion.commands import cli
+from diffusion.commands import cli, samplers
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment
 from diffusion.errors import InputError
@@ -70,6 +70,8 @@ def start(stop: StopRequest) -> int:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     folder = run_folder.RunFolder(_WORKDIR.value or Path("runs", name))
     experiment = make_experiment(_CONFIG.value)
+    for note in samplers.start_notes(experiment.table, experiment.model.schedule):
+        say(f"note: {note}")
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
         return run(experiment, folder, stop)
 
