@@ -14,6 +14,7 @@ import numpy as np
 import pooch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffusion import environment
 from diffusion.errors import InputError, require_range
 
 # Parameters of glibc's mallopt (malloc.h), by which we ask for one heap for all threads, no block straight from the
@@ -27,7 +28,7 @@ SHARDED_FROM = 1024
 """Arrays with fewer elements than this are not worth sharding."""
 
 
-def prepare() -> None:
+def prepare(opens: bool = True) -> None:
     """Gives a CPU one JAX device per core, and JAX a cache of compiled programs; call it before anything touches JAX.
 
     XLA's own threads scale badly inside one program. One program per core, each with its share of the batch, gave on
@@ -36,7 +37,17 @@ def prepare() -> None:
 
     Compiled programs are kept in the user's cache (JAX_COMPILATION_CACHE_DIR overrides it), so that a command given
     again starts at once.
+
+    Args:
+      opens: whether to open the devices, which finds out whether they are there. False where `join_processes` follows.
+
+    Raises:
+      InputError: JAX_NUM_CPU_DEVICES is no number of devices, or there is no device as JAX_PLATFORMS asks for.
     """
+    if environment.wrong_num_cpu_devices is not None:
+        raise InputError(
+            f"JAX_NUM_CPU_DEVICES is {environment.wrong_num_cpu_devices!r}; give a whole number above 0, or unset it"
+        )
     _reuse_memory()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:  # JAX itself reads this variable
         jax.config.update("jax_num_cpu_devices", _cores())
@@ -46,6 +57,8 @@ def prepare() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    if opens:
+        check_platform()
 
 
 def check_platform() -> None:

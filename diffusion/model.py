@@ -147,7 +147,7 @@ def make_model(config: ConfigDict, image_shape: tuple[int, int, int], class_name
 
     @keys.pinned
     def init(key):
-        return module.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
+        return module.init(keys.threefry(key), jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
 
     jax.eval_shape(init, keys.make(0))  # raises what is wrong with the fields before anything is computed
     if module.out_channels != channels:

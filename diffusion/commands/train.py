@@ -49,8 +49,9 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes that S
 
 
 def main() -> int:
-    devices.prepare()
-    if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+    several = _DISTRIBUTED.value or _COORDINATOR.value is not None
+    devices.prepare(opens=not several)
+    if several:
         devices.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
         raise InputError("--num_processes and --process_id go with --coordinator=HOST:PORT")
