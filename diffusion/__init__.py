@@ -1,5 +1,6 @@
 """Fast sampling of diffusion models in JAX: train a network once, then sample it in 25, 10 or 5 steps."""
 
+from diffusion import jax_environment  # noqa: F401, I001 - first, as it looks at what importing JAX would trip over
 from diffusion import editing, gaussian, schedules, solvers, timesteps
 from diffusion.errors import InputError
 from diffusion.guidance import Guidance

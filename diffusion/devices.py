@@ -14,8 +14,8 @@ import numpy as np
 import pooch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from diffusion import machine, process
-from diffusion.errors import InputError
+from diffusion import jax_environment, machine, process
+from diffusion.errors import InputError, require_range
 
 # Parameters of glibc's mallopt (malloc.h), by which we ask for one heap for all threads, no block straight from the
 # system, and no memory given back.
@@ -32,7 +32,7 @@ SHARDED_FROM = 1024
 """Arrays with fewer elements than this are not worth sharding."""
 
 
-def prepare() -> None:
+def prepare(opens: bool = True) -> None:
     """Gives a CPU one JAX device per core, and JAX a cache of compiled programs; call it before anything touches JAX.
 
     XLA's own threads scale badly inside one program. One program per core, each with its share of the batch, gave on
@@ -41,7 +41,15 @@ def prepare() -> None:
 
     Compiled programs are kept in the user's cache (JAX_COMPILATION_CACHE_DIR overrides it), so that a command given
     again starts at once.
+
+    Args:
+      opens: whether to open the devices, which finds out whether they are there. False where `join_processes` follows.
+
+    Raises:
+      InputError: JAX_NUM_CPU_DEVICES is no number of devices, or there is no device as JAX_PLATFORMS asks for.
     """
+    if (wrong := jax_environment.wrong_num_cpu_devices) is not None:
+        raise InputError(f"JAX_NUM_CPU_DEVICES is {wrong!r}; give a whole number above 0, or unset it")
     _reuse_memory()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:  # JAX itself reads this variable
         jax.config.update("jax_num_cpu_devices", machine.cores())
@@ -51,6 +59,24 @@ def prepare() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    if opens:
+        check_platform()
+
+
+def check_platform() -> None:
+    """Raises InputError if JAX finds no device of the kind that JAX_PLATFORMS asks for.
+
+    It opens the devices, so in a run of several processes it comes after `join_processes`.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")
+        reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
+        raise InputError(
+            f"JAX_PLATFORMS is {asked!r}, and JAX finds no such device here{reason}; unset it, or install JAX for that "
+            "device"
+        ) from error
 
 
 def _reuse_memory() -> None:
@@ -109,6 +135,7 @@ def tells_of_lost(error: BaseException | None) -> bool:
 
 def data_mesh(batch_size: int | None = None) -> Mesh:
     """Returns a mesh with one axis, "data", over this process's devices, or over as many as divide the batch."""
+    check_platform()
     local = jax.local_devices()
     count = max(n for n in range(1, len(local) + 1) if (batch_size or n) % n == 0)
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=local[:count])
@@ -125,7 +152,11 @@ def training_mesh(batch_size: int, fsdp: int = 1, microbatches: int = 1) -> Mesh
     Raises:
       InputError: the batch cannot be divided so, or fsdp does not divide the number of devices.
     """
+    require_range("fsdp", fsdp, 1)
+    require_range("microbatches", microbatches, 1)
+    require_range("batch_size", batch_size, 1)
     # Sort by process, so that each process has its rows of the batch in one piece.
+    check_platform()
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if len(devices) % fsdp:
         raise InputError(f"config.train.fsdp is {fsdp}; it must divide the number of devices, {len(devices)}")

@@ -1,7 +1,5 @@
 """Makes starts for sampling from images and noises that are already there: image-to-image, and interpolation."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -18,9 +16,10 @@ def noised(
 ) -> Images:
     """Returns x_t of given images, from which image-to-image starts (SDEdit, arXiv:2108.01073).
 
-    Sample with a grid that starts at t, such as `timesteps.below(schedule, tau, t)`:
+    Sample with a grid that starts at t itself, or the noise and the sampler do not fit, and every sample is off.
+    `timesteps.below` makes one of any grid:
 
-        tau = timesteps.below(schedule, timesteps.uniform(schedule, 25), 600)
+        tau = timesteps.below(schedule, timesteps.uniform(schedule, 25), 630)
         x_init = noised(schedule, images, tau[0], key)
         sample(apply_fn, params, solvers.ddim(schedule, tau), key, len(images), images.shape[1:], x_init=x_init)
 
@@ -44,7 +43,7 @@ def slerp(a: Images, b: Images, weight: float | Float[Array, "B"]) -> Images:
     """Interpolates noises along an arc, sample by sample: a at weight 0, b at 1 (DDIM, arXiv:2010.02502, Eq. 67).
 
     A straight line between two independent noises passes points of too small a norm; the arc does not. Where the two
-    are parallel, the straight line is taken.
+    are equal or opposite, or one is 0, the straight line is taken. Values and gradients are finite everywhere.
 
     Args:
       a, b: [B, *shape].
@@ -55,18 +54,26 @@ def slerp(a: Images, b: Images, weight: float | Float[Array, "B"]) -> Images:
     """
     if a.shape != b.shape:
         raise InputError(f"slerp got shapes {a.shape} and {b.shape}; they must agree")
-    check_floats("a", a, math.inf)
+    check_floats("a", a, noisy=True)
+    check_floats("b", b, noisy=True)
     axes = tuple(range(1, a.ndim))
 
     def dot(u, v):
         return jnp.sum(u * v, axis=axes, keepdims=True)
 
     weight = jnp.broadcast_to(jnp.asarray(weight, a.dtype), a.shape[:1]).reshape(-1, *[1] * len(axes))
-    cosine = dot(a, b) / jnp.maximum(jnp.sqrt(dot(a, a) * dot(b, b)), jnp.finfo(a.dtype).tiny)
-    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
-    # Where sin(angle) is 0 the arc's formula is 0/0; `safe` keeps it finite there, and the straight line replaces it.
-    parallel = jnp.sin(angle) < 1e-6
-    safe = jnp.where(parallel, 1.0, angle)
-    along_a = jnp.where(parallel, 1 - weight, jnp.sin((1 - weight) * safe) / jnp.sin(safe))
-    along_b = jnp.where(parallel, weight, jnp.sin(weight * safe) / jnp.sin(safe))
-    return along_a * a + along_b * b
+    product = dot(a, a) * dot(b, b)
+    cosine = jnp.clip(dot(a, b) / jnp.sqrt(jnp.where(product > 0, product, 1)), -1, 1)
+    # The square of a small angle, and where the arc's formula is 0/0: at equal, opposite or zero ends. There `safe`
+    # keeps it and its derivatives finite, and for small angles the first terms of its series replace it.
+    squared = 2 * (1 - cosine)
+    near, no_arc = squared < jnp.finfo(a.dtype).eps ** 0.5, (1 + cosine < 1e-12) | (product == 0)
+    safe = jnp.arccos(jnp.where(near | no_arc, 0.0, cosine))
+
+    def beyond_line(share):
+        """Returns by how much an end weighs more on the arc than its share on the straight line."""
+        series = share * (1 - share**2) * squared / 6
+        arc = jnp.sin(share * safe) / jnp.sin(safe) - share
+        return jnp.where(no_arc, 0.0, jnp.where(near, series, arc))
+
+    return a + weight * (b - a) + beyond_line(1 - weight) * a + beyond_line(weight) * b

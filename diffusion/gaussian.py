@@ -8,13 +8,12 @@ noise) pair, not just a^2 + n^2 = 1.
 
 import functools
 import inspect
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffusion.images import LARGEST, check_floats
+from diffusion.images import check_floats
 from diffusion.schedules import NoiseSchedule, transition_var
 from diffusion.types import Images, Timesteps
 
@@ -23,14 +22,13 @@ def _of_images(function):
     """Jits a public function of images, and refuses arguments that hold 8-bit values, by name, before it is traced."""
     jitted = jax.jit(function)
     signature = inspect.signature(function)
-    # Only clean images have a range: noise and noisy images have the schedule's own scale.
-    largest = {"x_0": LARGEST, "x_t": math.inf, "eps": math.inf}
+    noisy = {"x_0": False, "x_t": True, "eps": True}
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
         for name, value in signature.bind(*args, **kwargs).arguments.items():
-            if name in largest:
-                check_floats(name, value, largest[name])
+            if name in noisy:
+                check_floats(name, value, noisy=noisy[name])
         return jitted(*args, **kwargs)
 
     # What a jitted function can do besides being called, such as `lower`.

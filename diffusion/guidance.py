@@ -150,7 +150,13 @@ def cfg(pair: Pair, scale: Scalar) -> Guided:
 
 
 def cfg_plus_plus(pair: Pair, scale: Scalar) -> Guided:
-    """CFG++ (arXiv:2406.08070): the guided estimate of x_0, but the eps of the output without the condition."""
+    """CFG++ (arXiv:2406.08070): the guided estimate of x_0, but the eps of the output without the condition.
+
+    With one-step tables, as of ddim and euler_ancestral, this is the paper's sampler. With a table that keeps earlier
+    estimates it is another method than the authors': x is moved so that its eps is the unconditional one, and the
+    estimates kept are the guided ones, where their DPM-Solver++(2M) takes the difference of the guided estimate from
+    the last unconditional one.
+    """
     return cfg(pair, scale)._replace(for_eps=pair.reference)
 
 

@@ -1,7 +1,6 @@
 """Images as pixels: 8-bit values and floats, sheets of many, PNG and GIF files."""
 
 import io
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +31,7 @@ def to_floats(images: UInt8[np.ndarray, "*shape"], dtype: Any = np.float32) -> F
     return images.astype(dtype) / 127.5 - 1
 
 
-def check_floats(name: str, values: Any, largest: float = LARGEST) -> None:
+def check_floats(name: str, values: Any, *, noisy: bool = False) -> None:
     """Raises InputError where 8-bit values were given for pixels in [-1, 1], or an array of whole numbers.
 
     Traced arrays show only their type.
@@ -40,19 +39,17 @@ def check_floats(name: str, values: Any, largest: float = LARGEST) -> None:
     Args:
       name: of the argument, for the error.
       values: an array or a number.
-      largest: no |value| may be above it.
+      noisy: they hold noise, which has any scale but both signs; clean samples are at most `LARGEST`.
     """
     remedy = "pixels are floats in [-1, 1]: give diffusion.images.to_floats of uint8 images, which is v / 127.5 - 1"
     dtype = jax.dtypes.result_type(values)
     if not jax.dtypes.issubdtype(dtype, np.inexact) and not isinstance(values, int):
         raise InputError(f"{name} has type {dtype}; {remedy}")
-    if isinstance(values, jax.Array) and (isinstance(values, jax.core.Tracer) or not values.is_fully_addressable):
+    if isinstance(values, jax.core.Tracer) or (isinstance(values, jax.Array) and not values.is_fully_addressable):
         return
-    if math.isinf(largest):
-        return
-    found = float(abs(values).max()) if isinstance(values, jax.Array) else float(np.abs(values).max(initial=0.0))
-    if found > largest:
-        raise InputError(f"{name} holds values as large as {found:g}; {remedy}")
+    low, high = (float(end) for end in (values.min(), values.max())) if np.size(values) and np.ndim(values) else (0, 0)
+    if max(-low, high) > LARGEST and (low >= 0 or not noisy):
+        raise InputError(f"{name} holds values from {low:g} to {high:g}; {remedy}")
 
 
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

@@ -2,7 +2,7 @@
 
 Other generators of JAX, such as rbg, draw other numbers for a sample when the batch around it changes, and so does
 threefry in its older form when a draw is split over devices. So all keys are made or converted here, and functions that
-draw are `pinned`. This is also the only place that decides in which precision numbers are drawn.
+draw are `pinned`.
 """
 
 import functools
@@ -69,20 +69,14 @@ def pinned(function: Callable[P, R]) -> Callable[P, R]:
 
 @pinned
 def normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "*shape"]:
-    """Draws standard normal numbers.
-
-    The numbers of a key are the same for float32 and all wider types, so that `jax_enable_x64` changes no image.
-    """
-    narrow = jnp.finfo(dtype).bits <= 32
-    return jax.random.normal(key, shape, dtype if narrow else jnp.float32).astype(dtype)
+    """Draws standard normal numbers; those of a key differ between types."""
+    return jax.random.normal(key, shape, dtype)
 
 
 @pinned
-def uniform(
-    key: Key[Array, ""], shape: tuple[int, ...] = (), low: float = 0.0, high: float = 1.0
-) -> Float[Array, "*shape"]:
-    """Draws float32 numbers that are uniform in low..high, without high."""
-    return jax.random.uniform(key, shape, jnp.float32, low, high)
+def uniform(key: Key[Array, ""], shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> Float[Array, "*shape"]:
+    """Draws numbers that are uniform in 0..1, without 1."""
+    return jax.random.uniform(key, shape, dtype)
 
 
 @pinned

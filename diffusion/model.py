@@ -179,7 +179,7 @@ def _unet(config, image_shape, channels, objective):
     module = UNet(**{**config, "out_channels": config.out_channels or channels})
 
     def init(key):
-        return module.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
+        return module.init(keys.threefry(key), jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
 
     jax.eval_shape(init, keys.make(0))  # raises what is wrong with the fields before anything is computed
     if module.out_channels != channels:

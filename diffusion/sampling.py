@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from diffusion import keys, predictions
 from diffusion.denoiser import Options, check_options, denoise, log_variance_between
 from diffusion.errors import InputError, nearest
 from diffusion.guidance import Guidance, Now
-from diffusion.images import LARGEST, check_floats
+from diffusion.images import check_floats
 from diffusion.predictions import Reading
 from diffusion.solvers.table import SamplerTable
 from diffusion.types import ApplyFn, Images, Params
@@ -53,6 +53,7 @@ class _Inputs:
     known: tuple[Images, Images] | None
     x_init: Images | None
     start_std: Float[Array, ""]
+    from_images: Bool[Array, ""]
     apply_fn: ApplyFn = struct.field(pytree_node=False)
     sample_shape: tuple[int, ...] = struct.field(pytree_node=False)
     options: Options = struct.field(pytree_node=False)
@@ -143,7 +144,8 @@ def sample(  # noqa: PLR0913
     stages = _Stage(np.arange(table.nfe), reading, table.update, table.log_variance, scales)
     shared = None if guidance is None else guidance.replace(scale=None, interval=None, rescale=1.0 * guidance.rescale)
     shape = tuple(sample_shape)
-    inputs = _Inputs(params, key, ids, cond, shared, known, x_init, _start_std(table), apply_fn, shape, options)
+    start = (_start_std(table), table.tau[0] < table.tau[-1])
+    inputs = _Inputs(params, key, ids, cond, shared, known, x_init, *start, apply_fn, shape, options)
     return _run(inputs, stages, return_trajectory)
 
 
@@ -174,9 +176,7 @@ def _check_start(x_init, shape, table):
     x_init = jnp.asarray(x_init)
     if x_init.shape != shape or not jnp.issubdtype(x_init.dtype, jnp.floating):
         raise InputError(f"x_init has shape {x_init.shape}, type {x_init.dtype}; give real numbers of {shape}")
-    # A start holds noise, whose scale is the schedule's own: 80 at T in EDM's.
-    if _is_concrete(table.signal) and _is_concrete(table.noise):
-        check_floats("x_init", x_init, LARGEST * max(1.0, float(_start_std(table))))
+    check_floats("x_init", x_init, noisy=True)
     return x_init
 
 
@@ -269,7 +269,9 @@ def _run(inputs: _Inputs, stages: _Stage, return_trajectory: bool):
 
     x = jnp.asarray(inputs.start_std, dtype) * noise(0) if inputs.x_init is None else inputs.x_init
     empty = jnp.zeros_like(x)
-    registers = (x, *[empty] * (stages.update.shape[1] - 1))
+    # A table from images to noise begins with the images in every register.
+    others = jnp.where(inputs.from_images, x, empty)
+    registers = (x, *[others] * (stages.update.shape[1] - 1))
     memory = None if inputs.guidance is None else empty
     (registers, _), passed = jax.lax.scan(step, (registers, memory), stages)
     if not return_trajectory:

@@ -8,6 +8,7 @@ each step stand in it. All but `strided` have exactly S steps for every S in 1..
 import itertools
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -152,15 +153,15 @@ def explicit(schedule: NoiseSchedule, times: Sequence[float]) -> Tau:
 
 
 def below(schedule: NoiseSchedule, tau: Tau, start: float) -> Tau:
-    """Keeps the part of a grid at or below a start time, for sampling from a noised image.
+    """Starts a grid at another time, for sampling from a noised image: start, and then the times of the grid below it.
 
     Raises:
-      InputError: no time of the grid but 0 is left.
+      InputError: start lies outside 0..T, or is 0.
     """
     tau = check(schedule, tau)
-    if not tau[-2] <= start <= schedule.num_timesteps:
-        raise InputError(f"start is {start}; it must lie in {tau[-2]}..{schedule.num_timesteps}, the grid's own range")
-    return tau[tau <= start]
+    if not 0 < start <= schedule.num_timesteps:
+        raise InputError(f"start is {start}; it must lie above 0 and at most at T = {schedule.num_timesteps}")
+    return explicit(schedule, [start, *tau[tau < start]])
 
 
 GRIDS: dict[str, Callable[[NoiseSchedule, int], Tau]] = {
@@ -180,9 +181,20 @@ def check(schedule: NoiseSchedule, tau) -> Tau:
     """Returns tau as an array if it is a grid of this schedule; every solver calls it first.
 
     Raises:
-      InputError: fewer than two entries, not strictly descending, not ending at 0, or outside 0..T.
+      InputError: fewer than two entries, not strictly descending, not ending at 0, or outside 0..T; or tau or the
+        schedule is traced by JAX.
     """
+    require_concrete("tau and the schedule", tau, schedule.alpha_bar, schedule.noise_var)
     return _descending(schedule, np.asarray(tau))
+
+
+def require_concrete(what: str, *values) -> None:
+    """Raises InputError if JAX traces one of the values that a solver, which is NumPy, computes with."""
+    if any(isinstance(value, jax.core.Tracer) for value in values):
+        raise InputError(
+            f"{what} cannot be traced, as in jit or grad: solvers are NumPy. Build the table outside, or for "
+            "derivatives by tau take diffusion.solvers.differentiable(solver, schedule, num_steps, ...)(tau)"
+        )
 
 
 def _descending(schedule, tau):

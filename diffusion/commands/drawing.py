@@ -91,7 +91,9 @@ def _sample(model, params, table, key, *, sample_ids, null_cond=None, guidance=N
         needed = guidance.null is None and guidance.reference_fn is None
         options["guidance"] = guidance.replace(null=null_cond) if needed else guidance
     shared = {"prediction": model.prediction, "sample_ids": sample_ids}
-    return sample(model.apply_fn, params, table, key, len(sample_ids), model.space.shape, **shared, **options)
+    # In float32 also under `jax_enable_x64`, which would draw other noise and so other images.
+    with jax.enable_x64(False):
+        return sample(model.apply_fn, params, table, key, len(sample_ids), model.space.shape, **shared, **options)
 
 
 def labels_of(sample_ids: Sequence[int], labels: Sequence[int]) -> Int32[np.ndarray, "N"]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from diffusion import files
+from diffusion import files, keys
 from diffusion.commands.drawing import labels_of
 from diffusion.errors import InputError
 from diffusion.evaluation.samples import (
@@ -195,6 +195,7 @@ class Job:
             found = files.read_json(self.out / RECORD, TEXT_LIMIT, self.out)
             if isinstance(found.get("config"), dict):
                 found["config"] = json.loads(current_config(found["config"]).to_json())
+            found.setdefault("generator", keys.GENERATOR)  # as in all versions that did not record it
             return comparable(found)
         except Exception:  # a config of a stranger raises nearly any exception
             return {}

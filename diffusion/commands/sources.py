@@ -10,7 +10,7 @@ from absl import flags
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from diffusion import pretrained
+from diffusion import keys, pretrained
 from diffusion.commands import drawing, own, samplers
 from diffusion.commands.experiment import load_data
 from diffusion.commands.shared_flags import SHIPPED
@@ -24,10 +24,6 @@ from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable
 from diffusion.timesteps import GRIDS
 from diffusion.training import run_folder
-
-MAX_GAIN = 100
-"""A step that multiplies the network's errors by more than this leaves nothing of an image but those errors."""
-
 
 MAX_NAMED = 5
 """The most classes that the title of a job names."""
@@ -65,8 +61,8 @@ class Source(NamedTuple):
         """Returns what samplers may need that is estimated on the model and its data."""
 
         def gamma(tau):
-            images = load_data(self.trained.config.data).images
-            return analytic.cached_gamma(self.home, self.trained, self.sha256, images, tau, say=print)
+            data = load_data(self.trained.config.data)
+            return analytic.cached_gamma(self.home, self.trained, self.sha256, data, tau, say=print)
 
         # Pixels lie in [-1, 1], and so no variance of x_0 exceeds 1.
         return {"gamma": gamma, "max_cov": lambda tau: 1.0}
@@ -105,21 +101,10 @@ class Sampling(NamedTuple):
 
     def notes(self) -> Iterator[str]:
         """Yields what a user may not expect of the images."""
-        table, schedule = self.table, self.source.trained.model.schedule
-        steps, start = len(table.tau) - 1, table.tau[0]
+        steps = len(self.table.tau) - 1
         if self.tau in GRIDS and steps != self.steps:
             yield f"tau {self.tau} makes {steps} steps of --steps={self.steps}"
-        if start < schedule.num_timesteps:
-            yield (
-                f"tau starts at {start:g}, below T = {schedule.num_timesteps}: starting from pure noise leaves out the "
-                f"signal there, {schedule.powers(start)[0]:.2g} of the power"
-            )
-        gain = np.abs(table.update[:, 0]).max()
-        if gain > MAX_GAIN:
-            yield (
-                f"one step of {table.name} multiplies the network's errors by {gain:,.0f}, as the signal at t = "
-                f"{start:g} is {table.signal[0]:.1e}: expect noise; start lower, or take another sampler"
-            )
+        yield from samplers.start_notes(self.table, self.source.trained.model.schedule)
 
     def record(self) -> dict[str, Any]:
         """Returns everything that determines image number i, for JSON."""
@@ -140,6 +125,7 @@ class Sampling(NamedTuple):
             **{k: list(v) if isinstance(v, tuple) else v for k, v in source.settings.items()},
             "labels": list(source.labels),
             "seed": source.seed,
+            "generator": keys.GENERATOR,
             "config": source.trained.config.to_dict(),
         }
 

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
 from diffusion import data, devices, keys
-from diffusion.commands import cli, forecast, own, plots, recipes, usage
+from diffusion.commands import cli, forecast, own, plots, recipes, samplers, usage
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, check_data, data_fields, make_experiment, require_levels
 from diffusion.errors import InputError, printable
@@ -64,10 +64,11 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes that S
 def main() -> int:
     with StopRequest() as stop:
         try:
-            devices.prepare()
+            several = _DISTRIBUTED.value or _COORDINATOR.value is not None
+            devices.prepare(opens=not several)
             if _CHECK.value:
                 return check(_CONFIG.value)
-            if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+            if several:
                 stop.call(devices.join_processes, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
             elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
                 raise InputError("--num_processes and --process_id go with --coordinator=HOST:PORT")
@@ -112,6 +113,8 @@ def start(stop: StopRequest) -> int:
             f"config.train.save_every is {kept.save_every}; keep_best ranks steps by the mean loss since the last row "
             f"of the log: make it a multiple of log_every, {kept.log_every}, or some of these means are over few steps"
         )
+    for note in samplers.start_notes(experiment.table, experiment.model.schedule):
+        say(f"note: {note}")
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:
         return run(experiment, folder, stop, (lambda: True) if lock is None else lock.is_ours)
 

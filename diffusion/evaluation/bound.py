@@ -70,7 +70,8 @@ def variational_bound(  # noqa: PLR0913
       prediction: what the network predicts, as for `diffusion.sample`.
       variance: "small" (the posterior's beta_tilde), "large" (beta) or "learned", see `solvers.ddpm`. Sampling injects
         no noise in its last step, but a likelihood needs a variance there: "small" takes that of the step before (or
-        beta, if there is only one step), "large" takes beta, and "learned" a value in between.
+        beta, if there is only one step), "large" takes beta, and "learned" a value in between. "large_published" is
+        "large" with the last step of "small", as in the code, and so the published figures, of DDPM and improved DDPM.
       clip: "recompute" clips the estimate of x_0 to [-1, 1], "none" does not.
       cond: as the network takes it, or None.
       sample_ids: int [B], 0..B-1 if not given.
@@ -78,7 +79,7 @@ def variational_bound(  # noqa: PLR0913
     Raises:
       InputError: an unknown option, images that are not of 8 bits, or a network without the variance asked for.
     """
-    for name, value, known in (("variance", variance, VARIANCES), ("clip", clip, CLIPS)):
+    for name, value, known in (("variance", variance, BOUND_VARIANCES), ("clip", clip, CLIPS)):
         if value not in known:
             raise InputError(f"{name} is {value!r}; {nearest(str(value), known)}")
     # Build the steps, and a key for each image.
@@ -93,8 +94,11 @@ def variational_bound(  # noqa: PLR0913
     return Bound(prior + terms.sum(axis=0), terms, prior)
 
 
-_SHARES = {"small": -1.0, "large": 1.0, "learned": None}
-"""Where a fixed variance lies between the two log-variances, from -1 to 1; None leaves that to the network."""
+_SHARES = {"small": (-1.0, -1.0), "large": (1.0, 1.0), "large_published": (1.0, -1.0), "learned": (0.0, 0.0)}
+"""Where a variance lies between the two log-variances, from -1 to 1, in all steps but the last, and in the last; that
+of "learned" is the network's."""
+
+BOUND_VARIANCES = tuple(_SHARES)
 
 
 def _check_images(x_0):
@@ -128,7 +132,8 @@ def _terms(apply_fn, params, steps: BoundSteps, share, x_0, of_samples, cond, op
         eps = jax.vmap(lambda k: keys.normal(jax.random.fold_in(k, index), x_0.shape[1:], x_0.dtype))(of_samples)
         x_t = step.reading.signal * x_0 + step.reading.noise * eps
         d = denoise(network, x_t, cond, step.reading, options)
-        where = d.log_variance_share if options.learned_variance else jnp.full_like(x_0, share)
+        of_step = jnp.where(index == num - 1, share[1], share[0])
+        where = d.log_variance_share if options.learned_variance else jnp.full_like(x_0, of_step)
         log_variance = log_variance_between(where, step.log_small, step.log_large)
         return None, step_bits(step, x_0, d.x0, log_variance, last=index == num - 1)
 

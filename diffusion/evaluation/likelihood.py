@@ -177,10 +177,11 @@ def _check_images(x_0, dequantize):
     return x_0
 
 
+@keys.pinned
 def _spread_over_bins(x_0, of_samples):
     """Returns uint8 images as floats, each pixel at a uniformly random place in its bin."""
     dtype = jnp.result_type(float)
-    shift = jax.vmap(lambda k: keys.uniform(jax.random.fold_in(k, 0), x_0.shape[1:], -1, 1))(of_samples)
+    shift = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0), x_0.shape[1:], dtype, -1, 1))(of_samples)
     return to_floats(x_0, dtype) + HALF_BIN * shift
 
 

@@ -28,6 +28,7 @@ from diffusion.solvers.forms import (
 )
 from diffusion.solvers.heun import edm, heun
 from diffusion.solvers.onestep import analytic_dpm, consistency, euler, euler_ancestral, sigma_hat
+from diffusion.solvers.resampling import resampled
 from diffusion.solvers.singlestep import dpm_solver, dpm_solver_pp_singlestep
 from diffusion.solvers.table import SamplerTable, from_json, gaussian_moments, make_table, reverse
 
@@ -92,6 +93,7 @@ __all__ = [
     "newest",
     "plms",
     "pndm",
+    "resampled",
     "reverse",
     "runge_kutta",
     "sigma_hat",

@@ -9,6 +9,7 @@ from diffusion.gaussian import kept_noise, posterior_shares
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers.forms import Level, Stage, build, columns, eps_of, grid_levels
 from diffusion.solvers.table import SamplerTable
+from diffusion.timesteps import require_concrete
 
 VARIANCES = ("small", "large", "learned")
 
@@ -76,6 +77,7 @@ def check_eta(eta: float) -> None:
     Raises:
       InputError: it lies outside.
     """
+    require_concrete("eta", eta)
     if not 0 <= eta <= 1:
         raise InputError(f"eta is {eta}; it must lie in 0..1")
 

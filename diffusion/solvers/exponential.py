@@ -21,6 +21,7 @@ from diffusion.schedules import NoiseSchedule
 from diffusion.solvers.forms import Level, Stage, build, columns, grid_levels, newest, step_orders
 from diffusion.solvers.integrals import exponential_moments, lagrange_integrals
 from diffusion.solvers.table import SamplerTable
+from diffusion.timesteps import require_concrete
 
 Moments = Float[np.ndarray, "p"]
 
@@ -54,6 +55,7 @@ def dpm_solver_pp(
     Raises:
       InputError: an order, sde_eta or variant outside the above, or tau is not a grid of the schedule.
     """
+    require_concrete("sde_eta", sde_eta)
     if not 0 <= sde_eta < np.inf:
         raise InputError(f"sde_eta is {sde_eta}; it must be finite and at least 0 (0: deterministic, 1: reverse SDE)")
     moments = _choose(variant, _DPM)

@@ -17,6 +17,7 @@ from diffusion.solvers.forms import (
     runge_kutta,
 )
 from diffusion.solvers.table import SamplerTable
+from diffusion.timesteps import require_concrete
 
 
 def heun(schedule: NoiseSchedule, tau) -> SamplerTable:
@@ -62,6 +63,7 @@ def edm(
       InputError: an option outside the above, a sigma_hat above the schedule's largest sigma (as always where churn
         meets tau[0] = T), zero signal at tau[0], or tau is not a grid of the schedule.
     """
+    require_concrete("an option of edm", s_churn, s_min, s_max, s_noise)
     if not 0 <= s_churn < np.inf:
         raise InputError(f"s_churn is {s_churn}; it must be finite and at least 0")
     if not 0 <= s_min <= s_max:

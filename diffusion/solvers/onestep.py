@@ -12,6 +12,7 @@ from diffusion.schedules import NoiseSchedule
 from diffusion.solvers.ddim import check_eta, ddim, ddpm, split_noise
 from diffusion.solvers.forms import Level, Stage, build, columns, eps_of, grid_levels
 from diffusion.solvers.table import SamplerTable
+from diffusion.timesteps import require_concrete
 
 
 def euler(schedule: NoiseSchedule, tau) -> SamplerTable:
@@ -53,9 +54,12 @@ def sigma_hat(schedule: NoiseSchedule, tau) -> SamplerTable:
 
 
 def consistency(schedule: NoiseSchedule, tau) -> SamplerTable:
-    """Builds multistep consistency sampling (arXiv:2303.01469, Algorithm 1): x_s = a_s D + n_s z.
+    """Builds multistep consistency sampling: x_s = a_s D + n_s z.
 
     Every step draws all noise anew. This is for networks trained for consistency, whose D is a sample and not a mean.
+    It is Algorithm 1 of arXiv:2303.01469 with epsilon = 0. The paper's networks return x itself at noise epsilon (0.002
+    in units of the signal), not at 0, so its steps add noise of variance sigma_s^2 - epsilon^2 where these add
+    sigma_s^2.
 
     Raises:
       InputError: tau is not a grid of the schedule.
@@ -91,6 +95,7 @@ def analytic_dpm(
         not given; eta or max_cov outside its range; zero signal at tau[0]; or tau is not a grid of the schedule.
     """
     check_eta(eta)
+    require_concrete("gamma and max_cov", gamma, max_cov)
     grid = grid_levels(schedule, tau)
     gamma = np.asarray(gamma, np.float64)
     _check_analytic(grid, gamma, max_cov)

@@ -1,7 +1,9 @@
 """DPM-Solver and singlestep DPM-Solver++ make several network calls a step and remember nothing between steps.
 
 With h = lambda_s - lambda_t and the network called again at lambda_t + r h, both are Runge-Kutta methods that solve the
-linear part exactly: in the eps basis (DPM-Solver) or the x_0 basis (DPM-Solver++).
+linear part exactly: in the eps basis (DPM-Solver) or the x_0 basis (DPM-Solver++). These inner times are real and lie
+between those of the grid, as in the papers; where they lie depends on how the schedule continues between timesteps.
+diffusers' singlestep schedulers call the network at times of the grid alone, and so are other samplers.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """A sampler table holds a fixed-step sampler as a few small arrays.
 
 A sampler is an explicit general linear method with one network call a stage. It holds R registers (images); register
-0 is what the network sees, and the sample at the end. Stage i computes
+0 is what the network sees, and the sample at the end. At the start it is the noise, or x_init, and the others are 0; in
+a table from images to noise all are x_init. Stage i computes
 
     D  = the denoised estimate of x_0 from register 0 at time t[i]
     R' = update[i] @ [R_0, ..., R_{R-1}, D, z]
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from diffusion.errors import InputError, is_whole
+from diffusion.errors import InputError, is_whole, nearest
 
 
 class _Label:
@@ -78,9 +79,9 @@ class SamplerTable:
         """Counts the registers: R images, which the scan carries."""
         return self.update.shape[1]
 
-    def reverse(self, iterations: int = 1) -> "SamplerTable":
+    def reverse(self, iterations: int = 1, rule: str = "new") -> "SamplerTable":
         """Builds the table from samples back to noise; see `reverse`."""
-        return reverse(self, iterations)
+        return reverse(self, iterations, rule)
 
     def to_json(self) -> str:
         """Writes the table as JSON, every number to the last bit."""
@@ -186,40 +187,67 @@ def from_json(text: str) -> SamplerTable:
         raise InputError(f"this is no sampler table in JSON: {' '.join(str(error).split())[:200]}") from None
 
 
-def reverse(table: SamplerTable, iterations: int = 1) -> SamplerTable:
+RULES = ("new", "present")
+"""Where `reverse` makes the first call of a step: at the level that the step goes to, or at that where it is."""
+
+
+def reverse(table: SamplerTable, iterations: int = 1, rule: str = "new") -> SamplerTable:
     """Builds the table that takes samples back to the noise they come from, on the same grid (DDIM inversion).
 
-    A deterministic DDIM step is x_s = (a_s/a_t) x_t + (n_s - a_s n_t/a_t) eps(x_t, t). Its inverse needs eps at the
-    unknown x_t: the first guess is x_s, each further iteration puts the last x_t in (fixed-point iteration, as in
-    arXiv:2309.04907). Run it with the images as x_init.
+    A deterministic DDIM step from t to s makes x_s = a_s D + n_s eps, and so its inverse is
+
+        x_t = (a_t / a_s) (x_s - n_s eps) + (x_t - a_t D)
+
+    with D and eps of the unknown x_t. They are taken from the first guess of it, and each further iteration puts the
+    last guess in (fixed-point iteration, as in arXiv:2309.04907). The formula also holds where eps is not (x_t - a_t D)
+    / n_t, as with the guidance rule "cfg++" and with clip "keep_eps". Run it with the images as x_init, and with the
+    prediction, guidance and clip of the way back.
+
+    The iteration approaches the inverse only where the network's answer changes slowly with x. Guidance of scale w
+    multiplies that change by about w. With a large w the guesses of a step move apart, and each further iteration makes
+    the inverse worse: then take one iteration of rule "present", or rule "cfg++" of guidance, whose scale is small.
+    The ways there and back, compared with the images, tell; so do the last two guesses of a step in the trajectory.
 
     Args:
       table: from `ddim` with eta = 0.
-      iterations: network calls a step, at least 1; more invert more exactly.
+      iterations: network calls a step, at least 1; more invert more exactly where the iteration converges.
+      rule: where the first call of a step is made. "new" puts x_s in at the level t that the step goes to. "present"
+        asks at s, where x_s belongs, as DDIM's authors do (arXiv:2010.02502, section 4.3); further iterations then
+        begin with a better guess. The first step, from images without noise, asks at t with either.
 
     Raises:
-      InputError: the table is of another kind, starts at zero signal, or iterations is below 1.
+      InputError: the table is of another kind, starts at zero signal, iterations is below 1, or an unknown rule.
     """
     if not is_whole(iterations) or iterations < 1:
         raise InputError(f"iterations is {iterations}; it must be a whole number of at least 1")
+    if rule not in RULES:
+        raise InputError(f"rule is {rule!r}; {nearest(str(rule), RULES)}")
+    levels_t = np.stack([np.asarray(v)[::-1] for v in (table.t, table.signal, table.noise)], axis=-1)
+    _, signal_t, noise_t = levels_t.T
     # A step here goes from s up to t, the last step of the table first. Only deterministic DDIM has the expected rows.
-    signal_t, noise_t = np.asarray(table.signal)[::-1], np.asarray(table.noise)[::-1]
     signal_s, noise_s = np.append(1.0, signal_t[:-1]), np.append(0.0, noise_t[:-1])
     row = np.asarray(table.update)[::-1, 0]
     keep = noise_s / noise_t
     expected = np.stack([keep, signal_s - keep * signal_t, 0 * keep], axis=-1)
     if table.num_registers != 1 or not np.allclose(row, expected, rtol=0, atol=1e-10) or np.any(signal_t == 0):
         raise InputError(f"{table.name} cannot be reversed; use ddim with eta 0, from a time with some signal")
-    # x_t = grow x_s + drift eps, with eps = (guess - a_t D) / n_t.
-    grow, drift = signal_t / signal_s, noise_t - signal_t * noise_s / signal_s
-    from_guess, from_d = drift / noise_t, -drift * signal_t / noise_t
-    zero, one = 0 * grow, 1 + 0 * grow
-    # Registers: the guess of x_t, and x_s, which the guess is at the start of each step.
-    first = np.stack([[grow + from_guess, zero, from_d, zero], [one, zero, zero, zero]])
-    again = np.stack([[from_guess, grow, from_d, zero], [zero, one, zero, zero]])
-    update = np.stack([first] + [again] * (iterations - 1)).transpose(3, 0, 1, 2).reshape(-1, 2, 4)
-    stages = [np.repeat(np.asarray(v)[::-1], iterations) for v in (table.t, table.signal, table.noise)]
-    return make_table(f"reverse {table.name}", np.asarray(table.tau)[::-1], *stages, update)
+    # Registers: the guess of x_t, which the network sees; the same, as it was before guidance or clipping changed it;
+    # and x_s. All three are x_s when a step begins.
+    seen, guess, x_s, D, _ = np.eye(5)
+    asked, updates = [], []
+    for i, (grow, a_s, n_s, a_t, n_t) in enumerate(
+        zip(signal_t / signal_s, signal_s, noise_s, signal_t, noise_t, strict=True)
+    ):
+        for k in range(int(iterations)):
+            here = i - 1 if rule == "present" and k == 0 and i > 0 else i
+            a, n = (a_s, n_s) if here < i else (a_t, n_t)
+            # The noise of the guess by D, and the noise that the solver goes on with.
+            of_guess, eps = (guess - a * D) / n, (seen - a * D) / n
+            x_t = grow * (x_s - n_s * eps) + n_t * of_guess
+            asked.append(here)
+            updates.append([x_t, x_t, x_t if k == iterations - 1 else x_s])
+    name = f"reverse {table.name}" + (", present" if rule == "present" else "")
+    return make_table(name, np.asarray(table.tau)[::-1], *levels_t[asked].T, np.array(updates))
 
 
 def gaussian_moments(table: SamplerTable, mean, covariance, start=None):
@@ -260,7 +288,11 @@ def _axis_moments(table, mean, variance, start):
     d, registers = mean.size, table.num_registers
     start_mean, start_variance = start or (0.0, table.signal[0] ** 2 + table.noise[0] ** 2)
     first, second = np.zeros((d, registers)), np.zeros((d, registers, registers))
-    first[:, 0], second[:, 0, 0] = start_mean, start_variance
+    begun = registers if table.tau[0] < table.tau[-1] else 1
+    first[:, :begun], second[:, :begun, :begun] = (
+        np.reshape(start_mean, (-1, 1)),
+        np.reshape(start_variance, (-1, 1, 1)),
+    )
     for a, n, row in zip(table.signal, table.noise, table.update, strict=True):
         # The ideal D is affine in register 0, D = slope R_0 + (1 - slope a) mean, so it folds into that column.
         slope = a * variance / (a**2 * variance + n**2)
