@@ -1,6 +1,7 @@
 """From the config of a training run to the objects that it names."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -159,6 +160,9 @@ def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Bat
 def load_data(config: ConfigDict) -> Dataset:
     """Loads the images that the section config.data names; fields that an old run lacks have their default."""
     others = {name: value for name, value in config.items() if name not in ("name", "flip", "workers")}
+    known = inspect.signature(data.load).parameters
+    if unknown := sorted(others.keys() - known.keys()):
+        raise InputError(f"config.data has no field {unknown[0]!r} in this version; {nearest(unknown[0], known)}")
     return data.load(config.name, **others)
 
 
