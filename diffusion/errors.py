@@ -1,11 +1,12 @@
 """Defines the one exception for what a user can put right, checks that raise it, and how names are shown."""
 
+import contextlib
 import difflib
 import math
 import numbers
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -49,6 +50,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), lower, n=1)
     guess = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{guess}valid: {', '.join(known)}"
+
+
+@contextlib.contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Turns an error in the user's own code into an InputError of one line; what says which code it is."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} fails with {failure(error)}") from error
 
 
 def failure(error: BaseException) -> str:

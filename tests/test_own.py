@@ -273,6 +273,9 @@ def test_a_run_with_an_own_network_is_used_by_who_names_it_and_runs_no_code_for_
     other = "config.network is 'unet', the run has 'mine:net:width=4'"
     assert other in error_line(run("train.py", *args, cwd=module))
     assert not mark.exists()
+    # The same command goes on with it.
+    longer = run("train.py", *width, *args, "--config.train.num_steps=3", cwd=module)
+    assert "resuming runs/digits at step 2" in longer.stdout, longer.stderr
     # Who does gets what is drawn from the run also from its file.
     images = []
     assert run("convert.py", "--network=mine:net", "--out=file.safetensors", cwd=module).returncode == 0

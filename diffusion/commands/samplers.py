@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion import options, schedules, timesteps
 from diffusion.commands import own
-from diffusion.errors import InputError, failure
+from diffusion.errors import InputError, users_code
 from diffusion.files import read
 from diffusion.guidance import RULES
 from diffusion.model import Model
@@ -198,12 +198,8 @@ def _own_table(schedule, sampler, grid, eta):
     choice = options.parse_own("sampler", sampler, function, ("schedule", "tau"))
     if eta is not None:
         choice = _with_eta(choice, eta)
-    try:
+    with users_code(what):
         table = function(schedule, grid, **choice.options)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what} fails with {failure(error)}") from error
     if not isinstance(table, SamplerTable):
         raise InputError(
             f"{what} returns a {type(table).__name__}; it must return a SamplerTable, as forms.build makes"

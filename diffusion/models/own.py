@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion import keys
-from diffusion.errors import InputError, failure
+from diffusion.errors import InputError, users_code
 from diffusion.types import ApplyFn, Params
 
 
@@ -79,12 +79,8 @@ def adapt(
 
 def _call(what, part, function, *args, **kwargs):
     """Returns the shapes of a call; an error in it becomes one line."""
-    try:
+    with users_code(f"{what}: {part}"):
         return jax.eval_shape(function, *args, **kwargs)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what}: {part} fails with {failure(error)}") from error
 
 
 def _takes_dropout_keys(what, apply):
