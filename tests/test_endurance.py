@@ -191,18 +191,38 @@ SOME = [
 """Damages that different code must find."""
 
 
+READ = {
+    "train": ("checkpoints/4", "metrics.csv", "speed.csv", "environment.json", ".lock"),
+    "sample": ("checkpoints/4", "samples/one"),
+    "sample in shards": ("checkpoints/4", "samples/many"),
+    "sample with estimates": ("analytic_gamma.json", ".analytic_gamma.lock", "samples/estimated"),
+    "sample from the weights file": ("model.safetensors", "samples/file"),
+    "evaluate": ("checkpoints/4/ema", "evaluation.", ".evaluation.lock"),
+    "convert": ("checkpoints/4", "model.safetensors"),
+}
+"""What each program reads or replaces in the run folder, by the beginnings of paths."""
+
+
 def cases(folder, count):
-    """Returns `count` of all damages of all files and folders under all programs, in random order."""
+    """Returns `count` cases: half of them any damage, place and program, half where the program reads what is damaged.
+
+    Of what it reads a small file comes as often as the many files of a checkpoint.
+    """
     places = [path for path in damages.entries(folder) if path.parts[0] == "run"]
     kinds = [(path, damages.OF_FOLDERS if (folder / path).is_dir() else damages.OF_FILES) for path in places]
     every = [(path, name, program) for (path, names) in kinds for name, program in product(names, ON_DAMAGED)]
-    return random.Random(0).sample(every, count)
+    rng, read = random.Random(1), []
+    for program, begin in ((program, begin) for program, begins in READ.items() for begin in begins):
+        here = [case for case in every if case[2] == program and str(case[0]).startswith(f"run/{begin}")]
+        read += rng.sample(here, min(len(here), 12))
+    return random.Random(0).sample(every, count)[: count // 2] + rng.sample(read, count - count // 2)
 
 
 def is_named(path, text):
-    """Whether a program has told of a file, by its name, its folder's, or the step whose checkpoint it is of."""
-    of_step = path.parts[:3] if path.parts[1:2] == ("checkpoints",) else path.parts
-    return path.name in text or "/".join(of_step) in text or "/".join(path.parts[:2]) in text
+    """Whether a program has told of a file in a note or warning, by its name or the step whose checkpoint it is of."""
+    told = "\n".join(line for line in text.splitlines() if line.startswith(("note: ", "warning: ")))
+    of_step = path.parts[1:3] if path.parts[1:2] == ("checkpoints",) and len(path.parts) > 2 else path.parts
+    return path.name in told or "/".join(of_step) in told
 
 
 @pytest.mark.parametrize("number", [6, pytest.param(300, marks=LONG)])
@@ -304,8 +324,10 @@ def test_a_hostile_file_ends_in_one_line_or_is_read_and_does_no_harm(tmp_path, p
     hostile.FOLDERS["link_to_nothing"](tmp_path / "good" / "images")
     (tmp_path / "good" / "images" / "a.png").unlink()
     good = dict((READERS["folder"](Path("images")), ("sample", ("--num=2", *DRAW[1:]))))
-    usual = {name: programs.run(name, args, tmp_path / "good", 300) for name, args in good.items()}
-    assert all(outcome.code == 0 for outcome in usual.values()), usual
+    for _ in range(2):  # the first compiles
+        usual = {name: programs.run(name, args, tmp_path / "good", 300) for name, args in good.items()}
+        assert all(outcome.code == 0 for outcome in usual.values()), usual
+        shutil.rmtree(tmp_path / "good" / "new")
     limit = max(outcome.gib for outcome in usual.values()) + AT_MOST
     for case, (kind, name, build) in enumerate(hostile_files(number)):
         cwd = tmp_path / f"case{case}"
@@ -321,7 +343,7 @@ def test_a_hostile_file_ends_in_one_line_or_is_read_and_does_no_harm(tmp_path, p
             fault = f"writes outside: {written}"
         if outcome.gib > limit:
             fault = f"{outcome.gib:.2f} GiB"
-        most[f"{kind}, {name}"] = outcome.gib - limit + AT_MOST
+        most[f"{kind}, {name}"] = outcome.gib
         ends["refused" if outcome.code == 2 else "read"] += 1
         if fault:
             faults.append(f"{kind}, {name}: {fault}: {outcome.err[-400:]}")
@@ -329,7 +351,7 @@ def test_a_hostile_file_ends_in_one_line_or_is_read_and_does_no_harm(tmp_path, p
         shutil.rmtree(cwd)
     counts = ", ".join(f"{count} {end}" for end, count in ends.items())
     worst = max(most, key=most.get)
-    memory = f"at most {max(0, most[worst]):.2f} GiB more than for good files ({worst})"
+    memory = f"at most {most[worst]:.2f} GiB ({worst}), for good files {limit - AT_MOST:.2f} GiB"
     report(f"hostile files: {number} ({counts}), {memory}, {len(faults)} faults")
     assert not faults, "\n".join(faults)
 
