@@ -1,6 +1,7 @@
 """Images as pixels: 8-bit values and floats, sheets of many, PNG and GIF files."""
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from typing import Any

@@ -244,9 +244,7 @@ def test_iterations_invert_guided_ddim_whichever_eps_goes_on(options, rule):
     shared = {"cond": jnp.ones(3), "null_cond": jnp.zeros(3), **options}
     draw = partial(diffusion.sample, network, {}, key=jax.random.key(0), num_samples=3, sample_shape=(7,), **shared)
     images = jnp.asarray(np.random.default_rng(0).normal(0, 0.5, (3, 7)))
-    errors = [
-        np.abs(draw(table, x_init=draw(table.reverse(k, rule), x_init=images)) - images).max() for k in (1, 60)
-    ]
+    errors = [np.abs(draw(table, x_init=draw(table.reverse(k, rule), x_init=images)) - images).max() for k in (1, 60)]
     assert errors[0] > 1e-3
     assert errors[1] < 1e-7
 
