@@ -1,5 +1,6 @@
 """A model: a network and what surrounds it, so that whoever holds one needs to know nothing else."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -247,9 +248,7 @@ Describing a network takes time for each block, and none for its width; a millio
 
 
 def from_record(
-    saved: Mapping[str, Any],
-    where: str,
-    networks: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    saved: Mapping[str, Any], where: str, networks: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 ) -> tuple[ConfigDict, Model]:
     """Returns the config and the model that a file or checkpoint describes, which may come from anybody.
 
@@ -261,27 +260,46 @@ def from_record(
     Raises:
       InputError: a field is missing, of another type, out of its range, or so large that no network has it.
     """
+    with _readable(where):
+        config, shape, names = _read_record(saved)
+        return config, make_model(config, shape, names, networks)
+
+
+def config_from_record(saved: Mapping[str, Any], where: str) -> ConfigDict:
+    """Returns the config alone, which needs no network of anybody's own; otherwise as `from_record`."""
+    with _readable(where):
+        return _read_record(saved)[0]
+
+
+def _read_record(saved):
+    """Returns (config, image_shape, class_names) of a file or checkpoint; raises nearly anything if it is no such."""
+    config = current_config(saved["config"])
+    for section, fields in _FIELDS.items():
+        for name, kind in fields.items():
+            if not isinstance(config[section][name], kind):
+                raise TypeError(f"config.{section}.{name} is {config[section][name]!r}"[:100])
+    if not all(isinstance(decay, int | float) for decay in config.train.ema_decays):
+        raise TypeError(f"config.train.ema_decays is {config.train.ema_decays!r}"[:100])
+    shape, names = saved["image_shape"], saved.get("class_names") or ()
+    if len(shape) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in shape):
+        raise ValueError(f"image_shape is {shape!r}"[:100])
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError("class_names are no list of texts")
+    count = config.model.num_classes
+    if names and count and len(names) != count:
+        raise ValueError(f"it has {len(names)} names for {count} classes")
+    return config, tuple(shape), tuple(names) if count else ()
+
+
+@contextlib.contextmanager
+def _readable(where):
+    """Turns what goes wrong with what a stranger wrote, which can be nearly any exception, into an InputError."""
     try:
-        config = current_config(saved["config"])
-        for section, fields in _FIELDS.items():
-            for name, kind in fields.items():
-                if not isinstance(config[section][name], kind):
-                    raise TypeError(f"config.{section}.{name} is {config[section][name]!r}"[:100])
-        if not all(isinstance(decay, int | float) for decay in config.train.ema_decays):
-            raise TypeError(f"config.train.ema_decays is {config.train.ema_decays!r}"[:100])
-        shape, names = saved["image_shape"], saved.get("class_names") or ()
-        if len(shape) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in shape):
-            raise ValueError(f"image_shape is {shape!r}"[:100])
-        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise TypeError("class_names are no list of texts")
-        count = config.model.num_classes
-        if names and count and len(names) != count:
-            raise ValueError(f"it has {len(names)} names for {count} classes")
-        return config, make_model(config, tuple(shape), tuple(names) if count else (), networks)
+        yield
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except Exception as error:  # what a stranger wrote raises nearly any exception
-        reason = " ".join(f"{'no ' if isinstance(error, KeyError) else ''}{error}".split())[:200]
+    except Exception as error:
+        reason = " ".join(f"{'no ' * isinstance(error, KeyError)}{error}".split())[:200]
         raise InputError(f"{where} describes no model that this version knows ({reason})") from None
 
 

@@ -1,18 +1,17 @@
 """Laws of the estimates for Analytic-DPM that are kept in a file."""
 
-import json
-
 import numpy as np
 import pytest
 from reference import refused
 from tiny import MODEL, make_params
 
-from diffusion import files
+from diffusion import files, sealed
+from diffusion.data import Dataset
 from diffusion.learning import analytic
 from diffusion.model import Trained
 
 TAU = np.array([100.0, 50.0, 0.0])
-IMAGES = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+DATA = Dataset(np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8), None, ())
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def trained(monkeypatch):
     """A model whose estimate is its time, and what was estimated."""
     estimated = []
 
-    def estimate(model, params, images, times, key):
+    def estimate(model, params, images, times, key, labels):
         estimated.append(list(times))
         return np.asarray(times) / 100
 
@@ -29,7 +28,7 @@ def trained(monkeypatch):
 
 
 def gamma(folder, trained, tau=TAU, weights="a", say=lambda text: None):
-    return analytic.cached_gamma(folder, trained[0], weights, IMAGES, tau, say)
+    return analytic.cached_gamma(folder, trained[0], weights, DATA, tau, say)
 
 
 def test_a_time_is_estimated_once_for_each_model_and_said_by_the_caller(trained, tmp_path, capsys):
@@ -44,13 +43,13 @@ def test_a_time_is_estimated_once_for_each_model_and_said_by_the_caller(trained,
 
 
 def test_what_another_process_found_in_the_meantime_stays(trained, tmp_path, monkeypatch):
-    def estimate(model, params, images, times, key):
+    def estimate(model, params, images, times, key, labels):
         files.write_json(tmp_path / analytic.FILE, {"step 5, EMA 0.9, weights a": {"7.0": 0.25}, "other": {"1.0": 0.5}})
         return np.asarray(times) / 100
 
     monkeypatch.setattr(analytic, "estimate_gamma", estimate)
     gamma(tmp_path, trained)
-    assert json.loads((tmp_path / analytic.FILE).read_text()) == {
+    assert sealed.read(tmp_path / analytic.FILE) == {
         "step 5, EMA 0.9, weights a": {"7.0": 0.25, "100.0": 1.0, "50.0": 0.5},
         "other": {"1.0": 0.5},
     }

@@ -463,3 +463,16 @@ def test_the_table_of_a_run_holds_the_mean_bound_of_all_images_in_any_batches(nu
         np.testing.assert_allclose(row.terms, np.asarray(bound.terms).mean(axis=1), rtol=1e-3)
         np.testing.assert_allclose(row.prior + sum(row.terms), row.bits, rtol=1e-5)
         assert row.times == tuple(tau[:-1])
+
+
+def test_the_published_large_variance_is_large_with_the_last_step_of_small():
+    x_0 = pixels((3, 4))
+    network = ideal_network(LINEAR, lambda x, a, n: gaussian_denoiser(x, a, n, 0.1, 0.3))
+    small, large, published = (
+        variational_bound(network, {}, LINEAR, TAU, x_0, key(), prediction="x0", variance=variance)
+        for variance in ("small", "large", "large_published")
+    )
+    np.testing.assert_array_equal(published.terms[:-1], large.terms[:-1])
+    np.testing.assert_array_equal(published.terms[-1], small.terms[-1])
+    assert np.all(published.terms[-1] != large.terms[-1])
+    np.testing.assert_allclose(published.total, published.prior + published.terms.sum(axis=0), rtol=1e-6)

@@ -1,6 +1,7 @@
 """The entry points as a user runs them: in a shell, on a tiny model."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from PIL import Image
 from diffusion import pretrained
 from diffusion.evaluation import load_samples
 from diffusion.pretrained import weights
+from diffusion.training.run_folder import RunFolder, load_trained
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -147,6 +149,13 @@ def test_a_model_with_classes_is_guided(tmp_path):
     np.testing.assert_array_equal(drawn["free"]["samples"], drawn["one"]["samples"])
     wrong = run("sample.py", "--labels=10", cwd=tmp_path)
     assert "numbered 0..9" in error_line(wrong)
+    # The number of a label means the class of that name, so data of other classes is refused.
+    model = load_trained(RunFolder(tmp_path / "runs" / "digits"))
+    names = tuple(f"class {i}" for i in range(10))
+    other = dataclasses.replace(model.model, conditions=model.model.conditions._replace(names=names))
+    weights.save(tmp_path / "other.safetensors", model._replace(model=other))
+    wrong = run("evaluate.py", "--workdir=other.safetensors", "--bound=2", cwd=tmp_path)
+    assert "has the classes 0, 1, 2, 3, 4 and 5 more, and the model was trained with class 0," in error_line(wrong)
 
 
 def test_a_model_that_learns_its_variance_is_sampled_by_any_table_and_measured(tmp_path):

@@ -1,5 +1,7 @@
 """Laws of image-to-image and of noise interpolation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,12 +43,35 @@ def test_image_to_image_of_the_right_denoiser_keeps_what_the_noise_left(float64)
         np.testing.assert_allclose(out, exact, atol=5e-3)
 
 
-def test_below_refuses_a_start_outside_the_grid():
+def test_below_starts_at_the_time_asked_for_and_refuses_one_that_is_none():
     tau = timesteps.uniform(SCHEDULE, 10)
-    np.testing.assert_array_equal(timesteps.below(SCHEDULE, tau, 250), [200, 100, 0])
-    for start in (99, 1001, np.nan):
+    np.testing.assert_array_equal(timesteps.below(SCHEDULE, tau, 250), [250, 200, 100, 0])
+    np.testing.assert_array_equal(timesteps.below(SCHEDULE, tau, 200), [200, 100, 0])
+    np.testing.assert_array_equal(timesteps.below(SCHEDULE, tau, 40.5), [40.5, 0])
+    np.testing.assert_array_equal(
+        timesteps.below(SCHEDULE, timesteps.leading(SCHEDULE, 4), 1000), [1000, 751, 501, 251, 1, 0]
+    )
+    for start in (0, -1, 1001, np.nan):
         with refused("start is"):
             timesteps.below(SCHEDULE, tau, start)
+
+
+def test_image_to_image_is_exact_on_gaussian_data_from_any_start():
+    """Noised data has the moments of x_t, from which a sampler of optimal variance makes those of the data again."""
+    mean, variance = 0.5, 0.25
+    for start in (999, 630, 41.5, 3):
+        for steps in (1, 3, 25):
+            tau = timesteps.below(SCHEDULE, timesteps.uniform(SCHEDULE, steps), start)
+            signal, noise = SCHEDULE.at(tau[:-1])
+            gamma = noise**2 / (signal**2 * variance + noise**2)
+            table = solvers.analytic_dpm(SCHEDULE, tau, gamma)
+            a, n = SCHEDULE.at(start)  # what `noised` makes of the data at the time asked for
+            moments = solvers.gaussian_moments(table, mean, variance, (a * mean, a**2 * variance + n**2))
+            # The last step injects no noise, and so lacks the variance of x_0 given x at tau[-2].
+            last = SCHEDULE.at(tau[-2])
+            np.testing.assert_allclose(moments[0], mean, rtol=1e-9)
+            lacks = variance * last[1] ** 2 / (last[0] ** 2 * variance + last[1] ** 2)
+            np.testing.assert_allclose(moments[1], variance - lacks, rtol=1e-9)
 
 
 def test_slerp_runs_along_the_arc_at_even_speed():
@@ -67,3 +92,37 @@ def test_slerp_of_parallel_noises_is_the_straight_line():
     assert np.all(np.isfinite(editing.slerp(0 * a, a, 0.5)))
     with refused("shapes"):
         editing.slerp(a, a[:1], 0.5)
+
+
+def arc(a, b, weight):
+    """The formula itself, in double precision."""
+    angle = np.arccos(np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b))
+    return (np.sin((1 - weight) * angle) * a + np.sin(weight * angle) * b) / np.sin(angle)
+
+
+def test_slerp_and_its_gradient_are_those_of_the_arc_up_to_equal_ends():
+    rng = np.random.default_rng(2)
+    a, off, out = rng.normal(size=(3, 8))
+    weight = 0.3
+
+    @partial(jax.grad, argnums=(0, 1))
+    def pull(a, b):
+        return jnp.sum(jnp.asarray(out) * editing.slerp(a[None], b[None], weight)[0])
+
+    with jax.enable_x64(True):
+        for distance in (1.0, 1e-3):
+            b = a + distance * off
+            np.testing.assert_allclose(editing.slerp(a[None], b[None], weight)[0], arc(a, b, weight), rtol=1e-9)
+            # Against central differences of the formula.
+            steps = 1e-5 * np.eye(8)
+            slope = [(arc(a + s, b, weight) - arc(a - s, b, weight)) @ out / 2e-5 for s in steps]
+            np.testing.assert_allclose(jax.jit(pull)(a, b)[0], slope, atol=1e-5)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        same = jnp.asarray(a, dtype)
+        np.testing.assert_array_equal(editing.slerp(same[None], same[None], weight)[0], same)
+        slopes = jax.jit(pull)(same, same)
+        for slope, share in zip(slopes, (0.7, 0.3), strict=True):  # the straight line's
+            np.testing.assert_allclose(np.asarray(slope, float), share * out, atol=0.05 * np.abs(out).max())
+    for end in (-a, 0 * a):  # no arc
+        gradients = jax.jit(pull)(jnp.asarray(a, jnp.float32), jnp.asarray(end, jnp.float32))
+        assert np.all(np.isfinite(gradients))

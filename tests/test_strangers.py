@@ -31,7 +31,7 @@ def check(rows):
 
 
 def test_files_of_strangers_end_in_one_line_and_at_most_one_gib(tmp_path):
-    rows = read_all(tmp_path, every=7)
+    rows = read_all(tmp_path, every=12)
     assert {row["kind"] for row in rows} == set(strangers.KINDS)
     check(rows)
 

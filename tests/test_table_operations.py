@@ -1,6 +1,7 @@
 """Laws of what can be done with a table: JSON, reversal, and the exact moments of Gaussian data."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,157 @@ def test_a_reversed_table_is_not_run_from_noise():
         diffusion.sample(lambda p, x, t, c: x, {}, ddim(LINEAR, TAU).reverse(), jax.random.key(0), 2, (3,))
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [("present", {"guidance_scale": 2.0}), ("new", {"guidance_scale": 0.6, "guidance_rule": "cfg++"})],
+    ids=["cfg", "cfg++"],
+)
+def test_iterations_invert_guided_ddim_whichever_eps_goes_on(options, rule):
+    def network(params, x, t, cond):
+        return jnp.tanh(x / 3 + cond[:, None] / 4) / 3
+
+    table = ddim(LINEAR, timesteps.uniform(LINEAR, 10))
+    shared = {"cond": jnp.ones(3), "null_cond": jnp.zeros(3), **options}
+    draw = partial(diffusion.sample, network, {}, key=jax.random.key(0), num_samples=3, sample_shape=(7,), **shared)
+    images = jnp.asarray(np.random.default_rng(0).normal(0, 0.5, (3, 7)))
+    errors = [np.abs(draw(table, x_init=draw(table.reverse(k, rule), x_init=images)) - images).max() for k in (1, 60)]
+    assert errors[0] > 1e-3
+    assert errors[1] < 1e-7
+
+
+@pytest.mark.usefixtures("float64")
+def test_one_call_of_inversion_under_cfg_plus_plus_is_the_formula():
+    """x_t = (a_t / a_s) (x_s - n_s eps_u) + n_t eps_g, each eps asked for at x_s and t."""
+
+    def network(params, x, t, cond):
+        return jnp.tanh(x / 3 + cond[:, None] / 4) / 3
+
+    x, w = np.random.default_rng(0).normal(size=(2, 3)), 0.6
+    a, n = LINEAR.at(TAU[::-1])
+    wanted = x
+    for i in range(5):
+        eps_u, eps_c = (np.tanh(wanted / 3 + c / 4) / 3 for c in (0, 1))
+        eps_g = eps_u + w * (eps_c - eps_u)
+        wanted = a[i + 1] / a[i] * (wanted - n[i] * eps_u) + n[i + 1] * eps_g
+    shared = {"cond": jnp.ones(2), "null_cond": jnp.zeros(2), "guidance_scale": w, "guidance_rule": "cfg++"}
+    table = ddim(LINEAR, TAU).reverse()
+    got = diffusion.sample(network, {}, table, jax.random.key(0), 2, (3,), x_init=jnp.asarray(x), **shared)
+    np.testing.assert_allclose(got, wanted, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_inversion_of_kept_eps_has_the_true_noise_as_its_fixed_point():
+    """One step of DDIM with clip keep_eps, undone by an iteration that begins at the answer."""
+    a, n = LINEAR.at([300, 100])
+    x_t = np.linspace(-3, 3, 13)
+    eps = np.tanh(x_t / 3) / 3
+    clipped = np.clip((x_t - n[0] * eps) / a[0], -1, 1)
+    x_s = a[1] * clipped + n[1] * eps
+    assert np.abs(clipped).max() == 1
+    # The rows of the second iteration in the step from 100 to 300.
+    update = ddim(LINEAR, [300, 100, 0]).reverse(2).update[3]
+    seen = a[0] * clipped + n[0] * eps  # what the scan puts in the place of x
+    got = update @ np.stack([seen, x_t, x_s, clipped, 0 * x_t])
+    np.testing.assert_allclose(got[0], x_t, rtol=1e-12)
+
+
+def test_the_present_rule_asks_where_x_is_and_at_first_at_the_lowest_time():
+    reverse = ddim(LINEAR, TAU).reverse(2, rule="present")
+    up = TAU[:-1][::-1]
+    np.testing.assert_array_equal(reverse.t[1::2], up)
+    np.testing.assert_array_equal(reverse.t[0::2], [up[0], *up[:-1]])
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, EDM], ids=["linear", "edm"])
+def test_the_present_rule_is_eulers_step_of_the_flow_as_ddim_encodes(schedule):
+    """x_t / a_t = x_s / a_s + (rho_t - rho_s) eps(x_s, s) from the second step on (arXiv:2010.02502, Eq. 13)."""
+    tau = timesteps.uniform(schedule, 6)
+    reverse = ddim(schedule, tau).reverse(rule="present")
+    a, n = schedule.at(tau[::-1])
+    x = run_table(reverse, START, smooth, stages=1)
+    for i in range(1, 6):
+        eps = np.tanh(x / 2) / 2
+        wanted = a[i + 1] * (x / a[i] + (n[i + 1] / a[i + 1] - n[i] / a[i]) * eps)
+        x = run_table(reverse, START, smooth, stages=i + 1)
+        np.testing.assert_allclose(x, wanted, rtol=1e-9)
+
+
+def test_an_unknown_rule_of_reversal_is_refused():
+    with refused("present"):
+        ddim(LINEAR, TAU).reverse(1, "presnt")
+
+
+# Resampling
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, EDM, FLOW], ids=["linear", "edm", "flow"])
+def test_resampling_keeps_the_distribution_of_a_sampler_of_optimal_variance(schedule):
+    """On Gaussian data such a step is exact, and so is the forward step after it."""
+    variance, tau = 0.3, timesteps.explicit(schedule, np.linspace(0.9, 0, 8)[:-1] * schedule.num_timesteps)
+    a, n = schedule.at(tau[:-1])
+    gamma = n**2 / (a**2 * variance + n**2)
+    table = solvers.analytic_dpm(schedule, tau, gamma, eta=0.5)
+    # The last step of a sampler injects no noise; here it does, to be as exact as the others.
+    table.update[-1, 0, 2] = (variance * gamma[-1]) ** 0.5
+    start = (a[0] * 0.7, a[0] ** 2 * variance + n[0] ** 2)
+    wanted = gaussian_moments(table, 0.7, variance, start)
+    for repeats in (1, 2, 7):
+        again = solvers.resampled(table, repeats)
+        assert again.nfe == repeats * table.nfe
+        np.testing.assert_array_equal(again.t, np.repeat(table.t, repeats))
+        np.testing.assert_allclose(gaussian_moments(again, 0.7, variance, start), wanted, rtol=1e-9)
+    np.testing.assert_array_equal(solvers.resampled(table, 1).update, table.update)
+
+
+def test_resampling_brings_inpainting_near_the_conditional_mean_of_a_correlated_pair():
+    """The law of the unknown half of a Gaussian pair given the known one is N(rho x, v (1 - rho^2))."""
+    rho, variance, known = 0.9, 0.25, 1.0
+    values, axes = np.linalg.eigh(variance * np.array([[1, rho], [rho, 1]]))
+
+    def network(params, x, t, cond):
+        signal_power = jnp.interp(t, jnp.arange(1001.0), jnp.asarray(LINEAR.alpha_bar, jnp.float32))[:, None]
+        shrunk = jnp.sqrt(signal_power) * values[None] / (signal_power * values[None] + 1 - signal_power) * (x @ axes)
+        return shrunk @ axes.T
+
+    table = ddim(LINEAR, timesteps.uniform(LINEAR, 100), eta=1.0)
+    given = (np.array([known, 0.0]), np.array([1.0, 0.0]))
+    shares, spreads = [], []
+    for repeats in (1, 2, 10):
+        again = solvers.resampled(table, repeats)
+        key = jax.random.key(0)
+        x = diffusion.sample(network, {}, again, key, 4096, (2,), prediction="x0", known=given)
+        np.testing.assert_allclose(x[:, 0], known, atol=1e-6)
+        shares.append(float(x[:, 1].mean()) / (rho * known))
+        spreads.append(float(x[:, 1].std()) / (variance * (1 - rho**2)) ** 0.5)
+    assert 0.6 < shares[0] < 0.7
+    assert 0.78 < shares[1] < 0.88
+    assert shares[2] > 0.95
+    # What docs/sampling.md says of the spread: too wide without repeats, too narrow with many.
+    assert spreads[0] > 1.2
+    assert 0.7 < spreads[2] < 0.9
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: unipc(LINEAR, TAU),
+        lambda: ddpm(LINEAR, TAU, "learned"),
+        lambda: ddim(LINEAR, TAU).reverse(),
+        lambda: solvers.heun(LINEAR, TAU),
+    ],
+)
+def test_only_tables_that_remember_nothing_are_resampled(build):
+    with refused("resampled"):
+        solvers.resampled(build(), 3)
+
+
+@pytest.mark.parametrize("repeats", [0, 1.5, np.nan, True])
+def test_a_number_of_repeats_below_one_or_not_whole_is_refused(repeats):
+    with refused("repeats"):
+        solvers.resampled(ddim(LINEAR, TAU), repeats)
+
+
 # Moments of Gaussian data
 
 
@@ -243,7 +395,10 @@ def propagated(table, mean, covariance, start_mean, start_covariance):
     d, registers, eye = mean.size, table.num_registers, np.eye(mean.size)
     first = np.zeros(registers * d)
     second = np.zeros((registers * d, registers * d))
-    first[:d], second[:d, :d] = start_mean, start_covariance
+    # A table from images begins with them in every register, and the others with 0 in all but the first.
+    begun = registers if table.tau[0] < table.tau[-1] else 1
+    first[: begun * d] = np.tile(start_mean, begun)
+    second[: begun * d, : begun * d] = np.tile(start_covariance, (begun, begun))
     for a, n, update in zip(table.signal, table.noise, table.update, strict=True):
         gain = a * covariance @ np.linalg.inv(a**2 * covariance + n**2 * eye)
         select = np.eye(registers * d)[:d]

@@ -9,12 +9,14 @@ import tiny
 from ml_collections import ConfigDict
 from tiny import BATCH, IMAGES, KEY, SCHEDULE, assert_close, assert_same, make_step, start
 
-from diffusion import devices
+import diffusion
+from diffusion import devices, solvers, timesteps
 from diffusion.commands import experiment
 from diffusion.errors import InputError
+from diffusion.models import UNet, as_apply_fn
 from diffusion.objectives.losses import Batch, Loss
 from diffusion.training import run_folder
-from diffusion.training.step import TENTHS, StepOptions, ema_decay_at, ema_name, make_train_step
+from diffusion.training.step import TENTHS, StepOptions, ema_decay_at, ema_name, init_state, make_train_step
 
 
 def losses(params, step=0):
@@ -272,3 +274,38 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
         pass
     with folder.locked():
         pass
+
+
+def test_a_state_has_the_same_types_and_numbers_in_double_precision():
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.linear_schedule(1e-3, 1e-2, 10)))
+    states = []
+    for double in (False, True):
+        with jax.enable_x64(double):
+            mesh, step = make_step(2, optimizer, log_every=5, microbatches=2)
+            state = start(optimizer, mesh)
+            begun = jax.tree.map(lambda x: x.dtype, state)
+            for _ in range(3):
+                state, _ = step(state)
+            assert jax.tree.map(lambda x: x.dtype, state) == begun
+            states.append(jax.device_get(state))
+    assert {str(x.dtype) for x in jax.tree.leaves(states[1])} == {"float32", "int32"}
+    assert_close(*states, 1e-5)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_strict_promotion_of_types_trains_and_samples(double):
+    network = UNet(width=8, multipliers=(1,), num_blocks=1, attention_resolutions=(8,), dropout=0.1, num_classes=2)
+    init = lambda key: network.init(key, jnp.zeros((1, *tiny.SHAPE)), jnp.ones(1))["params"]  # noqa: E731
+    model = tiny.make_model(as_apply_fn(network), SCHEDULE, tiny.SHAPE, num_classes=2)
+    with jax.enable_x64(double), jax.numpy_dtype_promotion("strict"):
+        params, optimizer, mesh = init(KEY), optax.adam(1e-2), tiny.training_mesh(1)
+        assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+        step = make_train_step(model, tiny.simple, optimizer, mesh, KEY, StepOptions((0.9,), label_dropout=0.5))
+        labels = np.arange(BATCH, dtype=np.int32) % 2
+        state = init_state(params, optimizer, (0.9,))
+        state, metrics = step(state, IMAGES, labels, np.zeros(1, np.float32))
+        assert np.isfinite(float(metrics.loss))
+        table = solvers.ddim(SCHEDULE, timesteps.uniform(SCHEDULE, 2), eta=1.0)
+        guided = {"cond": labels[:2], "null_cond": model.conditions.nulls(2), "guidance_scale": 2.0}
+        x = diffusion.sample(model.apply_fn, state.params, table, KEY, 2, tiny.SHAPE, clip="recompute", **guided)
+        assert np.all(np.isfinite(x))

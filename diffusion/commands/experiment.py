@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -228,6 +229,9 @@ def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Bat
 
 def load_data(config: ConfigDict) -> Dataset:
     """Loads the images that the section config.data names; fields that an old run lacks have their default."""
+    known = {*inspect.signature(data.load).parameters, *data.Reading._fields} - {"reading"}
+    if unknown := sorted(_without(config, "flip", "workers").keys() - known):
+        raise InputError(f"config.data has no field {unknown[0]!r} in this version; {nearest(unknown[0], known)}")
     with data_fields():
         return data.load(**_without(config, "flip", "workers"))
 

@@ -9,6 +9,7 @@ from diffusion.data import cifar10, digits, images
 from diffusion.data.batching import Batch, Batches, batches
 from diffusion.data.dataset import Dataset, fingerprint
 from diffusion.data.image_files import Damaged, ImageFiles
+from diffusion.data.images import Reading
 from diffusion.data.order import batch_indices
 from diffusion.errors import InputError, nearest
 
@@ -19,6 +20,7 @@ __all__ = [
     "Damaged",
     "Dataset",
     "ImageFiles",
+    "Reading",
     "batch_indices",
     "batches",
     "check",
@@ -52,14 +54,14 @@ def load(
       size: height and width of the images in pixels.
       channels: 1 (grey) or 3 (RGB).
       labels: "none" leaves out the classes; "" has those of the source, and so has "folders" for image files.
-      reading: max_memory, max_decoded and skip_damaged of `images.Reading`; the other sources are small, always held,
+      reading: max_memory, max_decoded and skip_damaged of `Reading`; the other sources are small, always held,
         and checked as a whole, so they do not need them.
 
     Raises:
       InputError: the name is unknown, or the source does not allow an argument; nothing is ignored in silence.
     """
     _require_name(name)
-    reading = images.Reading(**reading)
+    reading = Reading(**reading)
     place = {"path": path, "split": split, "size": size, "channels": channels}
     if name == "images":
         return images.load(**place, labels=labels, reading=reading)
@@ -79,7 +81,7 @@ def check(
     _require_name(name)
     place = {"path": path, "split": split, "size": size, "channels": channels}
     if name == "images":
-        return images.check(**place, reading=images.Reading(**reading))
+        return images.check(**place, reading=Reading(**reading))
     return [], len(DATASETS[name](**place).images)  # which raises an error for damage anywhere
 
 

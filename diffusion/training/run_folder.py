@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffusion import files, keys
 from diffusion.errors import InputError, nearest
-from diffusion.model import Trained, check_finite, from_record
+from diffusion.model import Trained, check_finite, config_from_record, from_record
 from diffusion.training import checkpoints, environment, saving
 from diffusion.training.step import ema_name
 
@@ -68,7 +68,7 @@ class RunFolder:
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns the metadata of a checkpoint, with the config in today's form."""
         saved = checkpoints.metadata(self.checkpoints, step)
-        config, _ = from_record(saved, f"checkpoint {self.checkpoints / str(step)}")
+        config = config_from_record(saved, f"checkpoint {self.checkpoints / str(step)}")
         return {**saved, "config": config.to_dict()}
 
     def sheet(self, step: int) -> Path:

@@ -190,7 +190,7 @@ def _part_loss(model, objective, key, label_dropout):
             step=step,
         )
         loss = objective(batch)
-        tenth = jax.nn.one_hot((loss.t - 1) * TENTHS // model.schedule.num_timesteps, TENTHS)
+        tenth = jax.nn.one_hot((loss.t - 1) * TENTHS // model.schedule.num_timesteps, TENTHS, dtype=jnp.float32)
         return loss.value.mean(), ((tenth * loss.error[:, None]).mean(0), tenth.mean(0))
 
     return part_loss
