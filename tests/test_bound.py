@@ -398,8 +398,9 @@ def test_vlb_over_all_timesteps_is_the_sum_of_the_terms():
     x_0, every = np.tile(pixels((1, 4, 2)), (T, 1, 1)), list(range(T, -1, -1))
 
     def network(params, x, t, cond=None):
-        share = jnp.broadcast_to(jnp.sin(per_sample(t, x)), x.shape)
-        return jnp.concatenate([jnp.broadcast_to(0.3 * jnp.cos(per_sample(t, x)), x.shape), share], axis=-1)
+        t = per_sample(t, x).astype(x.dtype)  # whole in training, and a sine of int32 is a float32
+        share = jnp.broadcast_to(jnp.sin(t), x.shape)
+        return jnp.concatenate([jnp.broadcast_to(0.3 * jnp.cos(t), x.shape), share], axis=-1)
 
     bound = variational_bound(
         network, {}, LINEAR, every, x_0[:1], key(), prediction="x0", variance="learned", clip="none"
