@@ -110,7 +110,8 @@ def sample(  # noqa: PLR0913
       guidance: see `diffusion.guidance.Guidance`. Without a second network it needs cond and a null, and makes one call
         of twice the batch. A scale of 1 does nothing and costs nothing, except with the rule cfg++.
       known: (values, mask), broadcastable to the samples: keeps the pixels where mask is 1 and draws the others to fit
-        (inpainting). The estimate of x_0 takes the known values, so x holds them with the noise of every step.
+        (inpainting). The estimate of x_0 takes the known values, so x holds them with the noise of every step. The
+        others follow them only in part; with a table of `diffusion.solvers.resampled` they do nearly as they should.
       x_init: the start instead of noise, [N, *sample_shape]; its dtype is the precision of the run.
       sample_ids: int [N], 0..N-1 if not given.
       return_trajectory: also return all intermediate states, which then stay in memory.
