@@ -113,6 +113,19 @@ def made(programs, tmp_path_factory):
     return cwd
 
 
+def undisturbed(job, made, programs, tmp_path):
+    """Returns the result of a command in a copy of the folder, or of its one run there."""
+    if job in MADE:
+        return job.result(made)
+    whole = tmp_path / "whole"
+    shutil.copytree(made, whole)
+    outcome = programs.run(*job[:2], whole, 300)
+    assert outcome.code == 0, outcome.err
+    result = job.result(whole)
+    shutil.rmtree(whole)
+    return result
+
+
 def without_fields(job):
     return f"{job.program} {' '.join(arg for arg in job.args if not arg.startswith('--config.'))}"
 
@@ -231,12 +244,7 @@ def test_what_is_damaged_in_a_run_folder_is_named_or_makes_no_difference(tmp_pat
     wanted, ends, faults = {}, Counter(), []
     for case, (place, name, program) in enumerate(todo):
         if program not in wanted:
-            whole = tmp_path / program.replace(" ", "-")
-            shutil.copytree(made, whole)
-            outcome = programs.run(*ON_DAMAGED[program][:2], whole, 300)
-            assert outcome.code == 0, outcome.err
-            wanted[program] = ON_DAMAGED[program].result(whole)
-            shutil.rmtree(whole)
+            wanted[program] = undisturbed(ON_DAMAGED[program], made, programs, tmp_path)
         cwd, place = tmp_path / f"case{case}", Path(place)
         shutil.copytree(made, cwd, symlinks=True)
         harm = (damages.OF_FOLDERS if (cwd / place).is_dir() else damages.OF_FILES)[name]
@@ -427,10 +435,7 @@ def test_streams_and_terminals_that_go_away_cost_nothing(tmp_path, programs, mad
     wanted, ends, faults = {}, Counter(), []
     for case, (name, (job, run)) in enumerate([*STREAMS.items()][:number]):
         if job not in wanted:
-            whole = tmp_path / f"whole{case}"
-            shutil.copytree(made, whole)
-            assert programs.run(*job[:2], whole, 300).code == 0
-            wanted[job] = job.result(whole)
+            wanted[job] = undisturbed(job, made, programs, tmp_path)
         cwd = tmp_path / str(case)
         shutil.copytree(made, cwd)
         code = run(command(f"{job.program}.py", *job.args), cwd)

@@ -92,7 +92,7 @@ class RunFolder:
         for folder in (self.checkpoints, self.grids, self.profile / "plugins" / "profile"):
             files.refuse_links(folder, self.path)
         files.remove_temporaries(
-            self.path, r"(config|environment)\.json|(metrics|speed)\.csv|skipped\.jsonl", self.path
+            self.path, r"(config|environment)\.json|(metrics|speed)\.csv|skipped\.jsonl|loss\.png", self.path
         )
         files.remove_temporaries(self.grids, r"step_\d+\.png", self.path)
         saving.remove_unfinished(self.checkpoints)
