@@ -25,7 +25,7 @@ from commands import (
 )
 from PIL import Image
 
-from diffusion import pretrained
+from diffusion import pretrained, sealed
 from diffusion.evaluation import load_samples
 from diffusion.pretrained import weights
 from diffusion.training.run_folder import RunFolder, load_trained
@@ -131,7 +131,7 @@ def test_analytic_dpm_estimates_its_variances_once(trained):
     assert first.returncode == 0, first.stderr
     assert "estimating" in first.stdout
     assert "estimating" not in second.stdout
-    known = json.loads((trained / "runs" / "digits" / "analytic_gamma.json").read_text())
+    known = sealed.read(trained / "runs" / "digits" / "analytic_gamma.json")
     (of_weights,) = known.values()
     assert all(0 <= gamma <= 2 for gamma in of_weights.values())
 
