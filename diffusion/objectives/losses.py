@@ -84,7 +84,7 @@ def stratified_timesteps(
     """
     share = (jnp.asarray(index, uniforms.dtype) + uniforms) / batch_size
     # Rounding can make share 1.0 for the last sample of a large batch.
-    return jnp.minimum(jnp.floor(share * num_timesteps).astype(jnp.int32), num_timesteps - 1) + 1
+    return jnp.minimum(jnp.floor(share * num_timesteps).astype(int), num_timesteps - 1) + 1
 
 
 def simple_loss(batch: Batch, schedule: NoiseSchedule, prediction: str = "eps", weights: Weights | None = None) -> Loss:
