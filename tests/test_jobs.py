@@ -11,7 +11,7 @@ from PIL import Image
 from reference import refused
 from tiny import make_model
 
-from diffusion import devices, files, schedules, timesteps
+from diffusion import devices, files, keys, schedules, timesteps
 from diffusion.commands import jobs
 from diffusion.commands.drawing import generate
 from diffusion.evaluation import load_samples
@@ -263,11 +263,11 @@ def test_a_job_is_known_however_paths_are_spelled_and_not_if_the_generator_is_an
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_a_job_that_version_01_began_is_refused_in_one_line(tmp_path):
-    finished(tmp_path, range(15))
-    (tmp_path / "samples.sha256").unlink()
-    with refused("its record has no generator: an earlier version began it"):
-        jobs.Job(tmp_path, range(15), RECORD | {"generator": "threefry"})
+def test_a_job_of_another_generator_is_refused_in_one_line(tmp_path):
+    finished(tmp_path, range(15))  # its record names none, as before it was recorded, and means the one of today
+    jobs.Job(tmp_path, range(15), RECORD | {"generator": keys.GENERATOR})
+    with refused("generator is rbg, there threefry2x32, partitionable"):
+        jobs.Job(tmp_path, range(15), RECORD | {"generator": "rbg"})
 
 
 @pytest.mark.parametrize("name", ["samples.npz", "sampling.json", "samples.sha256", "grid.png", "png", "arr_0.npz"])
