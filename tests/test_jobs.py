@@ -342,7 +342,7 @@ def test_sampling_json_of_shards_holds_the_record_from_the_start_and_the_facts_a
     at_start = json.loads((tmp_path / jobs.RECORD).read_text())
     assert at_start == RECORD | {"num": 25, "ids": "0-24"}
     job.finish(seconds_with_compilation=2.5, devices="1 x cpu")
-    assert json.loads((tmp_path / jobs.RECORD).read_text()) == at_start | {"seconds": 2.5, "devices": "1 x cpu"}
+    assert json.loads((tmp_path / jobs.RECORD).read_text()) == at_start | {"seconds_with_compilation": 2.5, "devices": "1 x cpu"}
     assert jobs.Job(tmp_path, range(25), RECORD).missing() == [0, 1, 2]
 
 
@@ -352,7 +352,7 @@ def test_sampling_json_beside_one_file_is_always_of_that_file(tmp_path):
     job, _ = finished(tmp_path, ids)
     job.finish(seconds_with_compilation=2.5)
     record = json.loads((tmp_path / jobs.RECORD).read_text())
-    assert record == RECORD | {"num": 3, "ids": "3-4,9", "seconds": 2.5}
+    assert record == RECORD | {"num": 3, "ids": "3-4,9", "seconds_with_compilation": 2.5}
     assert jobs.Job(tmp_path, ids, RECORD).replaces == ""
     job = jobs.Job(tmp_path, ids, other)
     assert job.replaces == "seed is 4, there 3"
