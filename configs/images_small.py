@@ -1,4 +1,4 @@
-"""Your own images on a small machine: useful sheets of samples after fifteen minutes on two CPU cores.
+"""Your own images on a small machine, to see colours and shapes within minutes and not days.
 
     python train.py --config=configs/images_small.py --config.data.path=photos
 

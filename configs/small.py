@@ -1,8 +1,8 @@
-"""CIFAR-10 on a small machine: useful sheets of samples after fifteen minutes on two CPU cores.
+"""CIFAR-10 on a small machine, to see colours and shapes within minutes and not days.
 
     python train.py --config=configs/small.py
 
-The network has 2.7M parameters, most of them where the image is small, and predicts v on the cosine schedule. The
+The network has 2.5M parameters, most of them where the image is small, and predicts v on the cosine schedule. The
 learning rate is constant, so that a later start with a larger config.train.num_steps goes on.
 """
 
