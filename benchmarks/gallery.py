@@ -71,4 +71,4 @@ def way(trained):
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, about=__doc__)

@@ -68,4 +68,4 @@ def spread(images, labels):
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, about=__doc__)

@@ -1,6 +1,6 @@
-"""Your own images: a folder, .zip or .tar of JPEG and PNG files of any size; sub-folders are classes.
+"""Your own images: a folder, .zip or .tar of JPEG, PNG, WebP, TIFF or BMP files; sub-folders are classes.
 
-python train.py --config=configs/images.py --config.data.path=photos.zip --config.data.size=64
+    python train.py --config=configs/images.py --config.data.path=photos.zip --config.data.size=64
 
 DDPM's network of 35.7M parameters, for a GPU. On a CPU, or to see something within minutes, take images_small.py.
 """

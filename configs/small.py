@@ -1,6 +1,6 @@
 """CIFAR-10 on a small machine: useful sheets of samples after fifteen minutes on two CPU cores.
 
-python train.py --config=configs/small.py
+    python train.py --config=configs/small.py
 
 The network has 2.7M parameters, most of them where the image is small, and predicts v on the cosine schedule. The
 learning rate is constant, so that a later start with a larger config.train.num_steps goes on.
@@ -14,7 +14,7 @@ def make_small(config):
     config.model.width = 16
     config.model.multipliers = (1, 2, 4, 8)
     config.model.num_blocks = 1
-    config.model.attention_resolutions = (8, 4)
+    config.model.attention_resolutions = (8,)
     config.model.dropout = 0.0
 
     config.schedule = "cosine"

@@ -193,7 +193,7 @@ def remove_temporaries(folder: str | os.PathLike, name: str, within: str | os.Pa
       within: as for `remove`.
     """
     for path in _named(folder, _TEMPORARY.format(name=f"(?:{name})"), within):
-        with contextlib.suppress(OSError, InputError), unused(path) as free:
+        with contextlib.suppress(OSError, InputError), unused(path, unknown=False) as free:
             if free:
                 path.unlink()
 
@@ -255,16 +255,20 @@ def in_use(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unused(path: str | os.PathLike) -> Iterator[bool]:
-    """Yields whether nobody has the file `in_use`; while the `with` block lasts nobody begins to."""
+def unused(path: str | os.PathLike, unknown: bool) -> Iterator[bool]:
+    """Yields whether nobody has the file `in_use`; while the `with` block lasts nobody begins to.
+
+    Where the file system has no locks, so that nobody can know, it yields `unknown`.
+    """
     with open_to_read(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
-        except OSError:  # some network file systems have no locks
-            pass
+        except OSError:  # as on some network file systems
+            yield unknown
+            return
         yield True
 
 

@@ -31,7 +31,7 @@ def _of_images(function):
                 check_floats(name, value, noisy=noisy[name])
         return jitted(*args, **kwargs)
 
-    # What a jitted function can do besides being called, such as `lower`.
+    # A jitted function can do more than be called: it can be lowered, for example.
     vars(checked).update({name: getattr(jitted, name) for name in dir(jitted) if not name.startswith("__")})
     return checked
 

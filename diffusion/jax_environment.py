@@ -1,6 +1,6 @@
 """Looks at the environment variable that JAX reads while it is imported, before that; a wrong one ends in a traceback.
 
-The package imports this module first. `devices.prepare` tells the user of a program, and a warning that of the library.
+The package imports this module first. `devices.prepare` tells the user of a program, and the library warns.
 """
 
 import os

@@ -15,7 +15,7 @@ INTERRUPTED = 130  # the shell's code for Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, which asks a cluster to start the run again
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
-"""Besides Ctrl-C: a cluster that takes the machine back, a terminal that goes away, and a limit of time."""
+"""What asks a run to stop, as Ctrl-C does: a cluster that takes the machine back, a lost terminal, a limit of time."""
 
 
 def ready(*, resumes: bool = False) -> None:

@@ -148,7 +148,7 @@ def test_a_model_with_classes_is_guided(tmp_path):
     np.testing.assert_array_equal(drawn["free"]["labels"], [3, 7, 3, 7])
     np.testing.assert_array_equal(drawn["free"]["samples"], drawn["one"]["samples"])
     wrong = run("sample.py", "--labels=10", cwd=tmp_path)
-    assert "numbered 0..9" in error_line(wrong)
+    assert "there is no class '10'; valid: 0..9" in error_line(wrong)
     # The number of a label means the class of that name, so data of other classes is refused.
     model = load_trained(RunFolder(tmp_path / "runs" / "digits"))
     names = tuple(f"class {i}" for i in range(10))

@@ -8,7 +8,7 @@ import sys
 import pytest
 from commands import ROOT, error_line, run, train
 
-from configs import cifar, default, digits, digits_edm, images
+from configs import cifar, default, digits, digits_classes, digits_edm, images, images_small, small
 from diffusion.commands import config_files, forecast
 from diffusion.commands.experiment import _check_numbers, require_levels, with_classes
 from diffusion.devices import training_mesh
@@ -74,7 +74,7 @@ def test_a_mistake_in_a_config_file_is_one_line_before_anything_is_made(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.py"]
 
 
-@pytest.mark.parametrize("recipe", [cifar, default, digits, digits_edm, images])
+@pytest.mark.parametrize("recipe", [cifar, default, digits, digits_classes, digits_edm, images, images_small, small])
 def test_every_recipe_passes_the_check(recipe):
     config_files.check(recipe.get_config())
 
@@ -186,3 +186,12 @@ def test_the_pace_leaves_out_compilation_and_pauses(monkeypatch):
     assert progress.take() == (0.0, 0.0)
     assert progress.left(50, 0.5) == "01:40"
     assert progress.left(0, 1e-4) == "11.6 days"
+
+
+@pytest.mark.parametrize(("size", "multipliers"), [(32, ()), (64, ()), (128, (1, 2, 4, 8, 8))])
+def test_the_small_recipe_takes_the_sizes_that_its_head_names(size, multipliers):
+    config = images_small.get_config()
+    config.model.multipliers = multipliers or config.model.multipliers
+    config = with_classes(config, ("cat", "dog"))
+    require_levels(config, (size, size, 3))
+    make_model(config, (size, size, 3))

@@ -11,7 +11,7 @@ from PIL import Image
 from reference import refused
 from tiny import make_model
 
-from diffusion import devices, files, schedules, timesteps
+from diffusion import devices, files, keys, schedules, timesteps
 from diffusion.commands import jobs
 from diffusion.commands.drawing import generate
 from diffusion.evaluation import load_samples
@@ -156,7 +156,7 @@ def test_a_killed_job_draws_only_what_is_missing_and_the_same_bytes(tmp_path):
 @pytest.mark.usefixtures("small_shards")
 def test_a_finished_job_draws_nothing_and_a_small_one_is_drawn_anew(tmp_path):
     job, _ = finished(tmp_path, range(20))
-    job.finish(seconds=1.5)
+    job.finish(seconds_with_compilation=1.5)
     assert finished(tmp_path, range(20))[1] == []
     small = subfolder(tmp_path, "small")
     for _ in range(2):
@@ -263,11 +263,11 @@ def test_a_job_is_known_however_paths_are_spelled_and_not_if_the_generator_is_an
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_a_job_that_version_01_began_is_refused_in_one_line(tmp_path):
-    finished(tmp_path, range(15))
-    (tmp_path / "samples.sha256").unlink()
-    with refused("its record has no generator: an earlier version began it"):
-        jobs.Job(tmp_path, range(15), RECORD | {"generator": "threefry"})
+def test_a_job_of_another_generator_is_refused_in_one_line(tmp_path):
+    finished(tmp_path, range(15))  # its record names none, as before it was recorded, and means the one of today
+    jobs.Job(tmp_path, range(15), RECORD | {"generator": keys.GENERATOR})
+    with refused("generator is rbg, there threefry2x32, partitionable"):
+        jobs.Job(tmp_path, range(15), RECORD | {"generator": "rbg"})
 
 
 @pytest.mark.parametrize("name", ["samples.npz", "sampling.json", "samples.sha256", "grid.png", "png", "arr_0.npz"])
@@ -341,8 +341,8 @@ def test_sampling_json_of_shards_holds_the_record_from_the_start_and_the_facts_a
     job = jobs.Job(tmp_path, range(25), RECORD)
     at_start = json.loads((tmp_path / jobs.RECORD).read_text())
     assert at_start == RECORD | {"num": 25, "ids": "0-24"}
-    job.finish(seconds=2.5, devices="1 x cpu")
-    assert json.loads((tmp_path / jobs.RECORD).read_text()) == at_start | {"seconds": 2.5, "devices": "1 x cpu"}
+    job.finish(seconds_with_compilation=2.5, devices="1 x cpu")
+    assert json.loads((tmp_path / jobs.RECORD).read_text()) == at_start | {"seconds_with_compilation": 2.5, "devices": "1 x cpu"}
     assert jobs.Job(tmp_path, range(25), RECORD).missing() == [0, 1, 2]
 
 
@@ -350,9 +350,9 @@ def test_sampling_json_beside_one_file_is_always_of_that_file(tmp_path):
     """Whenever a job that replaces another one is killed."""
     ids, other = [3, 4, 9], RECORD | {"seed": 4}
     job, _ = finished(tmp_path, ids)
-    job.finish(seconds=2.5)
+    job.finish(seconds_with_compilation=2.5)
     record = json.loads((tmp_path / jobs.RECORD).read_text())
-    assert record == RECORD | {"num": 3, "ids": "3-4,9", "seconds": 2.5}
+    assert record == RECORD | {"num": 3, "ids": "3-4,9", "seconds_with_compilation": 2.5}
     assert jobs.Job(tmp_path, ids, RECORD).replaces == ""
     job = jobs.Job(tmp_path, ids, other)
     assert job.replaces == "seed is 4, there 3"
@@ -412,3 +412,18 @@ def test_a_gif_of_one_frame_is_a_picture(tmp_path):
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 1
         np.testing.assert_array_equal(np.asarray(gif.convert("L")), frame[..., 0])
+
+
+def test_a_job_whose_record_says_more_is_another_job(tmp_path):
+    """As one begun with a second model as guidance, of which the record of this one says nothing."""
+    record = RECORD | {"guidance_model_sha256": "a" * 64}
+    jobs.Job(tmp_path, range(1500), record).write(0, np.zeros((1000, 4, 4, 1), np.uint8))
+    jobs.Job(tmp_path, range(1500), record)
+    with refused("its record has guidance_model_sha256, this job has none"):
+        jobs.Job(tmp_path, range(1500), RECORD)
+
+
+def test_a_finished_job_is_the_same_job(tmp_path):
+    job, _ = finished(tmp_path, range(15))
+    job.finish(seconds_with_compilation=1.0, devices="1 x cpu", versions={"jax": "1"})
+    assert not jobs.Job(tmp_path, range(15), RECORD).replaces

@@ -26,7 +26,7 @@ DIGEST = """
 import jax, numpy as np
 from diffusion import devices, pretrained, solvers, timesteps
 from diffusion.commands.drawing import generate
-from diffusion.files import digest
+from diffusion.sealed import digest
 from diffusion.models import UNet
 trained = pretrained.load("digits")
 model = trained.model

@@ -205,7 +205,7 @@ MISTAKES = [
     (
         "evaluate.py",
         [RUN, "--features=inception", "--inception=x.pth"],
-        "no file x.pth; .*--inception=FILE, or take --features=classifier",
+        "no file x.pth; .*--inception=FILE names the file, and --features=classifier",
     ),
     ("evaluate.py", [RUN, "--bound=0"], "steps is 0"),
     ("evaluate.py", [RUN, "--bound="], "bound is ''; write numbers"),

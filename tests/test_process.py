@@ -24,7 +24,7 @@ ROUTES = {
     "full": ">/dev/full 2>/dev/full",
     "nobody reads": "2>&1 | true",
     "one line is read": "2>&1 | head -n 1 >/dev/null",
-    "tee is killed": "2>&1 | (read line; kill -9 $BASHPID) || true",
+    "tee dies": "2>&1 | (read line; kill -PIPE $BASHPID) || true",
 }
 RELIABILITY = pytest.mark.reliability
 

@@ -64,4 +64,4 @@ def _evaluation():
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, about=__doc__)

@@ -26,7 +26,8 @@ USER_ERROR = 2
 _FULL = ("ENOSPC", "EDQUOT", "EFBIG")
 _NO_PLACE = ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENOENT", "ENAMETOOLONG", "ELOOP")
 _REMEDIES = {getattr(errno, name): "free some space and start again with the same command" for name in _FULL} | {
-    getattr(errno, name): "name a folder that can be written with --workdir or --out" for name in _NO_PLACE
+    getattr(errno, name): "check this path and its permissions, or name another with --workdir or --out"
+    for name in _NO_PLACE
 }
 _REMEDIES[errno.EIO] = "the disk or the network it lies on fails; see to it and start again with the same command"
 

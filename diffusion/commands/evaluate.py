@@ -209,23 +209,8 @@ def _refuse(names, why):
 def _real_images(source):
     """Returns (data, split): what the run was trained on, or with --split another part of the same source."""
     trained = source.trained
-    section = trained.config.data.copy_and_resolve_references()
-    if _SPLIT.value is not None:
-        section.split = _SPLIT.value
-    real, conditions = experiment.load_data(section), trained.model.conditions
-    # Labels are numbers, which mean the same only if the classes do.
-    if conditions is not None and tuple(real.class_names) != conditions.names:
-        part = f" of split {section.split!r}" if section.split else ""
-        raise InputError(
-            f"the data{part} has the classes {_names(real.class_names)}, and the model was trained with "
-            f"{_names(conditions.names)}; give the data that has the model's classes"
-        )
-    return real, section.split
-
-
-def _names(classes):
-    """Returns the first names of classes as a short text."""
-    return ", ".join(classes[:5]) + f" and {len(classes) - 5} more" * (len(classes) > 5) if classes else "(none)"
+    split = trained.config.data.split if _SPLIT.value is None else _SPLIT.value
+    return experiment.load_data_of(trained, split), split
 
 
 def _first_images(source):
@@ -260,7 +245,9 @@ def _space(name, real):
         try:
             return features.inception(_INCEPTION.value)
         except InputError as error:
-            raise InputError(f"{error}: --inception=FILE, or take --features=classifier, which needs none") from None
+            raise InputError(
+                f"{error}; --inception=FILE names the file, and --features=classifier needs none"
+            ) from None
     return features.classifier(real, _cache()) if name == "classifier" else features.pixels()
 
 

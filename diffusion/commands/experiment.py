@@ -18,7 +18,7 @@ from diffusion import data, denoiser, devices, keys, machine, options, predictio
 from diffusion.commands import config_files, own, samplers
 from diffusion.data import Dataset
 from diffusion.errors import InputError, nearest, require_range
-from diffusion.model import UNET, Model, make_model, make_schedule, sampling_clip
+from diffusion.model import UNET, Model, Trained, make_model, make_schedule, sampling_clip
 from diffusion.objectives.bound import bound_steps
 from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES, Batch, Loss
 from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
@@ -234,6 +234,35 @@ def load_data(config: ConfigDict) -> Dataset:
         raise InputError(f"config.data has no field {unknown[0]!r} in this version; {nearest(unknown[0], known)}")
     with data_fields():
         return data.load(**_without(config, "flip", "workers"))
+
+
+def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
+    """Loads the images that a model was trained on.
+
+    Args:
+      trained: the model.
+      split: another part of the same source; None is the part it was trained on.
+
+    Raises:
+      InputError: the data cannot be read, or has other classes than the model.
+    """
+    section = trained.config.data.copy_and_resolve_references()
+    if split is not None:
+        section.split = split
+    found, conditions = load_data(section), trained.model.conditions
+    # Labels are numbers, which mean the same only if the classes do.
+    if conditions is not None and tuple(found.class_names) != conditions.names:
+        part = f" of split {section.split!r}" if section.split else ""
+        raise InputError(
+            f"the data{part} has the classes {_first(found.class_names)}, and the model was trained with "
+            f"{_first(conditions.names)}; give the data that has the model's classes"
+        )
+    return found
+
+
+def _first(classes):
+    """Returns the first names of classes as a short text."""
+    return ", ".join(classes[:5]) + f" and {len(classes) - 5} more" * (len(classes) > 5) if classes else "(none)"
 
 
 def check_data(config: ConfigDict) -> tuple[list[data.Damaged], int]:

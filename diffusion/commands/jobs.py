@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -128,7 +129,7 @@ class Job:
 
     def images(self, index: int) -> UInt8[np.ndarray, "N H W C"]:
         """Reads the images of a shard that has been written."""
-        return read_file(self.path(index)).images
+        return read_file(self.path(index), sys.maxsize).images  # written or verified by this process
 
     def remove_pictures(self) -> None:
         """Removes the pictures and the export of the job that this one replaces, and nothing else that lies there."""
@@ -154,7 +155,7 @@ class Job:
         with files.open_atomically(path, self.out) as file, zipfile.ZipFile(file, "w") as archive:
             for entry, place in (("arr_0.npy", 0), ("arr_1.npy", 2)):
                 # Images and labels of Samples, one file at a time.
-                parts = (read_file(self.path(i))[place] for i in range(len(self.shards)))
+                parts = (read_file(self.path(i), sys.maxsize)[place] for i in range(len(self.shards)))
                 first = next(parts)
                 if first is None:
                     continue
@@ -167,7 +168,7 @@ class Job:
                         array.write(np.ascontiguousarray(part).tobytes())
 
     def finish(self, **facts: Any) -> None:
-        """Writes sampling.json: the record, and facts about how the job went."""
+        """Writes sampling.json: the record, and facts about how the job went, which are named in `_FACTS`."""
         write_checksums(self.out, self._sums)
         files.write_json(self.out / RECORD, {**self.record, **facts}, self.out)
 
@@ -195,10 +196,13 @@ class Job:
             found = files.read_json(self.out / RECORD, TEXT_LIMIT, self.out)
             if isinstance(found.get("config"), dict):
                 found["config"] = json.loads(current_config(found["config"]).to_json())
-            found.setdefault("generator", keys.GENERATOR)  # as in all versions that did not record it
             return comparable(found)
         except Exception:  # a config of a stranger raises nearly any exception
             return {}
+
+
+_FACTS = {"seconds_with_compilation", "devices", "versions"}
+"""What the record of a finished job says of how it went."""
 
 
 def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,8 +210,9 @@ def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
 
     The weights are known by their SHA-256, and so is a table from a file. So it does not matter how a path is spelled.
     """
-    spelled = {"run", "sampler"} if "table_sha256" in record else {"run"}
-    return json.loads(json.dumps({key: value for key, value in record.items() if key not in spelled}))
+    left_out = _FACTS | ({"run", "sampler"} if "table_sha256" in record else {"run"})
+    record = {"generator": keys.GENERATOR, **record}  # as in all versions that did not record it
+    return json.loads(json.dumps({key: value for key, value in record.items() if key not in left_out}))
 
 
 def identity_of(record: Mapping[str, Any]) -> str:
@@ -217,6 +222,8 @@ def identity_of(record: Mapping[str, Any]) -> str:
 
 def _difference(wanted, found):
     """Returns in words how two records differ, or ""."""
+    if found and (more := sorted(found.keys() - wanted.keys())):
+        return f"its record has {more[0]}, this job has none"
     for key in wanted:
         if key not in found:
             return f"its record has no {key}: an earlier version began it, or it is damaged" if found else "no record"

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from diffusion.files import write_atomically
+from diffusion.files import read, write_atomically
 
 
 def curves(
@@ -56,8 +56,8 @@ def losses(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
       path: of the PNG file.
     """
     try:
-        with open(metrics, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a line may be half written
+        lines = read(metrics, within=os.path.dirname(metrics)).decode().splitlines()
+        rows = [row for row in csv.DictReader(lines) if None not in row.values()]  # a line may be half written
         if rows:
             columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
             _write(_loss_figure(columns), path)

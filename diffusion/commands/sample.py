@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from diffusion import __version__, devices, files
 from diffusion.commands import cli, jobs, samplers, shared_flags, sources, usage
+from diffusion.errors import printable
 from diffusion.images import sheet, write_gif, write_png
 
 shared_flags.define_source_flags()
@@ -69,7 +70,7 @@ def _sample_into(out, ids, sampling):
     """Draws what is missing of the job in a folder; images of another job of one file give way."""
     job = jobs.Job(out, ids, sampling.record())
     if job.replaces:
-        print(f"note: this replaces the images of another job in {out} ({job.replaces})")
+        print(f"note: this replaces the images of another job in {out} ({printable(job.replaces)})")
     if job.damaged:
         names = ", ".join(job.damaged[:3]) + " ..." * (len(job.damaged) > 3)
         print(f"note: {len(job.damaged)} file(s) are not as they were written, and are drawn again: {names}")

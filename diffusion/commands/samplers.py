@@ -153,7 +153,7 @@ def default_eta(sampler: str) -> float | None:
     if name not in SAMPLERS and not is_own(sampler):  # an unknown name is refused when its table is made
         return None
     allowed = options.defaults(SAMPLERS.get(name) or own.load("sampler", sampler), leading=2)
-    return None if "eta=" in sampler else allowed.get("eta")
+    return None if re.search(r"[:,]eta=", sampler) else allowed.get("eta")
 
 
 def check_fits(table: SamplerTable, model: Model) -> None:

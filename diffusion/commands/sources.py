@@ -12,10 +12,10 @@ from jaxtyping import UInt8
 
 from diffusion import keys, pretrained
 from diffusion.commands import drawing, own, samplers
-from diffusion.commands.experiment import load_data
+from diffusion.commands.experiment import load_data_of
 from diffusion.commands.shared_flags import SHIPPED
 from diffusion.denoiser import Options, check_options
-from diffusion.errors import InputError, nearest
+from diffusion.errors import InputError, nearest, printable
 from diffusion.guidance import Guidance
 from diffusion.learning import analytic
 from diffusion.model import Model, Trained
@@ -61,7 +61,7 @@ class Source(NamedTuple):
         """Returns what samplers may need that is estimated on the model and its data."""
 
         def gamma(tau):
-            data = load_data(self.trained.config.data)
+            data = load_data_of(self.trained)
             return analytic.cached_gamma(self.home, self.trained, self.sha256, data, tau, say=print)
 
         # Pixels lie in [-1, 1], and so no variance of x_0 exceeds 1.
@@ -97,7 +97,8 @@ class Sampling(NamedTuple):
         labels, model = self.source.labels, self.source.trained.model
         if len(labels) > MAX_NAMED:
             return f" of {len(labels)} classes in turn"
-        return f" of {', '.join(model.conditions.names[label] for label in labels)}" if labels else ""
+        names = (printable(model.conditions.names[label]) for label in labels)
+        return f" of {', '.join(names)}" if labels else ""
 
     def notes(self) -> Iterator[str]:
         """Yields what a user may not expect of the images."""

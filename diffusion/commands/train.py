@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
-from diffusion import data, devices, keys
+from diffusion import data, devices, keys, options
 from diffusion.commands import cli, forecast, own, plots, recipes, samplers, usage
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, check_data, data_fields, make_experiment, require_levels
@@ -166,9 +166,18 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     if not finished:
         say(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
         return stop.exit_code
-    named = f"--workdir={shlex.quote(str(folder.path))}{own.flag(config.network)}"
-    say(f"done: {folder.path}; draw pictures with: python sample.py --steps=25 {named}")
+    say(f"done: {folder.path}; draw pictures with: {next_command(config, folder)}")
     return 0
+
+
+def next_command(config: ConfigDict, folder: run_folder.RunFolder) -> str:
+    """Returns the command that draws samples from the run, as the user would start it."""
+    launcher = Path(sys.argv[0])
+    program = "-m diffusion.sample" if launcher.parent.name == "diffusion" else "sample.py"
+    named = f"--workdir={shlex.quote(str(folder.path))}{own.flag(config.network)}"
+    if options.own_name(config.sample.sampler):
+        named += f" --sampler={shlex.quote(config.sample.sampler)}"
+    return f"python {program} {named}"
 
 
 def say(line: str) -> None:

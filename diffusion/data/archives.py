@@ -137,6 +137,9 @@ def open_files(path: str) -> tuple[Files, Listed]:
         return _open_archive(location)
     except InputError as error:
         raise InputError(str(error) if str(error).startswith("path=") else f"{given}: {error}") from error
+    except (PermissionError, RuntimeError) as error:  # the latter where ~name is nobody's home
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"path={given!r} cannot be read ({reason}); check the path and its permissions") from error
     except Exception as error:  # a damaged archive makes zipfile and tarfile raise nearly any exception
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise InputError(f"{given} cannot be read and may be damaged ({reason}); copy it again") from error

@@ -52,7 +52,10 @@ def _name(member: zipfile.ZipInfo) -> str:
     """Returns a member's name; where the zip does not say how it is written, most programs have written UTF-8."""
     if member.flag_bits & 0x800:
         return member.filename
-    written = member.filename.encode("cp437")  # as zipfile has read it
+    try:
+        written = member.filename.encode("cp437")  # as zipfile has read it
+    except UnicodeEncodeError:  # later versions of zipfile also read a field that holds the name in UTF-8
+        return member.filename
     try:
         return written.decode()
     except UnicodeDecodeError:

@@ -150,7 +150,7 @@ def read_file(path: Path, limit: int = 2**30) -> Samples:
                     raise ValueError(f"{name!r} does not belong there")
                 arrays[name] = _read_array(archive.getinfo(name), archive, left)
                 left -= arrays[name].nbytes
-    except OSError:
+    except (OSError, InputError):
         raise
     except Exception as error:  # damaged zips raise nearly any exception
         raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:150]}); draw it again") from None

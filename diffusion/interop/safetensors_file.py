@@ -93,7 +93,9 @@ def _parse(file: BinaryIO) -> Header:
     tensors, end = {}, 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         tensor = Tensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), end)
-        if not all(type(n) is int and n >= 0 for n in (*tensor.shape, *entry["data_offsets"])):
+        numbers = (*tensor.shape, *entry["data_offsets"])
+        whole = all(type(n) is int and n >= 0 for n in numbers)
+        if not whole or math.prod(n or 1 for n in tensor.shape) > LARGEST:
             raise ValueError(f"{name!r} has the shape {entry['shape']}")
         end += tensor.nbytes
         if entry["data_offsets"] != [tensor.begin - 8 - length, end - 8 - length]:
@@ -102,6 +104,10 @@ def _parse(file: BinaryIO) -> Header:
     if end != size:
         raise ValueError(f"its tensors end at byte {end:,}, and the file at {size:,}")
     return Header(metadata, tensors)
+
+
+LARGEST = 2**50
+"""No size in a file is as large; NumPy cannot even make an empty array with larger ones."""
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from diffusion import files
-from diffusion.errors import InputError
+from diffusion.errors import InputError, printable
 from diffusion.training import manifest
 from diffusion.training.step import TrainState
 from diffusion.types import Params
@@ -132,7 +132,7 @@ def opened(folder: str | os.PathLike, step: int | None = None) -> Iterator[int |
                 raise
             for bad, reason in damage.items():
                 warning = f"warning: checkpoint {Path(folder) / str(bad)} is damaged ({reason}); using step {left[-1]}"
-                print(warning, file=sys.stderr)
+                print(printable(warning), file=sys.stderr)
             yield left[-1]
             return
     # All are damaged, and the user must decide: a copy may exist elsewhere, and training anew may cost days.
@@ -223,7 +223,7 @@ def leaves(tree: Any) -> dict[str, str]:
 
 
 def _check_same(path, stored, wanted):
-    """Raises InputError, with the first five differences, if two results of `_leaves` differ."""
+    """Raises InputError, with the first five differences, if two results of `leaves` differ."""
     different = [
         f"{name}: checkpoint has {stored.get(name, 'nothing')}, model has {wanted.get(name, 'nothing')}"
         for name in sorted(stored | wanted)

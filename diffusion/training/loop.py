@@ -69,8 +69,9 @@ class Run:
 
 
 def train(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, bool]:
-    """Trains from state.step to plan.num_steps, or until Ctrl-C or SIGTERM; the last state is always saved.
+    """Trains from state.step to plan.num_steps, or until a signal asks to stop; the last state is always saved.
 
+    The signals are Ctrl-C and `process.STOPPING`.
     A signal while the last sheet is drawn counts as a stop; the next start draws that sheet.
 
     Args:
@@ -174,7 +175,7 @@ class _Loop:
             if step - 1 > saved and jax.process_count() == 1:
                 self._save(step - 1)
                 self.run.writer.wait()
-            if self.run.stop.received:
+            if self.run.stop.received and jax.process_count() == 1:
                 raise Stopped from None
             raise
 

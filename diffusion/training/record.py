@@ -96,7 +96,8 @@ class Record:
 def _checked(path, kind, step, sealed):
     """Returns what stays of the file; keeps the file under another name if that is not all that it should hold."""
     wanted = (sealed or {}).get(path.name)
-    size, digest = (wanted["bytes"], wanted["sha256"]) if isinstance(wanted, dict) else (None, None)
+    known = isinstance(wanted, dict) and type(wanted.get("bytes")) is int and wanted["bytes"] >= 0
+    size, digest = (wanted["bytes"], wanted.get("sha256")) if known else (None, None)
     try:
         found = files.read(path, _LIMIT, within=path.parent)
     except FileNotFoundError:

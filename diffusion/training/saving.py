@@ -149,7 +149,7 @@ class CheckpointWriter:
                 continue
             # Renamed first, so that a kill in the middle of removing leaves no half of a checkpoint.
             removed = self._folder / f"{_UNFINISHED}removal-{step}"
-            with files.unused(path / manifest.NAME) as free:
+            with files.unused(path / manifest.NAME, unknown=True) as free:
                 if free:  # or else somebody reads it, and it goes after a later save
                     os.rename(path, removed)
             files.remove_folder(removed, self._folder)
@@ -163,7 +163,7 @@ class CheckpointWriter:
         left = f"step {saved[-1]} is the last good one" if saved else "there is no earlier one"
         raise InputError(
             f"a checkpoint could not be written to {self._folder} ({checkpoints.first_line(error)}); {left}; "
-            "free some space and start again with the same command"
+            "see that the disk works and has space, and start again with the same command"
         ) from error
 
 
