@@ -342,7 +342,10 @@ def test_sampling_json_of_shards_holds_the_record_from_the_start_and_the_facts_a
     at_start = json.loads((tmp_path / jobs.RECORD).read_text())
     assert at_start == RECORD | {"num": 25, "ids": "0-24"}
     job.finish(seconds_with_compilation=2.5, devices="1 x cpu")
-    assert json.loads((tmp_path / jobs.RECORD).read_text()) == at_start | {"seconds_with_compilation": 2.5, "devices": "1 x cpu"}
+    assert json.loads((tmp_path / jobs.RECORD).read_text()) == at_start | {
+        "seconds_with_compilation": 2.5,
+        "devices": "1 x cpu",
+    }
     assert jobs.Job(tmp_path, range(25), RECORD).missing() == [0, 1, 2]
 
 
