@@ -16,7 +16,7 @@ from test_data import encoded, noise, raises, write_folder, write_tar, write_zip
 
 from configs import default
 from diffusion import data
-from diffusion.commands import experiment
+from diffusion.commands import datasets
 from diffusion.data import archives, decoding
 
 
@@ -273,8 +273,8 @@ def test_programs_name_the_fields_of_the_config(tmp_path):
         wrong = config.copy_and_resolve_references()
         wrong.update(changes)
         with raises(re.escape(expected)):
-            experiment.load_data(wrong)
-    assert experiment.check_data(config) == ([], 3)
+            datasets.load_data(wrong)
+    assert datasets.check_data(config) == ([], 3)
 
 
 # -------------------------------------------------------------------------------------------------------------- hostile

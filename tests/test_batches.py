@@ -21,7 +21,7 @@ from test_data import encoded, noise, raises, write_folder, write_tar, write_zip
 
 from configs import default
 from diffusion import data
-from diffusion.commands import experiment
+from diffusion.commands import datasets
 from diffusion.data import batching, order, streaming
 
 COUNT, SIDE, BATCH = 30, 6, 12  # three epochs do not end with a batch
@@ -352,10 +352,10 @@ def test_data_is_streamed_where_its_pixels_exceed_max_memory(folder):
 def test_a_config_chooses_and_one_from_before_these_fields_means_their_defaults(folder):
     config = default.get_config().data
     config.update({"name": "images", "path": str(folder), "size": SIDE, "max_memory": 0.0})
-    assert isinstance(experiment.load_data(config).images, data.ImageFiles)
+    assert isinstance(datasets.load_data(config).images, data.ImageFiles)
     for name in ("max_memory", "workers"):
         del config[name]
-    assert isinstance(experiment.load_data(config).images, np.ndarray)
+    assert isinstance(datasets.load_data(config).images, np.ndarray)
 
 
 def test_tar_gz_is_not_streamed_but_held(tmp_path, folder, held):

@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.claims.report import Findings, model_facts, new_figure, show_pictures
 from diffusion import editing, sample, solvers, timesteps
-from diffusion.commands.experiment import load_data
+from diffusion.commands.datasets import load_data
 from diffusion.images import to_floats
 from diffusion.model import Trained
 

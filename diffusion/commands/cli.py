@@ -160,6 +160,8 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
     chosen[-1] = recipes.find(chosen[-1])
     recipes.alias()
     # Check the file here, for a better message than that of config_flags, which is going to read it again.
+    if not chosen[-1]:
+        fail(f"--config is empty; {nearest('', recipes.names())}")
     path = Path(chosen[-1].partition(":")[0])  # the text after a colon is an argument of get_config
     if not path.is_file() or path.suffix != ".py":
         fail(f"{str(path)!r} is no config file; {nearest(str(path), recipes.names())}")

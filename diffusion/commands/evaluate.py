@@ -21,7 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import __version__, data, devices, files, keys, options
-from diffusion.commands import cli, experiment, own, plots, samplers, shared_flags, sources, sweep, usage
+from diffusion.commands import cli, datasets, own, plots, samplers, shared_flags, sources, sweep, usage
 from diffusion.errors import InputError, nearest
 from diffusion.evaluation import bound, features, likelihood
 
@@ -210,7 +210,7 @@ def _real_images(source):
     """Returns (data, split): what the run was trained on, or with --split another part of the same source."""
     trained = source.trained
     split = trained.config.data.split if _SPLIT.value is None else _SPLIT.value
-    return experiment.load_data_of(trained, split), split
+    return datasets.load_data_of(trained, split), split
 
 
 def _first_images(source):

@@ -1,11 +1,8 @@
 """From the config of a training run to the objects that it names."""
 
-import contextlib
 import dataclasses
-import inspect
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -14,11 +11,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion import data, denoiser, devices, keys, machine, options, predictions
+from diffusion import denoiser, devices, keys, machine, options, predictions
 from diffusion.commands import config_files, own, samplers
+from diffusion.commands.datasets import load_data
 from diffusion.data import Dataset
 from diffusion.errors import InputError, nearest, require_range
-from diffusion.model import UNET, Model, Trained, make_model, make_schedule, sampling_clip
+from diffusion.model import UNET, Model, make_model, make_schedule, sampling_clip
 from diffusion.objectives.bound import bound_steps
 from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES, Batch, Loss
 from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
@@ -225,65 +223,6 @@ def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Bat
         weights = loss_weights(schedule, config.prediction, weighting.name, **weighting.options)
     bound = {"schedule": schedule, "prediction": config.prediction, "weights": weights}
     return partial(objective.function, **bound, **objective.options)
-
-
-def load_data(config: ConfigDict) -> Dataset:
-    """Loads the images that the section config.data names; fields that an old run lacks have their default."""
-    known = {*inspect.signature(data.load).parameters, *data.Reading._fields} - {"reading"}
-    if unknown := sorted(_without(config, "flip", "workers").keys() - known):
-        raise InputError(f"config.data has no field {unknown[0]!r} in this version; {nearest(unknown[0], known)}")
-    with data_fields():
-        return data.load(**_without(config, "flip", "workers"))
-
-
-def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
-    """Loads the images that a model was trained on.
-
-    Args:
-      trained: the model.
-      split: another part of the same source; None is the part it was trained on.
-
-    Raises:
-      InputError: the data cannot be read, or has other classes than the model.
-    """
-    section = trained.config.data.copy_and_resolve_references()
-    if split is not None:
-        section.split = split
-    found, conditions = load_data(section), trained.model.conditions
-    # Labels are numbers, which mean the same only if the classes do.
-    if conditions is not None and tuple(found.class_names) != conditions.names:
-        part = f" of split {section.split!r}" if section.split else ""
-        raise InputError(
-            f"the data{part} has the classes {_first(found.class_names)}, and the model was trained with "
-            f"{_first(conditions.names)}; give the data that has the model's classes"
-        )
-    return found
-
-
-def _first(classes):
-    """Returns the first names of classes as a short text."""
-    return ", ".join(classes[:5]) + f" and {len(classes) - 5} more" * (len(classes) > 5) if classes else "(none)"
-
-
-def check_data(config: ConfigDict) -> tuple[list[data.Damaged], int]:
-    """Reads all images that the section config.data names; returns the damaged ones, and how many there are in all."""
-    with data_fields():
-        return data.check(**_without(config, "flip", "workers", "labels"))
-
-
-def _without(config, *names):
-    return {name: value for name, value in config.items() if name not in names}
-
-
-@contextlib.contextmanager
-def data_fields() -> Iterator[None]:
-    """Gives arguments in the errors of `diffusion.data`, such as size=0, the names of their fields in the config."""
-    try:
-        yield
-    except InputError as error:
-        names = "name|path|split|size|channels|labels|max_memory|max_decoded|skip_damaged|workers"
-        text = re.sub(rf"(?<![^\s(])({names})=", r"config.data.\1=", str(error))
-        raise InputError(text) from error
 
 
 def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:

@@ -9,6 +9,9 @@ from diffusion.guidance import RULES
 SHIPPED = "digits"
 """The model used where nothing has been trained."""
 
+SHIPPED_NAME = "shipped"
+"""What --workdir calls it."""
+
 
 def define_source_flags() -> None:
     """Defines the flags that `sources.open_source` reads."""
@@ -16,7 +19,8 @@ def define_source_flags() -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        f"Run folder, or a file of convert.py. Default: the newest run in runs/, or the {SHIPPED} model that ships.",
+        f"Run folder, a file of convert.py, or {SHIPPED_NAME} for the {SHIPPED} model that ships. Default: the newest "
+        "run in runs/, or else that model.",
     )
     flags.DEFINE_string(
         "network",

@@ -12,8 +12,8 @@ from jaxtyping import UInt8
 
 from diffusion import keys, pretrained
 from diffusion.commands import drawing, own, samplers
-from diffusion.commands.experiment import load_data_of
-from diffusion.commands.shared_flags import SHIPPED
+from diffusion.commands.datasets import load_data_of
+from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
 from diffusion.denoiser import Options, check_options
 from diffusion.errors import InputError, nearest, printable
 from diffusion.guidance import Guidance
@@ -220,20 +220,27 @@ def open_sampling() -> Sampling:
 
 def _open(workdir, ema):
     """Returns (source, home, trained): a run folder, a weights file, the newest run, or the model that ships."""
-    folder, networks = None, own.networks(flags.FLAGS.network)
-    if not workdir:
-        folder = run_folder.newest("runs")
-    elif not workdir.endswith(weights.SUFFIX):
+    networks = own.networks(flags.FLAGS.network)
+    shipped = workdir == SHIPPED_NAME and not Path(workdir).exists()
+    if not workdir and (folder := run_folder.newest("runs")) is not None:
+        try:
+            return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
+        except InputError as error:
+            raise InputError(
+                f"{error}; this is the newest run, and --workdir names another, or {SHIPPED_NAME}"
+            ) from None
+    if workdir and not shipped and not workdir.endswith(weights.SUFFIX):
         folder = run_folder.existing(workdir)
-    if folder is not None:
         return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
-    trained = weights.load(workdir, networks) if workdir else pretrained.load(SHIPPED)
+    shipped = shipped or not workdir
+    trained = pretrained.load(SHIPPED) if shipped else weights.load(workdir, networks)
     if ema and ema != trained.ema:
         raise InputError(f"ema is {ema}; this file holds only that of {trained.ema}")
     if not workdir:
-        print(f"there is no run in runs/, so this uses the {SHIPPED} model that ships with the project")
-    home = Path("runs", f"file-{Path(workdir).stem}" if workdir else f"shipped-{SHIPPED}")  # no name of a run
-    return workdir or f"the {SHIPPED} model that ships", home, trained
+        print(f"no run in runs/ has a checkpoint, so this uses the {SHIPPED} model that ships with the project")
+    if shipped:
+        return f"the {SHIPPED} model that ships", Path("runs", f"shipped-{SHIPPED}"), trained  # no name of a run
+    return workdir, Path("runs", f"file-{Path(workdir).stem}"), trained
 
 
 def _open_weaker(path, model: Model) -> Trained:
@@ -292,8 +299,10 @@ def _labels(texts, model):
         return ()
     names = list(model.conditions.names)
     numbers = {str(number): number for number in range(len(names))} | {name: i for i, name in enumerate(names)}
-    if not texts:
+    if texts is None:
         return tuple(range(len(names)))
+    if not texts:
+        raise InputError("--labels is empty; name classes, or leave it out for all")
     if unknown := [text for text in texts if text.strip() not in numbers]:
         shown = names if names != list(numbers) else [f"0..{len(names) - 1}"]
         raise InputError(

@@ -12,10 +12,9 @@ Several processes train one model together when each gets --coordinator, --num_p
 import contextlib
 import hashlib
 import json
-import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,10 +24,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
-from diffusion import data, devices, keys, options
-from diffusion.commands import cli, forecast, own, plots, recipes, samplers, usage
+from diffusion import data, devices, keys
+from diffusion.commands import cli, own, plots, recipes, samplers, usage
+from diffusion.commands.datasets import check_data, data_fields, load_data
 from diffusion.commands.drawing import generate
-from diffusion.commands.experiment import Experiment, check_data, data_fields, make_experiment, require_levels
+from diffusion.commands.experiment import Experiment, make_experiment, require_levels
+from diffusion.commands.notices import describe_classes, introduction, next_command
 from diffusion.errors import InputError, printable
 from diffusion.images import sheet, write_png
 from diffusion.model import sampling_clip
@@ -41,9 +42,6 @@ from diffusion.training.step import TrainState, ema_name, make_train_step
 from diffusion.training.stop import Stopped, StopRequest
 
 DEFAULT_CONFIG = recipes.FOLDER / "digits.py"
-
-SHOWN_CLASSES = 12
-"""The most classes that the log names."""
 
 cli.require_flag_files()
 usage.group("The run")
@@ -96,6 +94,9 @@ def check(config: ConfigDict) -> int:
             "them, or set config.data.skip_damaged=True"
         )
     print(f"all {count:,} images can be read")
+    dataset = load_data(config.data)  # finds what else can be wrong with the classes
+    for line in [*map(printable, dataset.notes()), *describe_classes(dataset, config.model.num_classes != 0)]:
+        print(line)
     return 0
 
 
@@ -134,7 +135,8 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     if begin >= plan.num_steps and (begin > plan.num_steps or folder.sheet(begin).exists()):
         say(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
         return 0
-    say(f"resuming {folder.path} at step {begin:,}" if begin else f"training {folder.path}")
+    goal = f"{plan.num_steps:,} steps of {plan.batch_size:,} images"
+    say(f"resuming {folder.path} at step {begin:,} of {goal}" if begin else f"training {folder.path}: {goal}")
     for line in introduction(experiment, state, plan.num_steps - begin):
         say(line)
 
@@ -166,18 +168,8 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     if not finished:
         say(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
         return stop.exit_code
-    say(f"done: {folder.path}; draw pictures with: {next_command(config, folder)}")
+    say(f"done: {folder.path}; draw pictures with: {next_command(experiment, folder)}; see also {folder.grids}")
     return 0
-
-
-def next_command(config: ConfigDict, folder: run_folder.RunFolder) -> str:
-    """Returns the command that draws samples from the run, as the user would start it."""
-    launcher = Path(sys.argv[0])
-    program = "-m diffusion.sample" if launcher.parent.name == "diffusion" else "sample.py"
-    named = f"--workdir={shlex.quote(str(folder.path))}{own.flag(config.network)}"
-    if options.own_name(config.sample.sampler):
-        named += f" --sampler={shlex.quote(config.sample.sampler)}"
-    return f"python {program} {named}"
 
 
 def say(line: str) -> None:
@@ -197,34 +189,6 @@ def describe(experiment: Experiment) -> dict:
         "data": data.fingerprint(experiment.dataset),
         "generator": keys.GENERATOR,
     }
-
-
-def introduction(experiment: Experiment, state: TrainState, num_steps: int) -> Iterator[str]:
-    """Yields lines on what is trained on what, and on what a user may not expect of so many steps of it."""
-    images, model = experiment.dataset.images, experiment.model
-    count = sum(p.size for p in jax.tree.leaves(state.params))
-    yield f"{len(images):,} images {model.image_shape}, {count:,} parameters, {devices.describe(experiment.mesh)}"
-    yield from map(printable, experiment.dataset.notes())
-    if experiment.dataset.class_names:
-        yield describe_classes(experiment)
-    if jax.process_count() > 1:  # what the other machines do is not known here
-        return
-    seconds = forecast.training_seconds(experiment.model, experiment.plan.batch_size, num_steps, experiment.mesh)
-    if seconds > forecast.LONG:
-        yield (
-            f"note: {num_steps:,} steps would take about {seconds / 86400:,.0f} days on this machine. Recipes for a "
-            "CPU are configs/images_small.py and configs/small.py; a training gets shorter by smaller "
-            "config.train.num_steps, train.batch_size, model.width, model.num_blocks or data.size"
-        )
-
-
-def describe_classes(experiment: Experiment) -> str:
-    """Says in one line which classes the data has, how many images each, and whether the network is told them."""
-    shown = [f"{printable(name)} ({count:,})" for name, count in experiment.dataset.counts().items()]
-    if len(shown) > SHOWN_CLASSES:
-        shown = [*shown[: SHOWN_CLASSES - 1], "...", shown[-1]]
-    kind = "classes" if experiment.model.conditions is not None else "classes that the network is not told"
-    return f"{kind}: {', '.join(shown)}"
 
 
 def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int | None, metadata: dict) -> TrainState:

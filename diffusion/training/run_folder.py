@@ -116,7 +116,9 @@ def existing(path: str | os.PathLike) -> RunFolder:
     """
     folder = RunFolder(path)
     if not checkpoints.steps(folder.checkpoints):
-        raise InputError(f"{path} holds no checkpoint; --workdir names a run folder such as runs/digits")
+        runs = [str(run) for run in folder.path.parent.glob("*") if run.is_dir()] if not folder.path.exists() else []
+        guess = nearest(str(path), runs).partition("valid:")[0]
+        raise InputError(f"{path} holds no checkpoint; {guess}--workdir names a run folder such as runs/digits")
     return folder
 
 

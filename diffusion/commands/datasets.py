@@ -1,0 +1,83 @@
+"""Loads the images that a config names."""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from diffusion import data
+from diffusion.data import Dataset
+from diffusion.errors import InputError, nearest
+from diffusion.model import Trained
+
+
+def load_data(config: ConfigDict) -> Dataset:
+    """Loads the images that the section config.data names; fields that an old run lacks have their default."""
+    _refuse_pictures(config)
+    known = {*inspect.signature(data.load).parameters, *data.Reading._fields} - {"reading"}
+    if unknown := sorted(_without(config, "flip", "workers").keys() - known):
+        raise InputError(f"config.data has no field {unknown[0]!r} in this version; {nearest(unknown[0], known)}")
+    with data_fields():
+        return data.load(**_without(config, "flip", "workers"))
+
+
+def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
+    """Loads the images that a model was trained on.
+
+    Args:
+      trained: the model.
+      split: another part of the same source; None is the part it was trained on.
+
+    Raises:
+      InputError: the data cannot be read, or has other classes than the model.
+    """
+    section = trained.config.data.copy_and_resolve_references()
+    if split is not None:
+        section.split = split
+    found, conditions = load_data(section), trained.model.conditions
+    # Labels are numbers, which mean the same only if the classes do.
+    if conditions is not None and tuple(found.class_names) != conditions.names:
+        part = f" of split {section.split!r}" if section.split else ""
+        raise InputError(
+            f"the data{part} has the classes {_first(found.class_names)}, and the model was trained with "
+            f"{_first(conditions.names)}; give the data that has the model's classes"
+        )
+    return found
+
+
+def _first(classes):
+    """Returns the first names of classes as a short text."""
+    return ", ".join(classes[:5]) + f" and {len(classes) - 5} more" * (len(classes) > 5) if classes else "(none)"
+
+
+def check_data(config: ConfigDict) -> tuple[list[data.Damaged], int]:
+    """Reads all images that the section config.data names; returns the damaged ones, and how many there are in all."""
+    _refuse_pictures(config)
+    with data_fields():
+        return data.check(**_without(config, "flip", "workers", "labels"))
+
+
+def _refuse_pictures(config):
+    """Tells who gives the default recipe a folder of pictures which recipe takes one."""
+    if config.name == "digits" and config.path:
+        raise InputError(
+            f"the data is digits, which take no config.data.path={config.path!r}; for your own images add "
+            "--config=configs/images_small.py, or configs/images.py on a GPU"
+        )
+
+
+def _without(config, *names):
+    return {name: value for name, value in config.items() if name not in names}
+
+
+@contextlib.contextmanager
+def data_fields() -> Iterator[None]:
+    """Gives arguments in the errors of `diffusion.data`, such as size=0, the names of their fields in the config."""
+    try:
+        yield
+    except InputError as error:
+        names = "name|path|split|size|channels|labels|max_memory|max_decoded|skip_damaged|workers"
+        text = re.sub(rf"(?<![^\s(])({names})=", r"config.data.\1=", str(error))
+        raise InputError(text) from error

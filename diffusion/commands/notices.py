@@ -1,0 +1,59 @@
+"""Words of train.py: what is trained, what a user may not expect of it, and what comes next."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from diffusion import data, devices, options
+from diffusion.commands import forecast, own
+from diffusion.commands.experiment import Experiment
+from diffusion.errors import printable
+from diffusion.training import run_folder
+from diffusion.training.step import TrainState
+
+SHOWN_CLASSES = 12
+"""The most classes that the log names."""
+
+
+def introduction(experiment: Experiment, state: TrainState, num_steps: int) -> Iterator[str]:
+    """Yields lines on what is trained on what, and on what a user may not expect of so many steps of it."""
+    images, model = experiment.dataset.images, experiment.model
+    count = sum(p.size for p in jax.tree.leaves(state.params))
+    yield f"{len(images):,} images {model.image_shape}, {count:,} parameters, {devices.describe(experiment.mesh)}"
+    yield from map(printable, experiment.dataset.notes())
+    yield from describe_classes(experiment.dataset, model.conditions is not None)
+    if jax.process_count() > 1:  # what the other machines do is not known here
+        return
+    seconds = forecast.training_seconds(experiment.model, experiment.plan.batch_size, num_steps, experiment.mesh)
+    if seconds > forecast.LONG:
+        yield (
+            f"note: {num_steps:,} steps would take about {seconds / 86400:,.0f} days on this machine. Recipes for a "
+            "CPU are configs/images_small.py and configs/small.py; a training gets shorter by smaller "
+            "config.train.num_steps, train.batch_size, model.width, model.num_blocks or data.size"
+        )
+
+
+def describe_classes(dataset: data.Dataset, told: bool) -> list[str]:
+    """Says in one line which classes the data has, how many images each, and whether the network is told them."""
+    if not dataset.class_names:
+        return []
+    shown = [f"{printable(name)} ({count:,})" for name, count in dataset.counts().items()]
+    if len(shown) > SHOWN_CLASSES:
+        shown = [*shown[: SHOWN_CLASSES - 1], "...", shown[-1]]
+    kind = "classes" if told else "classes that the network is not told"
+    return [f"{kind}: {', '.join(shown)}"]
+
+
+def next_command(experiment: Experiment, folder: run_folder.RunFolder) -> str:
+    """Returns the command that draws samples from the run, as the user would start it."""
+    config, launcher = experiment.config, Path(sys.argv[0])
+    program = "-m diffusion.sample" if launcher.parent.name == "diffusion" else "sample.py"
+    named = f"--workdir={shlex.quote(str(folder.path))}{own.flag(config.network)}"
+    if options.own_name(config.sample.sampler):
+        named += f" --sampler={shlex.quote(config.sample.sampler)}"
+    if experiment.model.conditions is not None and config.train.label_dropout > 0:
+        named += f" --labels={shlex.quote(experiment.model.conditions.names[0])} --guidance_scale=2"
+    return f"python {program} {named}"
