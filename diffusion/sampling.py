@@ -264,15 +264,16 @@ def _run(inputs: _Inputs, stages: _Stage, return_trajectory: bool):
         if inputs.options.learned_variance:
             z = jnp.exp(0.5 * log_variance_between(d.log_variance_share, *stage.log_variance)) * z
         # The row of the table: every new register is a sum of the old ones, D and z.
-        columns = (d.x, *registers[1:], d.x0, z)
+        seen = d.x
+        if seen is not x:  # clipping or guidance moved it; the inverse of a sampler begins with the images themselves
+            seen = jnp.where(inputs.from_images & (stage.index == 0), x, seen)
+        columns = (seen, *registers[1:], d.x0, z)
         rows = [sum(w * c for w, c in zip(row, columns, strict=True)) for row in stage.update]
         return (tuple(rows), d.memory), (x, d.x0) if return_trajectory else None
 
     x = jnp.asarray(inputs.start_std, dtype) * noise(0) if inputs.x_init is None else inputs.x_init
     empty = jnp.zeros_like(x)
-    # A table from images to noise begins with the images in every register.
-    others = jnp.where(inputs.from_images, x, empty)
-    registers = (x, *[others] * (stages.update.shape[1] - 1))
+    registers = (x, *[empty] * (stages.update.shape[1] - 1))
     memory = None if inputs.guidance is None else empty
     (registers, _), passed = jax.lax.scan(step, (registers, memory), stages)
     if not return_trajectory:

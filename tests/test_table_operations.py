@@ -395,10 +395,7 @@ def propagated(table, mean, covariance, start_mean, start_covariance):
     d, registers, eye = mean.size, table.num_registers, np.eye(mean.size)
     first = np.zeros(registers * d)
     second = np.zeros((registers * d, registers * d))
-    # A table from images begins with them in every register, and the others with 0 in all but the first.
-    begun = registers if table.tau[0] < table.tau[-1] else 1
-    first[: begun * d] = np.tile(start_mean, begun)
-    second[: begun * d, : begun * d] = np.tile(start_covariance, (begun, begun))
+    first[:d], second[:d, :d] = start_mean, start_covariance
     for a, n, update in zip(table.signal, table.noise, table.update, strict=True):
         gain = a * covariance @ np.linalg.inv(a**2 * covariance + n**2 * eye)
         select = np.eye(registers * d)[:d]

@@ -16,7 +16,7 @@ def run_table(table, x, denoiser=mixture_denoiser, z=None, first=0, stages=None,
     z is [nfe, *x.shape], zero if not given; denoiser is called as (x, signal, noise).
     """
     registers = np.zeros((table.num_registers, *np.shape(x)))
-    registers[: None if table.tau[0] < table.tau[-1] else 1] = x
+    registers[0] = x
     for i, old in enumerate(history):
         registers[i + 1] = old
     for i in range(first, table.nfe if stages is None else stages):

@@ -1,8 +1,7 @@
 """A sampler table holds a fixed-step sampler as a few small arrays.
 
 A sampler is an explicit general linear method with one network call a stage. It holds R registers (images); register
-0 is what the network sees, and the sample at the end. At the start it is the noise, or x_init, and the others are 0; in
-a table from images to noise all are x_init. Stage i computes
+0 is what the network sees, and the sample at the end. The others are 0 at the start. Stage i computes
 
     D  = the denoised estimate of x_0 from register 0 at time t[i]
     R' = update[i] @ [R_0, ..., R_{R-1}, D, z]
@@ -231,9 +230,9 @@ def reverse(table: SamplerTable, iterations: int = 1, rule: str = "new") -> Samp
     expected = np.stack([keep, signal_s - keep * signal_t, 0 * keep], axis=-1)
     if table.num_registers != 1 or not np.allclose(row, expected, rtol=0, atol=1e-10) or np.any(signal_t == 0):
         raise InputError(f"{table.name} cannot be reversed; use ddim with eta 0, from a time with some signal")
-    # Registers: the guess of x_t, which the network sees; the same, as it was before guidance or clipping changed it;
-    # and x_s. All three are x_s when a step begins.
-    seen, guess, x_s, D, _ = np.eye(5)
+    # Registers: the guess of x_t, which the network sees; the same, as it was before guidance or clipping moved it; and
+    # x_s. All three are x_s when a step begins, but the very first finds the images in register 0 alone.
+    seen, *others, D, _ = np.eye(5)
     asked, updates = [], []
     for i, (grow, a_s, n_s, a_t, n_t) in enumerate(
         zip(signal_t / signal_s, signal_s, noise_s, signal_t, noise_t, strict=True)
@@ -241,6 +240,7 @@ def reverse(table: SamplerTable, iterations: int = 1, rule: str = "new") -> Samp
         for k in range(int(iterations)):
             here = i - 1 if rule == "present" and k == 0 and i > 0 else i
             a, n = (a_s, n_s) if here < i else (a_t, n_t)
+            guess, x_s = (seen, seen) if i == k == 0 else others
             # The noise of the guess by D, and the noise that the solver goes on with.
             of_guess, eps = (guess - a * D) / n, (seen - a * D) / n
             x_t = grow * (x_s - n_s * eps) + n_t * of_guess
@@ -288,11 +288,7 @@ def _axis_moments(table, mean, variance, start):
     d, registers = mean.size, table.num_registers
     start_mean, start_variance = start or (0.0, table.signal[0] ** 2 + table.noise[0] ** 2)
     first, second = np.zeros((d, registers)), np.zeros((d, registers, registers))
-    begun = registers if table.tau[0] < table.tau[-1] else 1
-    first[:, :begun], second[:, :begun, :begun] = (
-        np.reshape(start_mean, (-1, 1)),
-        np.reshape(start_variance, (-1, 1, 1)),
-    )
+    first[:, 0], second[:, 0, 0] = start_mean, start_variance
     for a, n, row in zip(table.signal, table.noise, table.update, strict=True):
         # The ideal D is affine in register 0, D = slope R_0 + (1 - slope a) mean, so it folds into that column.
         slope = a * variance / (a**2 * variance + n**2)
