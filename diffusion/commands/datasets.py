@@ -61,7 +61,7 @@ def check_data(config: ConfigDict) -> tuple[list[data.Damaged], int]:
 
 def _refuse_pictures(config):
     """Tells who gives the default recipe a folder of pictures which recipe takes one."""
-    if config.name == "digits" and config.path:
+    if config.name == "digits" and config.get("path"):
         raise InputError(
             f"the data is digits, which take no config.data.path={config.path!r}; for your own images add "
             "--config=configs/images_small.py, or configs/images.py on a GPU"
