@@ -2,6 +2,7 @@
 
 import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import error_line, run, train
@@ -70,7 +71,7 @@ def test_gamma_of_a_model_without_an_untrained_no_class_asks_for_each_images_own
     asked = np.array([0.1, 0.2, 30.0])  # 30 stands for what nobody trained
 
     def apply_fn(params, x, t, cond=None):
-        return params[cond][:, None, None, None] + 0 * x
+        return jnp.asarray(params)[cond][:, None, None, None] + 0 * x
 
     model = Model(apply_fn, schedule, pixels((2, 2, 1)), "eps", Conditions(("a", "b"), 2))
     images, labels = np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 0, 0, 1])
