@@ -54,7 +54,8 @@ logging.getLogger("sphinx.sphinx.directives.other").addFilter(
 default_role = "py:obj"  # `name` in a docstring links where it can
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!diffusion\.).*")]  # what is ours must be found
-nitpick_ignore = [("py:class", "diffusion.evaluation.cache.Result")]  # a type variable
+TYPE_VARIABLES = ("evaluation.cache.Result", "keys.P", "keys.R")
+nitpick_ignore = [("py:class", f"diffusion.{name}") for name in TYPE_VARIABLES]
 
 
 COLON = "\N{FULLWIDTH COLON}"  # stands for a colon where napoleon would take what is before it for a type

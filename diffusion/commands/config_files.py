@@ -149,7 +149,9 @@ def _told(error: BaseException) -> str:
     """Says in one line what went wrong in a config file."""
     known, words = recipes.defaults(), " ".join(str(error).split())
     if isinstance(error, AttributeError) and "'str' object has no attribute" in words:  # as in version 0.1
-        return f"{words}; a schedule is one text, as config.schedule = 'linear:beta_end=0.02'"
+        return "a schedule is one text, as config.schedule = 'linear:beta_end=0.02'"
+    if isinstance(error, SyntaxError):
+        return str(error.msg)
     trace = traceback.extract_tb(error.__traceback__)
     if trace and "ml_collections" in trace[-1].filename:
         # A name that the config lacks, as in config.trian.num_steps = 1.

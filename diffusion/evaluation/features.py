@@ -171,7 +171,7 @@ def measure(reference: Reference, features: Features, metrics: Sequence[str] = M
     return result
 
 
-class Settings(NamedTuple):
+class MetricSettings(NamedTuple):
     """Holds what a metric takes of two sets: fewer than usual where the sets are small.
 
     Attributes:
@@ -187,7 +187,7 @@ class Settings(NamedTuple):
     notes: list[str]
 
 
-def settings(metrics: Sequence[str], real: int, fake: int) -> Settings:
+def settings(metrics: Sequence[str], real: int, fake: int) -> MetricSettings:
     """Returns what `measure` takes of two sets of these sizes, so that it can be said before a sample is drawn.
 
     Args:
@@ -211,7 +211,7 @@ def settings(metrics: Sequence[str], real: int, fake: int) -> Settings:
             f"the kernel distance takes subsets of {subset_size:,} images and not of {SUBSET_SIZE:,}, so that its "
             "standard deviation says little"
         )
-    return Settings(k, splits, subset_size, notes)
+    return MetricSettings(k, splits, subset_size, notes)
 
 
 def plain_names(metrics: Sequence[str], space: str) -> list[str]:
