@@ -36,6 +36,7 @@ __all__ = [
     "METRICS",
     "FeatureSpace",
     "Features",
+    "MetricSettings",
     "Reference",
     "classifier",
     "figure_names",
