@@ -48,7 +48,10 @@ def check_floats(name: str, values: Any, *, noisy: bool = False) -> None:
         raise InputError(f"{name} has type {dtype}; {remedy}")
     if isinstance(values, jax.core.Tracer) or (isinstance(values, jax.Array) and not values.is_fully_addressable):
         return
-    low, high = (float(end) for end in (values.min(), values.max())) if np.size(values) and np.ndim(values) else (0, 0)
+    if not np.size(values) or not np.ndim(values):
+        return
+    with jax.ensure_compile_time_eval():  # a constant inside a function that is being traced
+        low, high = float(values.min()), float(values.max())
     if max(-low, high) > LARGEST and (low >= 0 or not noisy):
         raise InputError(f"{name} holds values from {low:g} to {high:g}; {remedy}")
 
