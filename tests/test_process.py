@@ -98,7 +98,7 @@ def main():
                 time.sleep(0.1)
         except Stopped:
             return stop.exit_code
-cli.start(main)
+cli.start(main, about="")
 """
     before = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
