@@ -29,6 +29,7 @@ import optax
 
 from diffusion import pretrained, schedules
 from diffusion.commands import jobs, samplers, sweep
+from diffusion.data import Dataset
 from diffusion.errors import InputError
 from diffusion.evaluation import classifier, inception, load_samples
 from diffusion.interop import torch_file
@@ -711,7 +712,8 @@ CHECKPOINTS = (
 
 def read_gamma(path):
     trained = pretrained.load("digits")
-    analytic.cached_gamma(path, trained, "0" * 64, np.zeros((1, 8, 8, 1), np.uint8), np.array([1000.0, 0.0]))
+    images = Dataset(np.zeros((1, 8, 8, 1), np.uint8), None, ())
+    analytic.cached_gamma(path, trained, "0" * 64, images, np.array([1000.0, 0.0]))
 
 
 def read_table(path):
