@@ -17,7 +17,7 @@ _SEAL = "sha256"
 
 def write(path: str | os.PathLike, record: Mapping[str, Any], within: str | os.PathLike | None = None) -> None:
     """Writes a record as `files.write_json` does, with the SHA-256 of what it holds as its entry "sha256"."""
-    files.write_json(path, {**record, _SEAL: _digest(record)}, within)
+    files.write_json(path, {**record, _SEAL: digest_of(record)}, within)
 
 
 def read(
@@ -31,13 +31,13 @@ def read(
     record = files.read_json(path, limit, within)
     if not isinstance(record, dict):
         raise InputError(f"{path} is damaged: it holds no JSON object; move it away")
-    if _SEAL in record and record.pop(_SEAL) != _digest(record):
+    if _SEAL in record and record.pop(_SEAL) != digest_of(record):
         raise InputError(f"{path} is damaged: it is not what was written; move it away")
     return record
 
 
-def _digest(record):
-    """Returns 64 hex digits that are the same for what is written and what is read of it."""
+def digest_of(record: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a record as 64 hex digits, the same for what is written as JSON and what is read of it."""
     # In the form in which it comes back: texts for the numbers that are keys, null for NaN.
     plain = json.loads(json.dumps(record), parse_constant=lambda _: None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

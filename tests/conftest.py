@@ -46,3 +46,14 @@ def hears_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def report(capsys):
+    """Prints a line that pytest does not hide."""
+
+    def report(line):
+        with capsys.disabled():
+            print(f"\n  {line}", flush=True)
+
+    return report

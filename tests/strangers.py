@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import optax
 
-from diffusion import pretrained, schedules
+from diffusion import pretrained, schedules, sealed
 from diffusion.commands import jobs, samplers, sweep
 from diffusion.data import Dataset
 from diffusion.errors import InputError
@@ -178,7 +178,7 @@ def model_file(change, *, signed=True, data=lambda data: data):
         if signed and isinstance(facts, dict):
             if facts.get("sha256") == shipped()[0]["sha256"]:
                 facts["sha256"] = _digest_of(header, numbers)
-            facts["digest"] = weights._digest(facts)
+            facts["digest"] = sealed.digest_of({name: facts[name] for name in facts if name != "digest"})
         path.write_bytes(safetensors_of({**header, "__metadata__": {"model": json.dumps(facts)}}, numbers))
 
     return write

@@ -30,17 +30,6 @@ from forked import Programs
 LONG = pytest.mark.reliability
 
 
-@pytest.fixture
-def report(capsys):
-    """Prints a line that pytest does not hide."""
-
-    def report(line):
-        with capsys.disabled():
-            print(f"\n  {line}", flush=True)
-
-    return report
-
-
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     """The process in whose forks all programs run, with a home of its own."""

@@ -14,7 +14,8 @@ from tiny import make_model
 from diffusion import devices, files, keys, schedules, timesteps
 from diffusion.commands import jobs
 from diffusion.commands.drawing import generate
-from diffusion.evaluation import load_samples
+from diffusion.errors import InputError
+from diffusion.evaluation import load_samples, samples
 from diffusion.images import write_gif
 from diffusion.solvers import ddim
 
@@ -430,3 +431,11 @@ def test_a_finished_job_is_the_same_job(tmp_path):
     job, _ = finished(tmp_path, range(15))
     job.finish(seconds_with_compilation=1.0, devices="1 x cpu", versions={"jax": "1"})
     assert not jobs.Job(tmp_path, range(15), RECORD).replaces
+
+
+def test_a_file_that_is_too_large_is_not_called_damaged(tmp_path):
+    job, _ = finished(tmp_path, range(4))
+    assert len(samples.read_file(job.path(0), 2**20).images) == 4
+    with pytest.raises(InputError, match=r"samples\.npz has [\d,]+ bytes of samples\.npy, 10 are allowed") as caught:
+        samples.read_file(job.path(0), 10)
+    assert "damaged" not in str(caught.value)

@@ -46,17 +46,6 @@ from diffusion.training.step import StepOptions, init_state, make_train_step
 pytestmark = [pytest.mark.reliability, pytest.mark.usefixtures("compile_once")]
 
 
-@pytest.fixture
-def report(capsys):
-    """Prints a line that pytest does not hide."""
-
-    def report(line):
-        with capsys.disabled():
-            print(f"\n  {line}", flush=True)
-
-    return report
-
-
 RUN = (
     "--workdir=run",
     "--config.train.log_every=70",

@@ -42,21 +42,15 @@ def start(main: Callable[[], int | None], *, about: str, default_config: str | N
       default_config: path of the config for a command line without --config.
     """
     process.ready(resumes=default_config is not None)  # again for who comes with python -m
-    if any(arg in ("-h", "-help", "--help", "--helpshort") for arg in sys.argv[1:]):
-        _print_help(about, default_config)
-    app.run(lambda _: _guarded(main), argv=_with_config(sys.argv, default_config), flags_parser=_parse)
-
-
-def _print_help(about, default_config):
-    """Prints the help of the program, with the fields of the config that the command line names."""
-    config = None
+    argv, config, chosen = _with_config(sys.argv, default_config), None, ""
     if default_config is not None:
-        chosen = _with_config(sys.argv, default_config)[1].partition("=")[2]
+        # Checked here, for a better message than that of config_flags, which is going to read the file again.
+        chosen = argv[1].partition("=")[2]
         config = _read_config(chosen)
-    path = Path(sys.argv[0])
-    called = f"-m diffusion.{path.stem}" if path.parent.name == "diffusion" else path.name
-    print(usage.text(called, about, config, chosen if config is not None else ""))
-    sys.exit(0)
+    if any(arg in ("-h", "-help", "--help", "--helpshort") for arg in argv[1:]):
+        print(usage.text(usage.called(Path(argv[0]).stem), about, config, chosen))
+        sys.exit(0)
+    app.run(lambda _: _guarded(main), argv=argv, flags_parser=_parse)
 
 
 def require_flag_files() -> None:
@@ -159,13 +153,11 @@ def _with_config(argv: Sequence[str], default_config: str | None) -> list[str]:
     others = [arg for i, arg in enumerate(others) if fields[i] is None or last[fields[i]] == i]
     chosen[-1] = recipes.find(chosen[-1])
     recipes.alias()
-    # Check the file here, for a better message than that of config_flags, which is going to read it again.
     if not chosen[-1]:
         fail(f"--config is empty; {nearest('', recipes.names())}")
     path = Path(chosen[-1].partition(":")[0])  # the text after a colon is an argument of get_config
     if not path.is_file() or path.suffix != ".py":
         fail(f"{str(path)!r} is no config file; {nearest(str(path), recipes.names())}")
-    _read_config(chosen[-1])
     sys.argv[:] = [program, f"--config={chosen[-1]}", *others]  # config_flags reads sys.argv itself
     return list(sys.argv)
 

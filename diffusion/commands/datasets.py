@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from diffusion import data
 from diffusion.data import Dataset
+from diffusion.data.names import some
 from diffusion.errors import InputError, nearest
 from diffusion.model import Trained
 
@@ -41,15 +42,10 @@ def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
     if conditions is not None and tuple(found.class_names) != conditions.names:
         part = f" of split {section.split!r}" if section.split else ""
         raise InputError(
-            f"the data{part} has the classes {_first(found.class_names)}, and the model was trained with "
-            f"{_first(conditions.names)}; give the data that has the model's classes"
+            f"the data{part} has the classes {some(found.class_names, 5) or '(none)'}, and the model was trained with "
+            f"{some(conditions.names, 5)}; give the data that has the model's classes"
         )
     return found
-
-
-def _first(classes):
-    """Returns the first names of classes as a short text."""
-    return ", ".join(classes[:5]) + f" and {len(classes) - 5} more" * (len(classes) > 5) if classes else "(none)"
 
 
 def check_data(config: ConfigDict) -> tuple[list[data.Damaged], int]:

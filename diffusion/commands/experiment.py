@@ -171,6 +171,12 @@ def _check_numbers(config):
     require_range("config.data.workers", config.data.workers, 0)
     require_range("config.train.label_dropout", config.train.label_dropout, 0, 1, open_ends="high")
     ema_decays(config.train)
+    every, log_every = config.train.save_every, config.train.log_every
+    if config.train.keep_best and every % log_every:
+        raise InputError(
+            f"config.train.save_every is {every}; keep_best ranks steps by the mean loss since the last row "
+            f"of the log: make it a multiple of log_every, {log_every}, or some of these means are over few steps"
+        )
 
 
 def ema_decays(config: ConfigDict) -> tuple[float, ...]:

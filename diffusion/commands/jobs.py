@@ -34,6 +34,7 @@ from diffusion.evaluation.samples import (
 )
 from diffusion.images import write_png
 from diffusion.model import current_config
+from diffusion.sealed import digest_of
 
 SHARD = 1000
 """The most images in one file."""
@@ -194,11 +195,16 @@ class Job:
         """Returns the record that is there, in today's form; what cannot be read counts as another job's."""
         try:
             found = files.read_json(self.out / RECORD, TEXT_LIMIT, self.out)
-            if isinstance(found.get("config"), dict):
-                found["config"] = json.loads(current_config(found["config"]).to_json())
-            return comparable(found)
-        except Exception:  # a config of a stranger raises nearly any exception
+        except (OSError, InputError):
             return {}
+        if not isinstance(found, dict):
+            return {}
+        if isinstance(found.get("config"), dict):
+            try:
+                found["config"] = json.loads(current_config(found["config"]).to_json())
+            except Exception:  # a config of a stranger raises nearly any exception
+                return {}
+        return comparable(found)
 
 
 _FACTS = {"seconds_with_compilation", "devices", "versions"}
@@ -217,7 +223,7 @@ def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def identity_of(record: Mapping[str, Any]) -> str:
     """Returns 64 hex digits that are the same for records of the same images."""
-    return hashlib.sha256(json.dumps(comparable(record), sort_keys=True).encode()).hexdigest()
+    return digest_of(comparable(record))
 
 
 def _difference(wanted, found):

@@ -1,14 +1,12 @@
 """Words of train.py: what is trained, what a user may not expect of it, and what comes next."""
 
 import shlex
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
 from diffusion import data, devices, options
-from diffusion.commands import forecast, own
+from diffusion.commands import forecast, own, usage
 from diffusion.commands.experiment import Experiment
 from diffusion.errors import printable
 from diffusion.training import run_folder
@@ -49,11 +47,10 @@ def describe_classes(dataset: data.Dataset, told: bool) -> list[str]:
 
 def next_command(experiment: Experiment, folder: run_folder.RunFolder) -> str:
     """Returns the command that draws samples from the run, as the user would start it."""
-    config, launcher = experiment.config, Path(sys.argv[0])
-    program = "-m diffusion.sample" if launcher.parent.name == "diffusion" else "sample.py"
+    config = experiment.config
     named = f"--workdir={shlex.quote(str(folder.path))}{own.flag(config.network)}"
     if options.own_name(config.sample.sampler):
         named += f" --sampler={shlex.quote(config.sample.sampler)}"
     if experiment.model.conditions is not None and config.train.label_dropout > 0:
         named += f" --labels={shlex.quote(experiment.model.conditions.names[0])} --guidance_scale=2"
-    return f"python {program} {named}"
+    return f"python {usage.called('sample')} {named}"

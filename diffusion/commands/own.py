@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffusion import options
-from diffusion.errors import InputError, failure, nearest
+from diffusion.errors import InputError, nearest, users_code
 from diffusion.model import UNET
 
 
@@ -33,18 +33,17 @@ def load(what: str, text: str) -> Callable[..., Any]:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise InputError(f"{what} {name}: importing {module_name} fails with {failure(error)}") from error
-        hint = "write the module without .py" if function_name == "py" or module_name.endswith(".py") else ""
-        hint = hint or "start in its folder, or put that on PYTHONPATH"
-        raise InputError(
-            f"{what} {name}: there is no module {error.name} in {here} or on Python's path; {hint}"
-        ) from None
-    except Exception as error:
-        raise InputError(f"{what} {name}: importing {module_name} fails with {failure(error)}") from error
+    with users_code(f"{what} {name}: importing {module_name}"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise  # it is missing to the user's module
+            hint = "write the module without .py" if function_name == "py" or module_name.endswith(".py") else ""
+            hint = hint or "start in its folder, or put that on PYTHONPATH"
+            raise InputError(
+                f"{what} {name}: there is no module {error.name} in {here} or on Python's path; {hint}"
+            ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
@@ -66,7 +65,7 @@ def flag(text: str) -> str:
 
 
 def check_used(text: str | None, *configs: Mapping[str, Any]) -> None:
-    """Raises InputError if a --network is that of none of the trained models.
+    """Raises InputError if no trained model has the network that --network names.
 
     Args:
       text: the flag, None if it is not given.

@@ -108,12 +108,6 @@ def start(stop: StopRequest) -> int:
         _CONFIG.value.network = _NETWORK.value
     own.check_unet_fields(_CONFIG.value.network, sys.argv)
     experiment = make_experiment(_CONFIG.value)
-    kept = experiment.config.train
-    if kept.keep_best and kept.save_every % kept.log_every:
-        raise InputError(
-            f"config.train.save_every is {kept.save_every}; keep_best ranks steps by the mean loss since the last row "
-            f"of the log: make it a multiple of log_every, {kept.log_every}, or some of these means are over few steps"
-        )
     for note in samplers.start_notes(experiment.table, experiment.model.schedule):
         say(f"note: {note}")
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:

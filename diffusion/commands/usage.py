@@ -1,7 +1,9 @@
 """Writes the help of a program: its flags in groups, and the fields of the config if it takes one."""
 
 import shutil
+import sys
 import textwrap
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -31,6 +33,11 @@ def groups() -> dict[str, list[flags.Flag]]:
     begins = [*(before for _, before in _GROUPS), frozenset(flags.FLAGS)]
     pairs = zip(_GROUPS, begins[1:], strict=True)
     return {title: [flag for flag in ours() if flag.name in after - before] for (title, before), after in pairs}
+
+
+def called(program: str) -> str:
+    """Returns how a program is called where this one was: "sample.py" in a clone, or "-m diffusion.sample"."""
+    return f"-m diffusion.{program}" if Path(sys.argv[0]).parent.name == "diffusion" else f"{program}.py"
 
 
 def text(program: str, about: str, config: ConfigDict | None = None, config_file: str = "") -> str:

@@ -23,10 +23,10 @@ def shown(name: str) -> str:
     return printable(name if len(name) <= LONGEST else f"{name[:half]} ... {name[-half:]}")
 
 
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[str], most: int = SHOWN) -> str:
     """Returns names with commas between them, and of many only the first, with the number of the others."""
-    others = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(map(shown, names[:SHOWN])) + others
+    others = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + others
 
 
 def inside(name: str) -> str:

@@ -131,7 +131,11 @@ def _read_verified(path, sums, limit):
     return read_file(path, limit)
 
 
-def read_file(path: Path, limit: int = 2**30) -> Samples:
+class _TooLargeError(InputError):
+    """Reports a file that is whole, and holds more than the caller allows."""
+
+
+def read_file(path: Path, limit: int) -> Samples:
     """Returns the images of one file of a job.
 
     Args:
@@ -148,9 +152,13 @@ def read_file(path: Path, limit: int = 2**30) -> Samples:
             for name in archive.namelist():
                 if name in arrays or name not in ("samples.npy", "ids.npy", "labels.npy"):
                     raise ValueError(f"{name!r} does not belong there")
-                arrays[name] = _read_array(archive.getinfo(name), archive, left)
+                entry = archive.getinfo(name)
+                if entry.file_size > left:
+                    sizes = f"{entry.file_size:,} bytes of {name}, {left:,} are allowed"
+                    raise _TooLargeError(f"{path} has {sizes}; give a larger max_memory")
+                arrays[name] = _read_array(entry, archive)
                 left -= arrays[name].nbytes
-    except (OSError, InputError):
+    except (OSError, _TooLargeError):
         raise
     except Exception as error:  # damaged zips raise nearly any exception
         raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:150]}); draw it again") from None
@@ -162,10 +170,8 @@ def read_file(path: Path, limit: int = 2**30) -> Samples:
     return Samples(images, ids, labels)
 
 
-def _read_array(entry, archive, limit):
-    """Returns an array of a .npz; raises ValueError if it is larger than the limit, or than its own header says."""
-    if entry.file_size > limit:
-        raise ValueError(f"it holds {entry.file_size:,} bytes where {limit:,} are allowed; give a larger max_memory")
+def _read_array(entry, archive):
+    """Returns an array of a .npz; raises ValueError if it has another size than its own header says."""
     with archive.open(entry) as file:
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)

@@ -1,6 +1,5 @@
 """Keeps a trained model in one safetensors file: the parameters of an EMA, its config, and what was measured."""
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from diffusion.errors import InputError, is_whole
 from diffusion.files import remove_temporaries, write_atomically
 from diffusion.interop.safetensors_file import read_header, read_tensors
 from diffusion.model import Trained, check_finite, from_record
-from diffusion.sealed import digest
+from diffusion.sealed import digest, digest_of
 
 SUFFIX = ".safetensors"
 _FORMATS, _ENTRY = ("jax-fast-diffusion 1", "jax-fast-diffusion 2"), "model"
@@ -51,8 +50,7 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
         "figures": figures or {},
         "sha256": digest(arrays),
     }
-    facts = json.loads(json.dumps(facts))  # lists for tuples, as whoever reads it finds them
-    facts["digest"] = _digest(facts)
+    facts["digest"] = digest_of(facts)  # of the text, which has that of the weights in it
     # One entry holds all facts: safetensors writes several in any order, and the same model should give the same file.
     path = Path(path)
     remove_temporaries(path.parent, re.escape(path.name))
@@ -111,12 +109,7 @@ def _read(path):
         raise
     except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged, or no file of convert.py ({str(error)[:100]}); get it again") from None
-    if facts.get("digest", "") != (_digest(facts) if facts["format"] == _FORMATS[-1] or "digest" in facts else ""):
+    sealed = facts["format"] == _FORMATS[-1] or "digest" in facts
+    if sealed and facts.get("digest") != digest_of({name: facts[name] for name in facts if name != "digest"}):
         raise InputError(f"{path} is damaged: its text is not what was written; get it again")
     return header, facts
-
-
-def _digest(facts):
-    """Returns the SHA-256 of the text, which has that of the weights in it."""
-    text = json.dumps({name: value for name, value in facts.items() if name != "digest"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
