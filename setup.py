@@ -55,7 +55,11 @@ setup(
         "tqdm>=4.66",  # progress with rate and time left
     ],
     extras_require={
-        "test": ["pytest>=8.0", "pytest-xdist>=3.8"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.8",
+            "setuptools>=68",  # a test builds what pip installs; Python 3.12 and later bring none
+        ],
         "dev": [
             "ruff>=0.14",
             "import-linter>=2.17",  # checks the layers that pyproject.toml lists

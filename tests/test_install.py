@@ -23,7 +23,6 @@ def get_config():
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A folder with what the wheel of this tree holds."""
-    pytest.importorskip("setuptools")
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
