@@ -6,6 +6,7 @@ at t = 1.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 
 import jax
@@ -98,6 +99,14 @@ class NoiseSchedule:
         if not np.all(value >= lowest - 1e-9 * abs(lowest)):
             raise InputError(f"half log-SNR {np.min(value):.6g} is below the schedule's lowest, {lowest:.6g}")
         return (_geometric_time if self.variance_preserving else _linear_time)(self, value)
+
+
+def fingerprint(schedule: NoiseSchedule) -> str:
+    """Returns 16 hex digits that tell schedules apart: of T, and of signal and noise power at nine times."""
+    times = np.linspace(0, schedule.num_timesteps, 9)
+    # Rounded, because the cosines of two machines can differ in their last digits.
+    powers = [f"{value:.6g}" for value in np.concatenate(schedule.powers(times))]
+    return hashlib.sha256(" ".join([str(schedule.num_timesteps), *powers]).encode()).hexdigest()[:16]
 
 
 def _geometric(schedule, lower, weight):

@@ -3,6 +3,10 @@
 Every grid is a float64 or int64 array of length S + 1 that descends strictly from its start to 0, so that both ends of
 each step stand in it. All but `strided` have exactly S steps for every S in 1..T. The authors of `quadratic` and
 `leading` start below T and yet draw x from N(0, I), which leaves out the signal alpha_bar[tau[0]] that x holds there.
+
+All but `sections` and `explicit` have an option start: every time is multiplied by it. On a schedule with next to no
+signal at T, as the cosine one, the first estimate of x_0 made there is noise, and 0.985 helps every solver of few
+steps.
 """
 
 import itertools
@@ -12,34 +16,34 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from diffusion.errors import InputError, is_whole
+from diffusion.errors import InputError, is_whole, require_range
 from diffusion.schedules import NoiseSchedule
 
 Tau = Int[np.ndarray, "S+1"] | Float[np.ndarray, "S+1"]
 
 
-def uniform(schedule: NoiseSchedule, num_steps: int) -> Tau:
+def uniform(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
     """Spaces S steps evenly from T to 0, round(T (S - i) / S), for every S."""
     steps = _count(schedule, num_steps)
-    return _descending(schedule, np.round(schedule.num_timesteps * np.arange(steps, -1, -1) / steps).astype(int))
+    return _started(schedule, np.round(schedule.num_timesteps * np.arange(steps, -1, -1) / steps).astype(int), start)
 
 
-def strided(schedule: NoiseSchedule, num_steps: int) -> Tau:
+def strided(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
     """Steps down from T by ceil(T / S) timesteps at a time (Nichol & Dhariwal, arXiv:2102.09672).
 
     If S does not divide T this yields fewer than S steps: T = 1000 and S = 600 give stride 2 and 500 steps.
     """
     stride = -(-schedule.num_timesteps // _count(schedule, num_steps))
-    return _descending(schedule, np.append(np.arange(schedule.num_timesteps, 0, -stride), 0))
+    return _started(schedule, np.append(np.arange(schedule.num_timesteps, 0, -stride), 0), start)
 
 
-def linspace(schedule: NoiseSchedule, num_steps: int) -> Tau:
+def linspace(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
     """Rounds S evenly spaced reals, 1 to T inclusive (improved DDPM, arXiv:2102.09672, section 4); S = 1 takes T."""
     ascending = np.round(np.linspace(schedule.num_timesteps, 1, _count(schedule, num_steps))).astype(int)
-    return _descending(schedule, np.append(ascending, 0))
+    return _started(schedule, np.append(ascending, 0), start)
 
 
-def quadratic(schedule: NoiseSchedule, num_steps: int) -> Tau:
+def quadratic(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
     """Spaces the square roots of the times evenly, so dense near 0: DDIM on CIFAR-10 (arXiv:2010.02502, D.2).
 
     The times are floor(linspace(0, sqrt(0.8 T), S)^2) + 1, so it starts at 0.8 T + 1, not at T. From S = 30 (at T =
@@ -55,10 +59,10 @@ def quadratic(schedule: NoiseSchedule, num_steps: int) -> Tau:
     # The lowest times with tau_i >= wanted_i and tau_i >= tau_{i-1} + 1 follow from a running maximum of wanted_i - i.
     rank = np.arange(steps)
     ascending = np.maximum.accumulate(wanted - rank) + rank
-    return _descending(schedule, np.append(ascending[::-1], 0))
+    return _started(schedule, np.append(ascending[::-1], 0), start)
 
 
-def leading(schedule: NoiseSchedule, num_steps: int) -> Tau:
+def leading(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
     """Takes i (T // S) + 1 for i < S, as diffusers' "leading" with steps_offset 0 (there counted from 0).
 
     It starts at T - T // S + 1 or lower. With S = 1 it starts at t = 1, which serves to denoise and not to sample from
@@ -66,27 +70,27 @@ def leading(schedule: NoiseSchedule, num_steps: int) -> Tau:
     """
     steps = _count(schedule, num_steps)
     stride = schedule.num_timesteps // steps
-    return _descending(schedule, np.append(np.arange(steps)[::-1] * stride + 1, 0))
+    return _started(schedule, np.append(np.arange(steps)[::-1] * stride + 1, 0), start)
 
 
-def trailing(schedule: NoiseSchedule, num_steps: int) -> Tau:
+def trailing(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
     """Takes round(T - i T / S), diffusers' "trailing" without the errors of its float range: the grid of `uniform`."""
-    return uniform(schedule, num_steps)
+    return uniform(schedule, num_steps, start)
 
 
-def log_snr(schedule: NoiseSchedule, num_steps: int) -> Tau:
+def log_snr(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
     """Spaces real times evenly in lambda from T to 1, then takes 0 (DPM-Solver, arXiv:2206.00927, section 3.4)."""
     top, bottom = _lambda_range(schedule)
-    return _from_lambda(schedule, np.linspace(top, bottom, _count(schedule, num_steps)))
+    return _started(schedule, _from_lambda(schedule, np.linspace(top, bottom, _count(schedule, num_steps))), start)
 
 
-def karras(schedule: NoiseSchedule, num_steps: int, rho: float = 7.0) -> Tau:
+def karras(schedule: NoiseSchedule, num_steps: int, rho: float = 7.0, start: float = 1.0) -> Tau:
     """Spaces (noise / signal)^(1/rho) evenly from T to 1 in real times, then takes 0 (EDM, arXiv:2206.00364, Eq. 5)."""
     if not rho > 0:
         raise InputError(f"rho is {rho}; it must be above 0, and 7 is usual")
     top, bottom = _lambda_range(schedule)
     warped = np.linspace(np.exp(-top / rho), np.exp(-bottom / rho), _count(schedule, num_steps))
-    return _from_lambda(schedule, -rho * np.log(warped))
+    return _started(schedule, _from_lambda(schedule, -rho * np.log(warped)), start)
 
 
 def sections(schedule: NoiseSchedule, counts: str | Sequence[int]) -> Tau:
@@ -207,6 +211,12 @@ def _descending(schedule, tau):
     if not np.all(np.diff(tau) < 0):
         raise InputError(f"tau is not strictly descending: {tau[step]} is followed by {tau[step + 1]}")
     return tau
+
+
+def _started(schedule, tau, start):
+    """Returns a grid of `GRIDS` with all times multiplied by its option start, the share of T from which on it runs."""
+    require_range("start of tau", start, 0, 1, open_ends="low")
+    return _descending(schedule, tau if start == 1 else tau * float(start))
 
 
 def _count(schedule, num_steps):

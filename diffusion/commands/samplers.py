@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from diffusion import options, schedules, timesteps
-from diffusion.commands import own
+from diffusion.commands import learned, own
 from diffusion.errors import InputError, users_code
-from diffusion.files import read
 from diffusion.guidance import RULES
 from diffusion.model import Model
 from diffusion.sampling import check_prediction, check_variance
 from diffusion.schedules import NoiseSchedule
-from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS, SamplerTable, from_json
+from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS, SamplerTable
 from diffusion.solvers import make_table as make_checked_table
 from diffusion.timesteps import GRIDS, Tau
 
@@ -160,6 +159,7 @@ def check_fits(table: SamplerTable, model: Model) -> None:
     """Raises InputError if the model cannot serve the table."""
     check_prediction(table, model.prediction)
     check_variance(table, model.learned_variance)
+    learned.check_facts(table, model)
 
 
 def describe() -> str:
@@ -210,8 +210,8 @@ def _own_table(schedule, sampler, grid, eta):
         raise InputError(
             f"{what} returns a {type(table).__name__}; it must return a SamplerTable, as forms.build makes"
         )
-    fields = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
-    return _checked(schedule, make_checked_table(**fields), what, "build it from the schedule that it is given")
+    fields = {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if f.name != "facts"}
+    return checked(schedule, make_checked_table(**fields), what, "build it from the schedule that it is given")
 
 
 def _with_eta(choice, eta):
@@ -235,21 +235,13 @@ def _refuse_foreign(sampler):
 
 def _read_table(path, schedule, eta):
     """Reads a table and compares its levels with the schedule's."""
-    file = Path(path).expanduser()
     if eta is not None:
         raise InputError(f"--eta does nothing for the table in {path}; leave it out")
-    try:
-        table = from_json(read(file).decode())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"sampler file {path} cannot be read ({error}); write it with SamplerTable.to_json, or name a sampler"
-        ) from None
-    except InputError as error:
-        raise InputError(f"sampler file {path}: {error}") from None
-    return _checked(schedule, table, f"sampler file {path}", "make it again with the model's schedule")
+    table = learned.read_table(Path(path).expanduser())
+    return checked(schedule, table, f"sampler file {path}", "make it again with the model's schedule")
 
 
-def _checked(schedule, table, what, remedy):
+def checked(schedule: NoiseSchedule, table: SamplerTable, what: str, remedy: str) -> SamplerTable:
     """Returns a table that goes from noise to images over the schedule's levels; refuses any other."""
     try:
         if table.tau[0] < table.tau[-1]:

@@ -10,20 +10,18 @@ from absl import flags
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from diffusion import keys, pretrained
-from diffusion.commands import drawing, own, samplers
+from diffusion import keys
+from diffusion.commands import drawing, learned, opening, own, samplers
 from diffusion.commands.datasets import load_data_of
 from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
 from diffusion.denoiser import Options, check_options
 from diffusion.errors import InputError, nearest, printable
 from diffusion.guidance import Guidance
 from diffusion.learning import analytic
-from diffusion.model import Model, Trained
-from diffusion.pretrained import weights
+from diffusion.model import Trained
 from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable
 from diffusion.timesteps import GRIDS
-from diffusion.training import run_folder
 
 MAX_NAMED = 5
 """The most classes that the title of a job names."""
@@ -41,6 +39,7 @@ class Source(NamedTuple):
       guidance: what these say of guidance.
       labels: classes that the images take in turn; () for an unconditional model.
       seed: of the random key.
+      shipped: whether it is the model of the package.
     """
 
     name: str
@@ -51,11 +50,16 @@ class Source(NamedTuple):
     guidance: Guidance
     labels: tuple[int, ...]
     seed: int
+    shipped: bool = False
 
     def sampling_options(self) -> dict[str, Any]:
         """Returns what goes to `diffusion.sample` besides the table."""
         asked = {name: self.settings[name] for name in ("clip", "dynamic_threshold")}
         return {**asked, "guidance": self.guidance}
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what a table that is learned for this model, asked in this way, is learned for."""
+        return learned.facts_of(self.trained.model, self.sha256, self.settings["clip"], self.guidance)
 
     def resources(self) -> samplers.Resources:
         """Returns what samplers may need that is estimated on the model and its data."""
@@ -105,6 +109,7 @@ class Sampling(NamedTuple):
         steps = len(self.table.tau) - 1
         if self.tau in GRIDS and steps != self.steps:
             yield f"tau {self.tau} makes {steps} steps of --steps={self.steps}"
+        yield from learned.notes(self.table, self.source.facts())
         yield from samplers.start_notes(self.table, self.source.trained.model.schedule)
 
     def record(self) -> dict[str, Any]:
@@ -132,7 +137,8 @@ class Sampling(NamedTuple):
 
     def _file_record(self):
         """Returns what tells a table from a file or a function of the user's apart from another of the same name."""
-        if not samplers.is_file(self.sampler) and not samplers.is_own(self.sampler):
+        named = samplers.is_file(self.sampler) or samplers.is_own(self.sampler) or self.sampler == learned.LEARNED
+        if not named:
             return {}
         return {"table_sha256": hashlib.sha256(self.table.to_json().encode()).hexdigest()}
 
@@ -156,7 +162,7 @@ def open_source() -> Source:
       InputError: a wrong flag, no such run, or a damaged checkpoint.
     """
     given = flags.FLAGS
-    name, home, trained = _open(given.workdir, given.ema or "")
+    name, home, trained = opening.open_model(given.workdir, given.ema or "")
     clip = trained.clip if given.clip is None else given.clip
     check_options(trained.model.prediction, Options(clip, given.dynamic_threshold))
     labels = _labels(given.labels, trained.model)
@@ -178,14 +184,16 @@ def open_source() -> Source:
     _check_effect(given, trained, guide.acts())
     sha256, configs = digest(trained.params), [trained.config]
     if given.guidance_model is not None:
-        weaker = _open_weaker(given.guidance_model, trained.model)
+        weaker = opening.open_weaker(given.guidance_model, trained.model)
         settings["guidance_model_sha256"] = digest(weaker.params)
         if settings["guidance_model_sha256"] == sha256:
             raise InputError("--guidance_model is the model itself, which changes nothing; name a weaker one")
         guide = guide.replace(reference_fn=weaker.model.apply_fn, reference_params=weaker.params)
         configs.append(weaker.config)
     own.check_used(given.network, *configs)
-    return Source(name, home, trained, sha256, settings, guide, labels, given.seed)
+    return Source(
+        name, home, trained, sha256, settings, guide, labels, given.seed, shipped=home == opening.SHIPPED_HOME
+    )
 
 
 def make_sampling(source: Source, sampler: str, steps: int, tau: str, eta: float | None = None) -> Sampling:
@@ -197,11 +205,23 @@ def make_sampling(source: Source, sampler: str, steps: int, tau: str, eta: float
     model = source.trained.model
     if samplers.is_file(sampler):
         steps, tau = 0, ""  # the table has its own grid
-    table = samplers.make_table(model.schedule, sampler, steps, tau, eta=eta, resources=source.resources())
+    if sampler == learned.LEARNED:
+        table, tau = _learned_table(source, steps, tau, eta), ""
+    else:
+        table = samplers.make_table(model.schedule, sampler, steps, tau, eta=eta, resources=source.resources())
     samplers.check_fits(table, model)
     if source.guidance.acts():
         source.guidance.scales(table.t)  # refuses an interval that holds none of these times
     return Sampling(source, table, sampler, steps, tau)
+
+
+def _learned_table(source, steps, tau, eta):
+    """Returns the table of so many calls that was learned for the model; it has its own grid, and no eta."""
+    if eta is not None:
+        raise InputError("--eta does nothing for a learned table; leave it out")
+    shipped = SHIPPED if source.shipped else ""
+    table = learned.find(source.home, shipped, steps, source.guidance, SHIPPED_NAME if shipped else source.name)
+    return samplers.checked(source.trained.model.schedule, table, table.name, "learn it again")
 
 
 def open_sampling() -> Sampling:
@@ -211,56 +231,13 @@ def open_sampling() -> Sampling:
     config = source.trained.config.sample
     sampler = own.stored("sampler", "sampler", given.sampler, config.sampler)
     tau = config.tau if given.tau is None else given.tau
+    if sampler == learned.LEARNED and given.tau is not None:
+        raise InputError("a learned table has its own grid; leave out --tau")
     if samplers.is_file(sampler):
         useless = [name for name in ("steps", "tau") if given[name].value is not None]
         if useless:
             raise InputError(f"the table in {sampler} has its own grid; leave out --{useless[0]}")
     return make_sampling(source, sampler, samplers.chosen_steps(tau, given.steps, config.steps), tau, given.eta)
-
-
-def _open(workdir, ema):
-    """Returns (source, home, trained): a run folder, a weights file, the newest run, or the model that ships."""
-    networks = own.networks(flags.FLAGS.network)
-    shipped = workdir == SHIPPED_NAME and not Path(workdir).exists()
-    if not workdir and (folder := run_folder.newest("runs")) is not None:
-        try:
-            return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
-        except InputError as error:
-            raise InputError(
-                f"{error}; this is the newest run, and --workdir names another, or {SHIPPED_NAME}"
-            ) from None
-    if workdir and not shipped and not workdir.endswith(weights.SUFFIX):
-        folder = run_folder.existing(workdir)
-        return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
-    shipped = shipped or not workdir
-    trained = pretrained.load(SHIPPED) if shipped else weights.load(workdir, networks)
-    if ema and ema != trained.ema:
-        raise InputError(f"ema is {ema}; this file holds only that of {trained.ema}")
-    if not workdir:
-        print(f"no run in runs/ has a checkpoint, so this uses the {SHIPPED} model that ships with the project")
-    if shipped:
-        return f"the {SHIPPED} model that ships", Path("runs", f"shipped-{SHIPPED}"), trained  # no name of a run
-    return workdir, Path("runs", f"file-{Path(workdir).stem}"), trained
-
-
-def _open_weaker(path, model: Model) -> Trained:
-    """Opens the model to push away from, which must be asked and read as the model itself."""
-    if not path:
-        raise InputError("--guidance_model names no model; give a run folder or a file of convert.py")
-    try:
-        weaker = _open(path, "")[2]
-    except InputError as error:
-        raise InputError(str(error).replace("--workdir", "--guidance_model")) from None
-
-    def facts(m):
-        levels = [values.tolist() for values in (m.schedule.alpha_bar, m.schedule.noise_var)]
-        return {"schedule": levels, "prediction": m.prediction, "image size": m.image_shape, "classes": m.conditions}
-
-    theirs = facts(weaker.model)
-    for name, ours in facts(model).items():
-        if theirs[name] != ours:
-            raise InputError(f"--guidance_model={path} differs from the model in its {name}, which must be the same")
-    return weaker
 
 
 def _interval(texts):

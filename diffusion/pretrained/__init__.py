@@ -22,3 +22,8 @@ def load(name: str = "digits") -> Trained:
     if name not in FILES:
         raise InputError(f"pretrained model is {name!r}; {nearest(name, FILES)}")
     return weights.load(FILES[name])
+
+
+def tables(name: str) -> Path:
+    """Returns the folder of the tables that were learned for a model that ships; it need not exist."""
+    return Path(__file__).parent / f"{name}-tables"

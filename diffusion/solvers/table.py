@@ -15,6 +15,8 @@ and no JAX. `diffusion.sample` executes any table with one compiled scan.
 import dataclasses
 import html
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,10 +26,10 @@ from diffusion.errors import InputError, is_whole, nearest
 
 
 class _Label:
-    """Carries a table's name through a pytree and equals every other label, so that a name compiles nothing."""
+    """Carries a table's name and facts through a pytree and equals every other label, so that they compile nothing."""
 
-    def __init__(self, text):
-        self.text = text
+    def __init__(self, name, facts):
+        self.name, self.facts = name, facts
 
     def __eq__(self, other):
         return isinstance(other, _Label)
@@ -51,6 +53,7 @@ class SamplerTable:
       name: what to call the sampler.
       log_variance: [stages, 2], logs of the smallest and largest variance of a model that predicts where between them
         its own lies (improved DDPM, arXiv:2102.09672, Eq. 15), or None. z is scaled by it before its column is.
+      facts: what it was made for, such as {"prediction": "eps"} of a learned one; {} for a solver's.
     """
 
     tau: Float[np.ndarray, "S+1"]
@@ -60,13 +63,15 @@ class SamplerTable:
     update: Float[np.ndarray, "stages R R+2"]
     name: str
     log_variance: Float[np.ndarray, "stages 2"] | None = None
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def tree_flatten(self):
-        return (self.tau, self.t, self.signal, self.noise, self.update, self.log_variance), _Label(self.name)
+        arrays = (self.tau, self.t, self.signal, self.noise, self.update, self.log_variance)
+        return arrays, _Label(self.name, self.facts)
 
     @classmethod
     def tree_unflatten(cls, label, arrays):
-        return cls(*arrays[:5], name=label.text, log_variance=arrays[5])
+        return cls(*arrays[:5], name=label.name, log_variance=arrays[5], facts=label.facts)
 
     @property
     def nfe(self) -> int:
@@ -150,10 +155,18 @@ def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> S
     return SamplerTable(*arrays, name=name, log_variance=log_variance)
 
 
+VERSION = 2
+"""Of the JSON form. The first had neither a version nor facts, and is still read."""
+
+
 def to_json(table: SamplerTable) -> str:
     """Writes a table as JSON, every number to the last bit."""
-    fields = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
-    return json.dumps({k: v if isinstance(v, str) or v is None else np.asarray(v).tolist() for k, v in fields.items()})
+    arrays = {name: getattr(table, name) for name in _ARRAYS}
+    fields = {name: None if array is None else np.asarray(array).tolist() for name, array in arrays.items()}
+    return json.dumps({"version": VERSION, "name": table.name, "facts": dict(table.facts), **fields})
+
+
+_ARRAYS = ("tau", "t", "signal", "noise", "update", "log_variance")
 
 
 TEXT_LIMIT, MAX_REGISTERS, MAX_NAME = 2**24, 64, 1000
@@ -169,19 +182,26 @@ def from_json(text: str) -> SamplerTable:
     Raises:
       InputError: the text is no table, or larger than any table.
     """
-    names = {f.name for f in dataclasses.fields(SamplerTable)}
+    names = {"version", "facts", "name", *_ARRAYS}
     try:
         if len(text) > TEXT_LIMIT:
             raise ValueError(f"it has {len(text):,} characters")
         fields = json.loads(text)
+        if isinstance(fields, dict) and fields.keys() == names - {"version", "facts"}:
+            fields |= {"version": 1, "facts": {}}
         if not isinstance(fields, dict) or set(fields) != names:
             raise ValueError(f"it must have the fields {', '.join(sorted(names))} and no other")
+        version, facts = fields.pop("version"), fields.pop("facts")
+        if version not in (1, VERSION):
+            raise ValueError(f"its version is {str(version)[:20]!r}, and this program knows those up to {VERSION}")
+        if not isinstance(facts, dict):
+            raise ValueError("its facts are no object")
         if not isinstance(fields["name"], str) or not fields["name"].isprintable() or len(fields["name"]) > MAX_NAME:
             raise ValueError(f"its name is no text of up to {MAX_NAME:,} characters that can be printed")
         table = make_table(**fields)
         if table.num_registers > MAX_REGISTERS:
             raise ValueError(f"it has {table.num_registers:,} registers; {MAX_REGISTERS} are the limit")
-        return table
+        return dataclasses.replace(table, facts=facts)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"this is no sampler table in JSON: {' '.join(str(error).split())[:200]}") from None
 

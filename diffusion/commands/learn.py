@@ -1,0 +1,223 @@
+"""Learns samplers of few steps for a trained model: `python learn.py --workdir=runs/cifar --calls=5`.
+
+A sampler is a table of a few numbers, so learning one is a small least-squares problem: its samples are brought close
+to those that a hand-made solver draws with many calls from the same noise. It takes about a minute for a small network
+and needs no data. The tables go to tables/ in the run folder, and `python sample.py --sampler=learned --steps=5` uses
+them. A table is kept only if it beats every hand-made sampler on noise that it was not learned from. The same command
+goes on where it was cut off, and leaves tables that are there already.
+"""
+
+import csv
+import io
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from diffusion import devices, files, keys, sealed
+from diffusion.commands import cli, drawing, learned, samplers, shared_flags, sources, usage
+from diffusion.denoiser import Options
+from diffusion.errors import InputError, nearest
+from diffusion.learning import rollout, searches, tables
+from diffusion.learning.family import SCOPES
+from diffusion.solvers.history import from_table, to_table
+
+shared_flags.define_source_flags()
+usage.group("What is learned, and from what")
+_CALLS = flags.DEFINE_list("calls", ["5"], "Network calls of each table to learn, as 3,4,5,6,8,10.")
+_SCOPE = flags.DEFINE_string("scope", "all", f"What of a sampler is learned: {', '.join(SCOPES)}.")
+_TEACHER = flags.DEFINE_string("teacher", "unipc:order=3", "The solver whose samples are the goal; deterministic.")
+_TEACHER_CALLS = flags.DEFINE_integer("teacher_calls", 64, "Steps of the teacher.", lower_bound=2)
+_NOISES = flags.DEFINE_integer("noises", 128, "Noises to learn from, and as many to judge by.", lower_bound=8)
+_AGAIN = flags.DEFINE_bool("again", False, "Learn a table anew although there is one.")
+
+PIXELS_AT_ONCE = 2**16
+"""Small images go through the network together up to so many numbers, whatever --batch_size says."""
+
+
+def main() -> None:
+    devices.prepare()
+    source = sources.open_source()
+    calls = _parse_calls(source.trained.model.schedule.num_timesteps)
+    if _SCOPE.value not in SCOPES:
+        raise InputError(f"scope is {_SCOPE.value!r}; {nearest(_SCOPE.value, SCOPES)}")
+    teacher = _teacher(source)
+    folder = source.home / learned.FOLDER
+    with files.locked(folder, "learning tables in", ".learning.lock"):
+        files.remove_temporaries(folder, r".*\.(json|csv)", folder)
+        wanted = [count for count in calls if _AGAIN.value or not _is_done(source, folder, count)]
+        if not wanted:
+            return
+        print(f"{source.name}, step {source.trained.step:,}: learning tables of {', '.join(map(str, wanted))} calls")
+        bed = _make_bed(source, teacher)
+        for count in wanted:
+            _learn(source, bed, folder, count)
+
+
+def _parse_calls(latest):
+    """Returns the numbers of --calls."""
+    text = ",".join(_CALLS.value)
+    if not _CALLS.value or not all(part.strip().isdecimal() and part.isascii() for part in _CALLS.value):
+        raise InputError(f"calls is {text!r}; write whole numbers, as 3,4,5")
+    calls = [int(part) for part in _CALLS.value]
+    highest = min(tables.MAX_CALLS, latest)
+    if not all(1 <= count <= highest for count in calls) or len(set(calls)) < len(calls):
+        raise InputError(f"calls is {text!r}; give each number once, in 1..{highest}")
+    return calls
+
+
+def _teacher(source):
+    """Returns the teacher as a history; its table must be deterministic and fit the model."""
+    model = source.trained.model
+    if samplers.is_file(_TEACHER.value) or _TEACHER.value == learned.LEARNED:
+        raise InputError("teacher names a table; name a solver, as unipc:order=3, and its steps with --teacher_calls")
+    sampling = sources.make_sampling(source, _TEACHER.value, _TEACHER_CALLS.value, "uniform")
+    try:
+        return from_table(sampling.table)
+    except InputError as error:
+        raise InputError(f"teacher: {error}; {model.prediction} models can take unipc:order=3") from None
+
+
+def _is_done(source, folder, count):
+    """Says whether there is a table of so many calls that was learned for this model as it is now."""
+    path = folder / learned.name_of(count, source.guidance)
+    if not path.exists():
+        return False
+    facts = learned.read_table(path).facts
+    if any(facts.get(name) != value for name, value in _facts(source).items()):
+        return False
+    print(f"{path} is there already; --again learns it anew")
+    return True
+
+
+def _facts(source):
+    """Returns everything that determines a table."""
+    settings = {"scope": _SCOPE.value, "teacher": _TEACHER.value, "teacher_calls": _TEACHER_CALLS.value}
+    settings |= {"noises": _NOISES.value, "seed": source.seed, "threshold": source.settings["dynamic_threshold"]}
+    return {**source.facts(), **settings}
+
+
+def _make_bed(source, teacher):
+    """Draws the noises, and has the teacher make samples of them."""
+    model, params = source.trained.model, source.trained.params
+    options = Options(source.settings["clip"], source.settings["dynamic_threshold"])
+    guidance = source.guidance if source.guidance.acts() else None
+    asked = rollout.Asked(params, guidance, model.apply_fn, model.prediction, options)
+    # A key of its own: no image that sample.py draws begins with one of these noises.
+    key = jax.random.fold_in(keys.make(source.seed), int.from_bytes(b"tabl"))
+    at_once = max(flags.FLAGS.batch_size, PIXELS_AT_ONCE // int(np.prod(model.space.shape)))
+    size = max(1, at_once // rollout.DIRECTIONS)
+    count = -(-_NOISES.value // size) * size
+    start = float(np.hypot(teacher.signal[0], teacher.noise[0]))
+
+    def batch(begin):
+        ids = range(begin, begin + size)
+        x = start * rollout.draw(key, ids, model.space.shape)
+        if not source.labels:
+            return rollout.Noises(x)
+        null = model.conditions.nulls(size) if guidance is not None else None
+        return rollout.Noises(x, drawing.labels_of(np.asarray(ids), source.labels), null)
+
+    train, held = (tuple(batch(begin) for begin in range(first, first + count, size)) for first in (0, count))
+    # Where images have a bound, they are shown within it, and compared as they are shown.
+    measure = _within_bounds if model.space.clip != "none" else _as_it_is
+    began = time.perf_counter()
+    with tqdm(total=2 * count, unit="image", desc="teacher", leave=False, disable=None) as progress:
+        bed = tables.make_bed(asked, model.schedule, teacher, train, held, measure, tick=lambda: progress.update(size))
+    print(
+        f"teacher: {_TEACHER.value}, {teacher.nfe} calls, {count} noises to learn from and {count} to judge by "
+        f"({time.perf_counter() - began:.0f} s)"
+    )
+    return bed
+
+
+def _within_bounds(x):
+    return jnp.clip(x, -1, 1)
+
+
+def _as_it_is(x):
+    return x
+
+
+def _learn(source, bed, folder, count):
+    """Learns one table, goes on with a search that was cut off, and writes what it has found."""
+    path = folder / learned.name_of(count, source.guidance)
+    unfinished = folder / f".{path.stem}.search.json"
+    identity = {"calls": count, **_facts(source)}
+    began = time.perf_counter()
+    search = _resume(unfinished, identity, folder)
+    if search is None:
+        with tqdm(unit="sampler", desc=f"{count} calls: hand-made", leave=False, disable=None) as progress:
+            search = tables.begin(bed, count, SCOPES[_SCOPE.value], tick=progress.update)
+    else:
+        print(f"{count} calls: going on after {search.iterations} iterations")
+    best = search.trials[0]
+    print(f"{count} calls: best hand-made {best.start[0]} on {best.start[1]}, held-out loss {search.hand_made:.3f}")
+    while search.current is not None:
+        number, started = search.current, time.perf_counter()
+        search = tables.advance(bed, search)
+        sealed.write(unfinished, {"identity": identity, **searches.to_record(search)}, folder)
+        trial, seconds = search.trials[number], time.perf_counter() - started
+        loss, held_loss = trial.losses[-1]
+        print(
+            f"  from {trial.start[0]} on {trial.start[1]}, iteration {trial.iterations}: loss {loss:.3f}, held-out "
+            f"{held_loss:.3f}  {seconds:.1f} s, {time.perf_counter() - began:.0f} s so far",
+            flush=True,
+        )
+    _finish(source, bed, search, path, folder)
+    files.remove(unfinished, folder)
+
+
+def _resume(path, identity, folder):
+    """Returns the search that was cut off, or None where there is none of the same settings."""
+    if not path.exists():
+        return None
+    try:
+        record = sealed.read(path, within=folder)
+        if json.dumps(record.pop("identity"), sort_keys=True) == json.dumps(identity, sort_keys=True):
+            return searches.from_record(record)
+    except (InputError, KeyError, TypeError, ValueError, IndexError):
+        pass
+    print(f"note: {path} is of other settings or damaged; the search starts anew")
+    return None
+
+
+def _finish(source, bed, search, path, folder):
+    """Writes the table with its curve if it beats the hand-made samplers, and says by how much."""
+    if search.leader.best_loss >= search.hand_made:
+        print(f"{search.calls} calls: nothing beat the best hand-made sampler on held-out noise; no table is written")
+        return
+    history = tables.result(bed, search)
+    solver, grid = search.leader.start
+    ratio = tables.error_ratio(search)
+    facts = {**_facts(source), "from": f"{solver} on {grid}", "held_out": search.leader.best_loss}
+    table = to_table(history, f"{learned.LEARNED}({search.calls} calls)", facts)
+    files.write_atomically(path, table.to_json().encode(), folder)
+    files.write_atomically(path.with_suffix(".csv"), _curves(search).encode(), folder)
+    print(table)
+    given = "" if source.shipped or not flags.FLAGS.workdir else f" --workdir={flags.FLAGS.workdir}"
+    scale = f" --guidance_scale={source.guidance.scale:g}" if source.guidance.acts() else ""
+    print(
+        f"{search.calls} calls: the typical squared error on held-out noise is {ratio:.3f} of the best hand-made "
+        f"sampler's; wrote {path}; draw with: python {usage.called('sample')}{given} --sampler=learned "
+        f"--steps={search.calls}{scale}"
+    )
+
+
+def _curves(search):
+    """Returns the losses of each trial as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["solver", "grid", "iteration", "loss", "held_out_loss"])
+    for trial in search.trials:
+        writer.writerows([*trial.start, number, *losses] for number, losses in enumerate(trial.losses))
+    return text.getvalue()
+
+
+def launch() -> None:
+    """Runs the program with the flags of the command line; never returns."""
+    cli.start(main, about=__doc__)

@@ -1,0 +1,111 @@
+"""Keeps learned tables beside the model that they were learned for, and says where one is used otherwise."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffusion import files, pretrained
+from diffusion.commands.usage import called
+from diffusion.errors import InputError
+from diffusion.guidance import Guidance
+from diffusion.model import Model
+from diffusion.schedules import fingerprint
+from diffusion.solvers import SamplerTable, from_json
+
+LEARNED = "learned"
+"""What --sampler calls the table that was learned for the model and the number of steps asked for."""
+
+FOLDER = "tables"
+
+BINDING = ("schedule", "prediction", "shape")
+"""The facts in which a table and the model must agree; the others are how it is best used."""
+
+
+def facts_of(model: Model, weights: str, clip: str, guidance: Guidance) -> dict[str, Any]:
+    """Returns what a table is learned for, for `SamplerTable.facts`.
+
+    Args:
+      model: the network.
+      weights: SHA-256 of its parameters.
+      clip, guidance: how it is asked.
+    """
+    rule, scale = (guidance.rule, float(guidance.scale)) if guidance.acts() else ("cfg", 1.0)
+    return {
+        "schedule": fingerprint(model.schedule),
+        "prediction": model.prediction,
+        "shape": list(model.space.shape),
+        "clip": clip,
+        "guidance_scale": scale,
+        "guidance_rule": rule,
+        "weights": weights,
+    }
+
+
+def name_of(calls: int, guidance: Guidance) -> str:
+    """Returns the file name of a table: 5.json, or 5-guidance2.json for a guided model."""
+    return f"{calls}-guidance{guidance.scale:g}.json" if guidance.acts() else f"{calls}.json"
+
+
+def find(home: Path, shipped: str, calls: int, guidance: Guidance, workdir: str) -> SamplerTable:
+    """Returns the table that was learned for a model, with its guidance if there is one of that kind.
+
+    Args:
+      home: where files about the model go.
+      shipped: the name of the model in the package if it is one of those, else "".
+      calls: network calls.
+      guidance: how the model is asked.
+      workdir: what --workdir calls the model, for the error.
+
+    Raises:
+      InputError: none of so many calls has been learned, or the file is damaged.
+    """
+    folders = [home / FOLDER] + [pretrained.tables(shipped)] * bool(shipped)
+    wanted = name_of(calls, guidance)
+    for folder in folders:
+        others = sorted(folder.glob(f"{calls}-guidance*.json")) + sorted(folder.glob(f"{calls}.json"))
+        for path in [folder / wanted, *others]:
+            if path.is_file():
+                return read_table(path)
+    having = sorted({int(p.stem) for folder in folders for p in folder.glob("*.json") if p.stem.isdecimal()})
+    known = f"those of {', '.join(map(str, having))} calls are there" if having else "none has been learned yet"
+    scale = f" --guidance_scale={guidance.scale:g}" if guidance.acts() else ""
+    raise InputError(
+        f"no table of {calls} calls has been learned for this model ({known}); learn one with: python "
+        f"{called('learn')} --workdir={workdir} --calls={calls}{scale}"
+    )
+
+
+def read_table(path: Path) -> SamplerTable:
+    """Reads a table of `SamplerTable.to_json`; raises InputError if it cannot be read or is none."""
+    try:
+        return from_json(files.read(path).decode())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"sampler file {path} cannot be read ({error}); write it with SamplerTable.to_json, or name a sampler"
+        ) from None
+    except InputError as error:
+        raise InputError(f"sampler file {path}: {error}") from None
+
+
+def check_facts(table: SamplerTable, model: Model) -> None:
+    """Raises InputError if a table was learned for a model of another schedule, prediction or shape."""
+    ours = facts_of(model, "", "", Guidance())
+    for name in BINDING:
+        theirs = table.facts.get(name, ours[name])
+        if theirs != ours[name]:
+            raise InputError(
+                f"{table.name} was learned for a model of another {name}, {str(theirs)[:40]} and not {ours[name]}; "
+                "learn one for this model with learn.py"
+            )
+
+
+def notes(table: SamplerTable, facts: dict[str, Any]) -> Iterator[str]:
+    """Yields in what a table was learned for another use than the present one."""
+    for name, ours in facts.items():
+        theirs = table.facts.get(name, ours)
+        if theirs == ours:
+            continue
+        if name == "weights":
+            yield f"{table.name} was learned for other parameters than these, as of an earlier step: learn it again"
+        else:
+            yield f"{table.name} was learned at {name} {str(theirs)[:40]}, and is used at {ours}"

@@ -1,0 +1,69 @@
+"""Opens the model that a flag names: a run folder, a file of convert.py, or the model that ships."""
+
+from pathlib import Path
+
+from absl import flags
+
+from diffusion import pretrained
+from diffusion.commands import own
+from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
+from diffusion.errors import InputError
+from diffusion.model import Model, Trained
+from diffusion.pretrained import weights
+from diffusion.training import run_folder
+
+SHIPPED_HOME = Path("runs", f"shipped-{SHIPPED}")
+"""Where files about the model that ships go; it is no name of a run."""
+
+
+def open_model(workdir: str | None, ema: str) -> tuple[str, Path, Trained]:
+    """Returns (source, home, trained): a run folder, a weights file, the newest run, or the model that ships.
+
+    Args:
+      workdir: as --workdir has it; None for the newest run, or else the model that ships.
+      ema: which average of the parameters; "" for the first.
+
+    Raises:
+      InputError: there is no such model, or it is damaged.
+    """
+    networks = own.networks(flags.FLAGS.network)
+    shipped = workdir == SHIPPED_NAME and not Path(workdir).exists()
+    if not workdir and (folder := run_folder.newest("runs")) is not None:
+        try:
+            return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
+        except InputError as error:
+            raise InputError(
+                f"{error}; this is the newest run, and --workdir names another, or {SHIPPED_NAME}"
+            ) from None
+    if workdir and not shipped and not workdir.endswith(weights.SUFFIX):
+        folder = run_folder.existing(workdir)
+        return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
+    shipped = shipped or not workdir
+    trained = pretrained.load(SHIPPED) if shipped else weights.load(workdir, networks)
+    if ema and ema != trained.ema:
+        raise InputError(f"ema is {ema}; this file holds only that of {trained.ema}")
+    if not workdir:
+        print(f"no run in runs/ has a checkpoint, so this uses the {SHIPPED} model that ships with the project")
+    if shipped:
+        return f"the {SHIPPED} model that ships", SHIPPED_HOME, trained
+    return workdir, Path("runs", f"file-{Path(workdir).stem}"), trained
+
+
+def open_weaker(path: str, model: Model) -> Trained:
+    """Opens the model to push away from; raises InputError unless it is asked and read as the model itself."""
+    if not path:
+        raise InputError("--guidance_model names no model; give a run folder or a file of convert.py")
+    try:
+        weaker = open_model(path, "")[2]
+    except InputError as error:
+        raise InputError(str(error).replace("--workdir", "--guidance_model")) from None
+
+    def facts(m):
+        levels = [values.tolist() for values in (m.schedule.alpha_bar, m.schedule.noise_var)]
+        return {"schedule": levels, "prediction": m.prediction, "image size": m.image_shape, "classes": m.conditions}
+
+    theirs = facts(weaker.model)
+    for name, ours in facts(model).items():
+        if theirs[name] != ours:
+            raise InputError(f"--guidance_model={path} differs from the model in its {name}, which must be the same")
+    return weaker

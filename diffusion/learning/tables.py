@@ -1,0 +1,302 @@
+"""Learns a sampler of a few network calls for a trained model: a least-squares problem of 10 to 90 numbers.
+
+The samples of a table are compared with those of a teacher, a hand-made solver with many calls, from the same noise.
+The search begins at the best hand-made solvers and grids, tries a few iterations from each, and goes on from the best.
+What is kept is always what is best on noise that is not learned from. One step of the search is a pure function of its
+state, so that a search which was cut off goes on from the last iteration.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from diffusion import options, timesteps
+from diffusion.errors import InputError
+from diffusion.learning import least_squares, rollout
+from diffusion.learning.family import Family
+from diffusion.learning.least_squares import Errors, Fit
+from diffusion.learning.rollout import Asked, Noises
+from diffusion.schedules import NoiseSchedule
+from diffusion.solvers import SOLVERS
+from diffusion.solvers.history import History, from_table
+from diffusion.types import Images
+
+BASES = ("ddim", "dpm_solver_pp:order=2", "dpm_solver_pp:order=3", "unipc:order=2", "unipc:order=3")
+BASES += ("unipc:order=2,lower_order_final=False", "unipc:order=3,lower_order_final=False", "deis:order=2", "ipndm")
+GRIDS = ("uniform", "quadratic", "log_snr", "karras")
+STARTS = (1.0, 0.985)
+"""Which hand-made solvers are looked at, on which grids, from which shares of T on."""
+
+TRIALS, PER_TRIAL, BEHIND = 3, 2, 0.3
+"""From how many hand-made samplers the search begins, how many iterations each gets before the best goes on, and by how
+much its loss may be behind the best one's after the first of them."""
+
+PATIENCE, WORTHWHILE = 2, 0.002
+"""The search ends after so many iterations in a row that lower the held-out loss by less than this."""
+
+MAX_ITERATIONS = 40
+
+MAX_CALLS = 50
+"""The most calls of a table that is learned; with more, hand-made solvers are as good as their many steps."""
+
+
+class Bed(NamedTuple):
+    """What a table is learned on.
+
+    Attributes:
+      asked: the network.
+      schedule: its noise schedule.
+      train, held: noises to learn from, and others to judge by, in batches of one size.
+      train_targets, held_targets: what the teacher makes of them, batch by batch.
+      measure: what is compared of samples; a function that JAX can trace.
+    """
+
+    asked: Asked
+    schedule: NoiseSchedule
+    train: tuple[Noises, ...]
+    held: tuple[Noises, ...]
+    train_targets: tuple[Images, ...]
+    held_targets: tuple[Images, ...]
+    measure: Callable[[Images], Images]
+
+    def errors(self, history: History, held: bool) -> Errors:
+        """Returns the mean square distance of each sample from the teacher's."""
+        noises, targets = (self.held, self.held_targets) if held else (self.train, self.train_targets)
+        parts = [
+            _errors(self.measure, rollout.run(self.asked, history, part), target)
+            for part, target in zip(noises, targets, strict=True)
+        ]
+        return np.concatenate([np.asarray(part, np.float64) for part in parts])
+
+
+class Trial(NamedTuple):
+    """Where the search stands that began at one hand-made sampler.
+
+    Attributes:
+      start: the sampler's name, as "unipc:order=2", and its grid, as "uniform:start=0.985".
+      fit: the least-squares fit.
+      best, best_loss: the numbers with the lowest held-out loss so far, and that loss.
+      losses: (training loss, held-out loss) at the start and after each iteration.
+      stalled: how many iterations in a row have brought little.
+    """
+
+    start: tuple[str, str]
+    fit: Fit
+    best: Float[np.ndarray, "P"]
+    best_loss: float
+    losses: tuple[tuple[float, float], ...]
+    stalled: int = 0
+
+    @property
+    def iterations(self) -> int:
+        """Counts the iterations made."""
+        return len(self.losses) - 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether further iterations are of no use."""
+        return self.stalled >= PATIENCE or self.fit.gain == 0 or self.iterations >= MAX_ITERATIONS
+
+
+class Search(NamedTuple):
+    """Where the search for a table stands.
+
+    Attributes:
+      calls: how many network calls the table makes.
+      groups: what is free, see `family.SCOPES`.
+      hand_made: the held-out loss of the best hand-made sampler.
+      trials: the best hand-made one first.
+    """
+
+    calls: int
+    groups: tuple[str, ...]
+    hand_made: float
+    trials: tuple[Trial, ...]
+
+    @property
+    def iterations(self) -> int:
+        """Counts the iterations made, from all starts."""
+        return sum(trial.iterations for trial in self.trials)
+
+    @property
+    def leader(self) -> Trial:
+        """Returns the trial with the lowest held-out loss."""
+        return min(self.trials, key=lambda trial: trial.best_loss)
+
+    @property
+    def current(self) -> int | None:
+        """Returns the number of the trial that the next iteration is for, or None at the end of the search."""
+        for number, trial in enumerate(self.trials):
+            hopeful = trial.iterations == 0 or trial.best_loss < self.leader.best_loss + BEHIND
+            if trial.iterations < PER_TRIAL and hopeful and not trial.finished:
+                return number
+        number = self.trials.index(self.leader)
+        return None if self.leader.finished else number
+
+
+def make_bed(
+    asked: Asked,
+    schedule: NoiseSchedule,
+    teacher: History,
+    train: tuple[Noises, ...],
+    held: tuple[Noises, ...],
+    measure: Callable[[Images], Images],
+    tick: Callable[[], None] = lambda: None,
+) -> Bed:
+    """Has the teacher draw what a table is learned from.
+
+    Args:
+      asked, schedule: the network.
+      teacher: a sampler of many calls.
+      train, held: the noises, in batches.
+      measure: see `Bed`.
+      tick: is called after each batch.
+
+    Raises:
+      InputError: the teacher's samples are not finite.
+    """
+    targets = []
+    for part in (*train, *held):
+        targets.append(rollout.run(asked, teacher, part))
+        if not np.isfinite(np.asarray(targets[-1])).all():
+            raise InputError("the teacher's samples are not finite: the weights diverged; take another checkpoint")
+        tick()
+    return Bed(asked, schedule, train, held, tuple(targets[: len(train)]), tuple(targets[len(train) :]), measure)
+
+
+def hand_made(schedule: NoiseSchedule, calls: int) -> Iterator[tuple[str, str, History]]:
+    """Yields (solver, grid, history) for the hand-made samplers of so many calls that the schedule allows."""
+    seen = set()
+    for base in BASES:
+        for name in GRIDS:
+            for start in STARTS:
+                grid = name if start == 1 else f"{name}:start={start:g}"
+                try:
+                    history = from_table(_solver(base)(schedule, _grid(schedule, grid, calls)))
+                except InputError:  # such as order 3 in a single step, or a grid in log-SNR at zero terminal SNR
+                    continue
+                key = b"".join(np.asarray(part, np.float64).tobytes() for part in history)
+                if key not in seen and history.nfe == calls:
+                    seen.add(key)
+                    yield base, grid, history
+
+
+def begin(bed: Bed, calls: int, groups: tuple[str, ...], tick: Callable[[], None] = lambda: None) -> Search:
+    """Ranks the hand-made samplers on held-out noise and returns the search that starts from the best of them.
+
+    Args:
+      bed: what is learned on.
+      calls: network calls of the table.
+      groups: what is free.
+      tick: is called after each sampler.
+
+    Raises:
+      InputError: no hand-made sampler of so many calls works.
+    """
+    ranked = []
+    for base, grid, history in hand_made(bed.schedule, calls):
+        ranked.append((least_squares.loss(bed.errors(history, held=True)), base, grid))
+        tick()
+    ranked = sorted(entry for entry in ranked if np.isfinite(entry[0]))
+    if not ranked:
+        raise InputError(f"no solver of {calls} calls gives finite samples with this model; take more calls")
+    # The best ones, each with another solver or another kind of grid.
+    chosen: dict[tuple[str, str], tuple[float, str, str]] = {}
+    for entry in ranked:
+        chosen.setdefault((entry[1].partition(":")[0], entry[2].partition(":")[0]), entry)
+    trials = []
+    for held_loss, base, grid in list(chosen.values())[:TRIALS]:
+        family = _family(bed, calls, groups, (base, grid))
+        zeros = np.zeros(family.size)
+        fit = least_squares.begin(_problem(bed, family), zeros)
+        trials.append(Trial((base, grid), fit, zeros, held_loss, ((least_squares.loss(fit.errors), held_loss),)))
+    return Search(calls, groups, ranked[0][0], tuple(trials))
+
+
+def advance(bed: Bed, search: Search) -> Search:
+    """Makes the next iteration of a search that is not at its end."""
+    number = search.current
+    trial = search.trials[number]
+    family = _family(bed, search.calls, search.groups, trial.start)
+    fit = least_squares.iterate(_problem(bed, family), trial.fit)
+    held_loss = least_squares.loss(bed.errors(family.history(fit.numbers), held=True))
+    better = held_loss < trial.best_loss
+    trial = trial._replace(
+        fit=fit,
+        best=fit.numbers if better else trial.best,
+        best_loss=held_loss if better else trial.best_loss,
+        losses=(*trial.losses, (least_squares.loss(fit.errors), held_loss)),
+        stalled=0 if held_loss < trial.best_loss - WORTHWHILE else trial.stalled + 1,
+    )
+    return search._replace(trials=(*search.trials[:number], trial, *search.trials[number + 1 :]))
+
+
+def result(bed: Bed, search: Search) -> History:
+    """Returns the best sampler that the search has found, on held-out noise; never worse than a hand-made one."""
+    leader = search.leader
+    return _family(bed, search.calls, search.groups, leader.start).history(leader.best)
+
+
+def error_ratio(search: Search) -> float:
+    """Returns the geometric mean of the squared errors on held-out noise over that of the best hand-made sampler."""
+    return float(np.exp(search.leader.best_loss - search.hand_made))
+
+
+def _solver(text: str) -> Callable[..., Any]:
+    choice = options.parse("sampler", text, SOLVERS, leading=2)
+    return partial(choice.function, **choice.options)
+
+
+def _grid(schedule, text, calls):
+    choice = options.parse("tau", text, timesteps.GRIDS, leading=2)
+    return choice.function(schedule, calls, **choice.options)
+
+
+def _family(bed, calls, groups, start):
+    base, grid = start
+    return Family(bed.schedule, _solver(base), np.asarray(_grid(bed.schedule, grid, calls), np.float64), groups=groups)
+
+
+def _problem(bed, family):
+    """Returns the least-squares problem of a family on the training noises."""
+
+    def errors(numbers):
+        try:
+            return bed.errors(family.history(numbers), held=False)
+        except InputError:  # the solver cannot take the grid
+            return np.full(sum(len(part.x) for part in bed.train), np.inf)
+
+    def equations(numbers, weights):
+        history, derivative = family.history(numbers), family.derivative(numbers)
+        total, begin = [0.0, 0.0], 0
+        for part, target in zip(bed.train, bed.train_targets, strict=True):
+            samples, moves = rollout.run_with_jacobian(bed.asked, history, derivative, part)
+            of_part = weights[begin : begin + len(part.x)].astype(np.float32)
+            sums = _sums(bed.measure, samples, moves, target, of_part)
+            total = [so_far + np.asarray(more, np.float64) for so_far, more in zip(total, sums, strict=True)]
+            begin += len(part.x)
+        return total[0] / begin, total[1] / begin
+
+    return least_squares.Problem(errors, equations, family.corrections())
+
+
+@partial(jax.jit, static_argnums=0)
+def _errors(measure, samples, targets):
+    residuals = (measure(samples) - measure(targets)).reshape(len(samples), -1)
+    return jnp.mean(jnp.square(residuals), axis=1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _sums(measure, samples, moves, targets, weights):
+    """Returns sum_n w_n J_n^T J_n and sum_n w_n J_n^T r_n of a batch, means over the residuals of a sample."""
+    measured, along = jax.linearize(measure, samples)
+    residuals = (measured - measure(targets)).reshape(len(samples), -1)
+    jacobian = jax.vmap(along)(moves).reshape(len(moves), *residuals.shape)
+    weighted = jacobian * (weights / residuals.shape[1])[None, :, None]
+    with jax.default_matmul_precision("highest"):
+        return jnp.einsum("pnr,qnr->pq", weighted, jacobian), jnp.einsum("pnr,nr->p", weighted, residuals)

@@ -1,0 +1,235 @@
+"""Laws of learned tables: the history form, the family, its Jacobian, the least-squares method and the search."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffusion
+from diffusion import schedules, solvers, testbeds, timesteps
+from diffusion.errors import InputError
+from diffusion.guidance import Guidance
+from diffusion.learning import least_squares, rollout, searches, tables
+from diffusion.learning.family import GROUPS, SCOPES, Family
+from diffusion.solvers.history import from_table, to_table
+
+LINEAR, COSINE = schedules.linear(), schedules.cosine()
+DETERMINISTIC = {
+    "ddim": {},
+    "dpm_solver": {"order": 2},
+    "dpm_solver_pp": {"order": 3},
+    "dpm_solver_pp_singlestep": {"order": 2},
+    "unipc": {"order": 3},
+    "deis": {"order": 3},
+    "lms": {"order": 4},
+    "ipndm": {"order": 4},
+    "plms": {"order": 4},
+    "pndm": {},
+    "heun": {},
+}
+MEANS = np.stack([np.linspace(-0.8, 0.5, 6), np.linspace(0.6, -0.4, 6), np.sin(np.arange(6.0))]).reshape(3, 2, 3)
+BED = testbeds.mixture(LINEAR, [0.5, 0.3, 0.2], MEANS, [0.04, 0.02, 0.05])
+
+
+def identity(x):
+    return x
+
+
+def noises(count, seed=0, shape=(2, 3)):
+    return rollout.Noises(np.random.default_rng(seed).normal(size=(count, *shape)))
+
+
+def family(solver=solvers.unipc, groups=GROUPS, schedule=LINEAR, **options):
+    return Family(schedule, solver, np.array([950.0, 610.0, 260.0, 0.0]), options, groups)
+
+
+# ------------------------------------------------------------------------------------------------------- history form
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_the_history_form_of_a_solver_is_the_same_sampler(name, steps):
+    table = solvers.SOLVERS[name](LINEAR, timesteps.uniform(LINEAR, steps), **DETERMINISTIC[name])
+    again = to_table(from_table(table), table.name)
+    assert again.num_registers <= table.nfe
+    for variance in (0.05, 1.0):
+        wanted, found = (solvers.gaussian_moments(each, 0.3, variance) for each in (table, again))
+        np.testing.assert_allclose(found, wanted, rtol=1e-7)  # from T, where eps solvers weigh 1 / a
+
+
+def test_a_sampler_that_draws_noise_has_no_history_form():
+    with pytest.raises(InputError, match="draws noise"):
+        from_table(solvers.ddpm(LINEAR, timesteps.uniform(LINEAR, 3)))
+
+
+def test_registers_hold_each_estimate_only_while_it_is_needed():
+    first_order = to_table(from_table(solvers.ddim(LINEAR, timesteps.uniform(LINEAR, 9))), "one")
+    assert first_order.num_registers == 1
+    assert np.array_equal(first_order.update, solvers.ddim(LINEAR, timesteps.uniform(LINEAR, 9)).update)
+
+
+# ------------------------------------------------------------------------------------------------------------- family
+
+
+@pytest.mark.parametrize("base", tables.BASES)
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+def test_corrections_of_zero_are_the_hand_made_solver_bit_for_bit(base, schedule):
+    for tau in (timesteps.uniform(schedule, 5), timesteps.log_snr(schedule, 5, start=0.985)):
+        solver = tables._solver(base)
+        of_family = Family(schedule, solver, np.asarray(tau, np.float64))
+        found = of_family.history(np.zeros(of_family.size))
+        for ours, theirs in zip(found, from_table(solver(schedule, tau)), strict=True):
+            assert np.array_equal(ours, theirs)
+
+
+def test_history_weights_keep_a_constant_estimate():
+    of_family = family(groups=("grid", "times", "history"), order=2)
+    moved = to_table(of_family.history(np.random.default_rng(1).normal(size=of_family.size)), "moved")
+    # The estimate of data at one point is that point, whatever x is, and so is the last x of every table of this kind.
+    mean, _ = solvers.gaussian_moments(moved, 0.7, 1e-14, start=(0.4, 0.0))
+    np.testing.assert_allclose(mean, 0.7, atol=1e-9)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_scope_moves_only_what_it_names(scope):
+    of_family = family(groups=SCOPES[scope], order=2)
+    start, moved = of_family.history(np.zeros(of_family.size)), of_family.history(np.full(of_family.size, 0.3))
+    same_grid = np.array_equal(start.tau, moved.tau) and np.array_equal(start.t, moved.t)
+    assert same_grid == (scope == "coefficients")
+    of_solver = from_table(solvers.unipc(LINEAR, moved.tau, order=2))
+    assert np.array_equal(moved.weights, of_solver.weights) == (scope == "tau")
+
+
+# ----------------------------------------------------------------------------------------------------------- Jacobian
+
+
+GUIDED = Guidance(scale=2.0, rule="apg:norm=0", null=None)
+GUIDED_PLUS = Guidance(scale=0.7, rule="cfg++")
+
+
+def _conditional(params, x, t, cond=None):
+    """A network whose answer depends on its condition, smoothly."""
+    return BED.apply_fn(params, x, t) * (1 + 0.2 * cond.reshape(-1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "clip"),
+    [(None, "none"), (None, "keep_eps"), (GUIDED, "none"), (GUIDED_PLUS, "none")],
+    ids=["plain", "keep_eps", "apg with momentum", "cfg++"],
+)
+def test_the_jacobian_equals_finite_differences(guidance, clip):
+    with jax.enable_x64(True):
+        batch = noises(3)
+        if guidance is not None:
+            batch = batch._replace(cond=np.array([0.5, 1.0, -1.0]), null=np.zeros(3))
+        network = BED.apply_fn if guidance is None else _conditional
+        asked = rollout.Asked(BED.params, guidance, network, "eps", diffusion.denoiser.Options(clip))
+        of_family = family(order=2)
+        at = 0.1 * np.random.default_rng(2).normal(size=of_family.size)
+        x, jacobian = rollout.run_with_jacobian(asked, of_family.history(at), of_family.derivative(at), batch)
+        np.testing.assert_allclose(x, rollout.run(asked, of_family.history(at), batch), rtol=1e-12)
+        for number, direction in enumerate(np.eye(of_family.size)):
+            ends = [rollout.run(asked, of_family.history(at + way * 1e-5 * direction), batch) for way in (1, -1)]
+            np.testing.assert_allclose(jacobian[number], (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-6)
+
+
+def test_a_history_runs_as_its_table_does():
+    with jax.enable_x64(True):
+        batch = noises(4)
+        asked = rollout.Asked(BED.params, None, BED.apply_fn)
+        history = family(order=2).history(0.1 * np.ones(family().size))
+        shared = {"x_init": jnp.asarray(batch.x), "clip": "none"}
+        key = jax.random.key(0)
+        wanted = diffusion.sample(BED.apply_fn, BED.params, to_table(history, "any"), key, 4, (2, 3), **shared)
+        np.testing.assert_allclose(rollout.run(asked, history, batch), wanted, rtol=1e-9, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------ least squares
+
+
+def test_least_squares_finds_the_minimum_of_a_linear_problem_and_ignores_outliers():
+    rng = np.random.default_rng(0)
+    design, truth = rng.normal(size=(40, 5, 3)), np.array([1.0, -2.0, 0.5])
+    observed = design @ truth
+    observed[:3] += 50  # samples that end elsewhere
+
+    def errors(numbers):
+        return np.mean((design @ numbers - observed) ** 2, axis=1)
+
+    def equations(numbers, weights):
+        residuals = design @ numbers - observed
+        normal = np.einsum("n,nrp,nrq->pq", weights, design, design) / residuals.size
+        return normal, np.einsum("n,nrp,nr->p", weights, design, residuals) / residuals.size
+
+    problem = least_squares.Problem(errors, equations, np.zeros(3))
+    fit = least_squares.begin(problem, np.zeros(3))
+    for _ in range(30):
+        fit = least_squares.iterate(problem, fit)
+    np.testing.assert_allclose(fit.numbers, truth, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- search
+
+
+def make_bed(testbed, schedule, shape, exact, count=32):
+    batches = [noises(count, seed, shape) for seed in (0, 1)]
+    asked = rollout.Asked(testbed.params, None, testbed.apply_fn)
+    targets = [np.asarray(exact(batch.x)) for batch in batches]
+    return tables.Bed(asked, schedule, (batches[0],), (batches[1],), (targets[0],), (targets[1],), identity)
+
+
+def search_to_the_end(bed, calls, groups=GROUPS):
+    search = tables.begin(bed, calls, groups)
+    while search.current is not None:
+        search = tables.advance(bed, search)
+    return search
+
+
+def test_a_table_learned_for_gaussian_data_reaches_the_exact_flow():
+    # The exact flow is affine in x, and so is a table of two calls: the optimum has no error at all.
+    testbed = testbeds.gaussian(LINEAR, 0.2, 0.3)
+    bed = make_bed(testbed, LINEAR, (4,), lambda x: testbeds.gaussian_flow(LINEAR, 0.2, 0.3, x, 1000))
+    search = search_to_the_end(bed, 2)
+    assert np.sqrt(np.mean(bed.errors(tables.result(bed, search), held=True))) < 0.01
+    mean, variance = solvers.gaussian_moments(to_table(tables.result(bed, search), "learned"), 0.2, 0.3)
+    assert mean == pytest.approx(0.2, abs=0.01)
+    assert variance == pytest.approx(0.3, rel=0.03)
+    best = min(
+        abs(solvers.gaussian_moments(to_table(h, "hand"), 0.2, 0.3)[1] - 0.3) for *_, h in tables.hand_made(LINEAR, 2)
+    )
+    assert abs(variance - 0.3) < 0.3 * best
+
+
+def test_a_learned_table_is_never_worse_on_held_out_noise_than_the_best_hand_made_one():
+    with jax.enable_x64(True):
+        bed = make_bed(
+            BED, LINEAR, (2, 3), lambda x: testbeds.ode_solution(*BED, LINEAR, x, 1000, tolerance=1e-6), count=16
+        )
+        search = search_to_the_end(bed, 3)
+        found = least_squares.loss(bed.errors(tables.result(bed, search), held=True))
+        hand = min(least_squares.loss(bed.errors(h, held=True)) for *_, h in tables.hand_made(LINEAR, 3))
+        assert search.hand_made == pytest.approx(hand)
+        assert found == pytest.approx(search.leader.best_loss)
+        assert found < hand - 0.5
+
+
+def test_a_search_that_was_cut_off_goes_on_with_the_same_bits():
+    testbed = testbeds.gaussian(COSINE, 0.2, 0.3)
+    bed = make_bed(testbed, COSINE, (4,), lambda x: testbeds.gaussian_flow(COSINE, 0.2, 0.3, x, 1000), count=8)
+    whole = resumed = tables.begin(bed, 2, GROUPS)
+    for _ in range(4):
+        whole = tables.advance(bed, whole)
+        resumed = searches.from_record(json.loads(json.dumps(searches.to_record(resumed))))
+        resumed = tables.advance(bed, resumed)
+    assert json.dumps(searches.to_record(whole)) == json.dumps(searches.to_record(resumed))
+
+
+def test_a_teacher_that_is_not_finite_is_refused():
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, BED.params)
+    teacher = from_table(solvers.ddim(LINEAR, timesteps.uniform(LINEAR, 4)))
+    with pytest.raises(InputError, match="teacher's samples are not finite"):
+        tables.make_bed(
+            rollout.Asked(broken, None, BED.apply_fn), LINEAR, teacher, (noises(2),), (noises(2, 1),), identity
+        )
