@@ -1,6 +1,7 @@
 """What a user gets wrong ends in one line that names the remedy."""
 
 import concurrent.futures
+import json
 import os
 import re
 
@@ -20,6 +21,8 @@ def get_config():
     return config
 """
 
+LEARNED = {**json.loads(solvers.ddim(schedules.cosine(), [900, 500, 0]).to_json()), "facts": {"prediction": "v"}}
+NEWER = {**LEARNED, "version": 3}
 OTHER_TABLE = solvers.ddim(schedules.cosine(50), [50, 25, 0]).to_json()
 
 RUN = "--workdir=$TRAINED/runs/digits"
@@ -224,6 +227,28 @@ MISTAKES = [
     ("evaluate.py", [RUN, "--steps=4", "--tau=sections:counts=2,2"], "leave out --steps"),
     ("evaluate.py", [RUN, "--split=test"], r"has no config\.data\.split='test'"),
     ("evaluate.py", [RUN, "--likelihood=5,0"], "steps is 0"),
+    # Learned tables
+    ("learn.py", [RUN, "--calls=0"], r"calls is '0'; give each number once, in 1\.\.50"),
+    ("learn.py", [RUN, "--calls=1001"], r"calls is '1001'; .* 1\.\.50"),
+    ("learn.py", [RUN, "--calls=five"], "calls is 'five'; write whole numbers, as 3,4,5"),
+    ("learn.py", [RUN, "--calls=3,3"], "give each number once"),
+    ("learn.py", [RUN, "--scope=taus"], "did you mean 'tau'"),
+    ("learn.py", [RUN, "--teacher=ddpm"], "draws noise at every step"),
+    ("learn.py", [RUN, "--teacher=unpc"], "did you mean 'unipc'"),
+    ("learn.py", [RUN, "--teacher=$OTHER.json"], "names a table; name a solver"),
+    ("learn.py", [RUN, "--teacher_calls=5000"], r"steps is 5000; it must be a whole number in 1\.\.1000"),
+    ("learn.py", [RUN, "--guidance_scale=2"], "this model has no classes"),
+    (
+        "sample.py",
+        [RUN, "--sampler=learned", "--steps=7"],
+        "no table of 7 calls .*none has been learned.*learn.py .*=7",
+    ),
+    ("sample.py", [RUN, "--sampler=learned", "--tau=uniform"], "its own grid; leave out --tau"),
+    ("sample.py", [RUN, "--sampler=learned", "--eta=1"], "--eta does nothing"),
+    ("sample.py", ["--workdir=shipped", "--sampler=$LEARNED.json"], "of another prediction, v and not eps"),
+    ("sample.py", ["--workdir=shipped", "--sampler=$NEWER.json"], "its version is '3'.* up to 2"),
+    ("sample.py", [RUN, "--tau=uniform:start=1.5"], "start of tau is 1.5"),
+    ("train.py", ["--config.sample.sampler=learned"], "learned for a trained model"),
     ("evaluate.py", [RUN, "--likelihood=5", "--first=1798"], "more than the 1797 images"),
 ]
 
@@ -240,7 +265,10 @@ def mistakes(trained, tmp_path_factory):
         (cwd / "file.json").write_text('{"tau": [1, 0]}')
         (cwd / "old.py").write_text(OLD_CONFIG)
         (cwd / "other.json").write_text(OTHER_TABLE)
-        names = {"TRAINED": trained, "FILE": cwd / "file", "OLD": cwd / "old", "OTHER": cwd / "other"}
+        (cwd / "learned.json").write_text(json.dumps(LEARNED))
+        (cwd / "newer.json").write_text(json.dumps(NEWER))
+        names = {"LEARNED": cwd / "learned", "NEWER": cwd / "newer"}
+        names |= {"TRAINED": trained, "FILE": cwd / "file", "OLD": cwd / "old", "OTHER": cwd / "other"}
         args = [re.sub(r"\$([A-Z]+)", lambda m: str(names[m[1]]), a) for a in args]
         return run(script, *args, cwd=cwd), sorted(path.name for path in cwd.iterdir())
 
@@ -255,4 +283,4 @@ def mistakes(trained, tmp_path_factory):
 def test_a_mistake_is_one_line_with_code_2_and_leaves_nothing(mistakes, number):
     result, left = mistakes[number]
     assert re.search(MISTAKES[number][2], error_line(result)), result.stderr
-    assert left == ["file", "file.json", "file.py", "old.py", "other.json"]
+    assert left == ["file", "file.json", "file.py", "learned.json", "newer.json", "old.py", "other.json"]

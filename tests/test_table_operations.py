@@ -82,10 +82,17 @@ def test_text_that_is_no_table_is_refused_in_one_line(text):
 
 
 def test_a_field_too_few_or_too_many_is_refused():
-    with refused("log_variance, name, noise, signal, t, tau, update"):
+    with refused("facts, log_variance, name, noise, signal, t, tau, update, version"):
         from_json(json.dumps({k: v for k, v in GOOD.items() if k != "noise"}))
     with refused("and no other"):
         from_json(json.dumps(GOOD | {"sigma": [1, 2]}))
+
+
+def test_the_form_of_earlier_versions_is_read_and_facts_come_back():
+    earlier = {name: value for name, value in GOOD.items() if name not in ("version", "facts")}
+    assert from_json(json.dumps(earlier)).to_json() == json.dumps(GOOD)
+    facts = {"prediction": "v", "shape": [8, 8, 1]}
+    assert from_json(json.dumps(GOOD | {"facts": facts})).facts == facts
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,10 @@ def test_a_field_too_few_or_too_many_is_refused():
         {"log_variance": [0.0, 1.0]},
         {"log_variance": [[0.0, 1.0]]},
         {"name": 5},
+        {"facts": []},
+        {"facts": None},
+        {"version": 3},
+        {"version": "2"},
     ],
     ids=lambda change: str(change)[:30],
 )

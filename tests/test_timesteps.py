@@ -7,6 +7,7 @@ import pytest
 from reference import refused
 
 from diffusion import schedules, timesteps
+from diffusion.errors import InputError
 
 LINEAR = schedules.linear()
 T = LINEAR.num_timesteps
@@ -263,3 +264,18 @@ def test_explicit_times_that_are_no_numbers_are_refused(seq):
 def test_check_refuses_what_is_no_grid(tau):
     with refused("tau"):
         timesteps.check(LINEAR, tau)
+
+
+@pytest.mark.parametrize("name", timesteps.GRIDS)
+@pytest.mark.parametrize("start", [0.3, 0.985])
+def test_a_start_below_1_multiplies_every_time_of_a_grid(name, start):
+    schedule = schedules.cosine()
+    whole = timesteps.GRIDS[name](schedule, 7)
+    np.testing.assert_allclose(timesteps.GRIDS[name](schedule, 7, start=start), start * whole, rtol=1e-15)
+    assert np.array_equal(timesteps.GRIDS[name](schedule, 7, start=1.0), whole)
+
+
+@pytest.mark.parametrize("start", [0, -0.1, 1.5, np.nan])
+def test_a_start_outside_0_to_1_is_refused(start):
+    with pytest.raises(InputError, match="start of tau is"):
+        timesteps.uniform(schedules.cosine(), 7, start=start)

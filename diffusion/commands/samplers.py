@@ -115,6 +115,8 @@ def make_table(
         return _read_table(sampler, schedule, eta)
     if is_own(sampler):
         return _own_table(schedule, sampler, make_tau(schedule, tau, num_steps), eta)
+    if sampler == learned.LEARNED:
+        raise InputError(f"sampler {sampler} is a table learned for a trained model by learn.py; name a solver here")
     _refuse_foreign(sampler)
     choice = options.parse("sampler", sampler, SAMPLERS, leading=2)
     if eta is not None:
@@ -249,7 +251,10 @@ def checked(schedule: NoiseSchedule, table: SamplerTable, what: str, remedy: str
         timesteps.check(schedule, table.tau)
     except InputError as error:
         raise InputError(f"{what}: {error}") from None
-    if not np.all((table.t > 0) & (table.t <= schedule.num_timesteps)) or not _has_levels(table, schedule):
+    # The network may be told another time than that of the level, as by a learned table, which says its schedule.
+    of = table.facts.get("schedule")
+    same = _has_levels(table, schedule) if of is None else of == schedules.fingerprint(schedule)
+    if not np.all((table.t > 0) & (table.t <= schedule.num_timesteps)) or not same:
         raise InputError(f"{what} holds a table for another noise schedule than the model's; {remedy}")
     return table
 
