@@ -1,5 +1,6 @@
 """Laws of learned tables: the history form, the family, its Jacobian, the least-squares method and the search."""
 
+import itertools
 import json
 
 import jax
@@ -11,7 +12,7 @@ import diffusion
 from diffusion import schedules, solvers, testbeds, timesteps
 from diffusion.errors import InputError
 from diffusion.guidance import Guidance
-from diffusion.learning import least_squares, rollout, searches, tables
+from diffusion.learning import least_squares, paths, rollout, searches, tables
 from diffusion.learning.family import GROUPS, SCOPES, Family
 from diffusion.solvers.history import from_table, to_table
 
@@ -233,3 +234,63 @@ def test_a_teacher_that_is_not_finite_is_refused():
         tables.make_bed(
             rollout.Asked(broken, None, BED.apply_fn), LINEAR, teacher, (noises(2),), (noises(2, 1),), identity
         )
+
+
+# ----------------------------------------------------------------------------------------- grids by dynamic programming
+
+
+@pytest.mark.parametrize("later", [1.0, 1.15])
+@pytest.mark.parametrize("steps", [1, 2, 4, 6])
+def test_the_path_of_least_cost_is_that_of_brute_force(steps, later):
+    costs = np.random.default_rng(steps).uniform(0.1, 1, (7, 7))
+
+    def total(path):
+        return sum(later**k * costs[edge] for k, edge in enumerate(itertools.pairwise(path)))
+
+    every = [[0, *middle, 6] for middle in itertools.combinations(range(1, 6), steps - 1)]
+    assert paths.shortest(costs, steps, later) == min(every, key=total)
+
+
+def test_the_costs_of_the_bound_are_its_terms():
+    # For Gaussian data the squared error is the posterior variance, and the bound is that of `evaluation.bound`.
+    schedule, variance = LINEAR, 0.3
+    tau = np.array([1000.0, 700, 400, 100, 1, 0])
+    a2, n2 = schedule.powers(tau[:-1])
+    gamma = n2 / (a2 * variance + n2)  # E |eps_hat|^2 of the ideal network
+    costs = paths.bound_costs(schedule, tau, gamma)
+    posterior = variance * n2 / (a2 * variance + n2)
+    snr = a2 / n2
+    np.testing.assert_allclose(costs[1, 3], 0.5 * (snr[3] - snr[1]) * posterior[1], rtol=1e-9)
+    assert costs[4, 5] == 0
+    assert np.isinf(costs[0, 5])
+
+
+def test_a_straight_path_costs_nothing_and_a_grid_descends_from_T_to_0():
+    # Data at one point: eps is constant along the flow, and so every DDIM step ends on the path.
+    testbed = testbeds.gaussian(LINEAR, 0.4, 1e-12)
+    tau = paths.times(LINEAR, 0.985)
+    costs = paths.path_costs(rollout.Asked(testbed.params, None, testbed.apply_fn), LINEAR, tau, noises(4))
+    upper = costs[np.triu_indices(len(tau), 1)]
+    assert np.max(upper) < 1e-4
+    grid = paths.dp_path(LINEAR, 5, lambda times: costs, start=0.985)
+    assert grid[0] == 985
+    assert len(timesteps.check(LINEAR, grid)) == 6
+
+
+def test_samples_of_a_schedule_that_preserves_no_variance_start_as_those_of_the_scan():
+    flow = schedules.rectified_flow()
+    testbed = testbeds.gaussian(flow, 0.2, 0.3, prediction="flow")
+    with jax.enable_x64(True):
+        asked = rollout.Asked(testbed.params, None, testbed.apply_fn, "flow")
+        of_family = Family(flow, solvers.dpm_solver_pp, np.array([900.0, 500.0, 0.0]), {"order": 2})
+        at = 0.2 * np.random.default_rng(0).normal(size=of_family.size)
+        batch = noises(3)
+        x, jacobian = rollout.run_with_jacobian(asked, of_family.history(at), of_family.derivative(at), batch)
+        table = to_table(of_family.history(at), "any")
+        start = np.hypot(table.signal[0], table.noise[0]) * batch.x
+        shared = {"x_init": jnp.asarray(start), "prediction": "flow"}
+        wanted = diffusion.sample(testbed.apply_fn, testbed.params, table, jax.random.key(0), 3, (2, 3), **shared)
+        np.testing.assert_allclose(x, wanted, rtol=1e-9)
+        for number, direction in enumerate(np.eye(of_family.size)):
+            ends = [rollout.run(asked, of_family.history(at + way * 1e-5 * direction), batch) for way in (1, -1)]
+            np.testing.assert_allclose(jacobian[number], (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-6)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.claims --claim=NAME [--workdir=RUN or FILE.safetensors] [--out=docs/claims]
 
-NAME is one of orders, same_latent, interpolation, inversion, step_cost, and two that read what evaluate.py has
-measured: ddim_table (--evaluation=FOLDER/evaluation.csv) and variance (--evaluation=FOLDER/bound.json). Writes
+NAME is one of orders, same_latent, interpolation, inversion, step_cost, and three that read what evaluate.py has
+measured: ddim_table and learned_tables (--evaluation=FOLDER/evaluation.csv), variance (FOLDER/bound.json). Writes
 images/NAME.png and NAME.csv in --out, prints the table, and puts it between the markers of NAME.md where there is such
 a page, so that no page differs from its data.
 """
@@ -12,7 +12,17 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks.claims import ddim_table, interpolation, inversion, orders, report, same_latent, step_cost, variance
+from benchmarks.claims import (
+    ddim_table,
+    interpolation,
+    inversion,
+    learned_tables,
+    orders,
+    report,
+    same_latent,
+    step_cost,
+    variance,
+)
 from diffusion import pretrained
 from diffusion.commands import cli
 from diffusion.errors import InputError, nearest
@@ -21,6 +31,7 @@ from diffusion.training import run_folder
 
 CLAIMS = {
     "ddim_table": lambda: ddim_table.measure(_evaluation()),
+    "learned_tables": lambda: learned_tables.measure(_evaluation()),
     "variance": lambda: variance.measure(_evaluation()),
     "orders": lambda: orders.measure(),
     "same_latent": lambda: same_latent.measure(*_trained()),
@@ -32,7 +43,9 @@ CLAIMS = {
 _CLAIM = flags.DEFINE_string("claim", None, f"{', '.join(CLAIMS)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or a file of convert.py. Default: the digits that ship.")
 _EVALUATION = flags.DEFINE_string(
-    "evaluation", None, "evaluation.csv of evaluate.py, for ddim_table, or its bound.json, for variance."
+    "evaluation",
+    None,
+    "evaluation.csv of evaluate.py, for ddim_table and learned_tables, or its bound.json, for variance.",
 )
 _OUT = flags.DEFINE_string("out", "docs/claims", "Folder of the pages.")
 

@@ -12,17 +12,14 @@ import io
 import json
 import time
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from diffusion import devices, files, keys, sealed
-from diffusion.commands import cli, drawing, learned, samplers, shared_flags, sources, usage
-from diffusion.denoiser import Options
+from diffusion import devices, files, sealed
+from diffusion.commands import cli, learned, rollouts, samplers, shared_flags, sources, usage
 from diffusion.errors import InputError, nearest
-from diffusion.learning import rollout, searches, tables
+from diffusion.learning import searches, tables
 from diffusion.learning.family import SCOPES
 from diffusion.solvers.history import from_table, to_table
 
@@ -34,9 +31,6 @@ _TEACHER = flags.DEFINE_string("teacher", "unipc:order=3", "The solver whose sam
 _TEACHER_CALLS = flags.DEFINE_integer("teacher_calls", 64, "Steps of the teacher.", lower_bound=2)
 _NOISES = flags.DEFINE_integer("noises", 128, "Noises to learn from, and as many to judge by.", lower_bound=8)
 _AGAIN = flags.DEFINE_bool("again", False, "Learn a table anew although there is one.")
-
-PIXELS_AT_ONCE = 2**16
-"""Small images go through the network together up to so many numbers, whatever --batch_size says."""
 
 
 def main() -> None:
@@ -103,26 +97,14 @@ def _facts(source):
 
 def _make_bed(source, teacher):
     """Draws the noises, and has the teacher make samples of them."""
-    model, params = source.trained.model, source.trained.params
-    options = Options(source.settings["clip"], source.settings["dynamic_threshold"])
-    guidance = source.guidance if source.guidance.acts() else None
-    asked = rollout.Asked(params, guidance, model.apply_fn, model.prediction, options)
-    # A key of its own: no image that sample.py draws begins with one of these noises.
-    key = jax.random.fold_in(keys.make(source.seed), int.from_bytes(b"tabl"))
-    at_once = max(flags.FLAGS.batch_size, PIXELS_AT_ONCE // int(np.prod(model.space.shape)))
-    size = max(1, at_once // rollout.DIRECTIONS)
+    model, key = source.trained.model, rollouts.key_of(source.seed, "tabl")
+    size = rollouts.batch_size(model, flags.FLAGS.batch_size)
     count = -(-_NOISES.value // size) * size
-    start = float(np.hypot(teacher.signal[0], teacher.noise[0]))
-
-    def batch(begin):
-        ids = range(begin, begin + size)
-        x = start * rollout.draw(key, ids, model.space.shape)
-        if not source.labels:
-            return rollout.Noises(x)
-        null = model.conditions.nulls(size) if guidance is not None else None
-        return rollout.Noises(x, drawing.labels_of(np.asarray(ids), source.labels), null)
-
-    train, held = (tuple(batch(begin) for begin in range(first, first + count, size)) for first in (0, count))
+    train, held = (
+        rollouts.batches(model, source.guidance, source.labels, key, range(first, first + count), size)
+        for first in (0, count)
+    )
+    asked = rollouts.asked(source.trained, source.settings, source.guidance)
     # Where images have a bound, they are shown within it, and compared as they are shown.
     measure = _within_bounds if model.space.clip != "none" else _as_it_is
     began = time.perf_counter()

@@ -12,6 +12,7 @@ from diffusion import options, schedules, timesteps
 from diffusion.commands import learned, own
 from diffusion.errors import InputError, users_code
 from diffusion.guidance import RULES
+from diffusion.learning import paths
 from diffusion.model import Model
 from diffusion.sampling import check_prediction, check_variance
 from diffusion.schedules import NoiseSchedule
@@ -55,25 +56,43 @@ Resources = Mapping[str, Callable[[Tau], Any]]
 """Options that cannot be written as text, as functions of the grid; `Source.resources` has those of a trained model."""
 
 
-def make_tau(schedule: NoiseSchedule, text: str, num_steps: int) -> Tau:
+def make_tau(schedule: NoiseSchedule, text: str, num_steps: int, resources: Resources | None = None) -> Tau:
     """Returns the grid of a name, as "uniform", "karras:rho=5" or "explicit:times=1000,500,250".
 
     Args:
       schedule: the noise schedule.
-      text: a key of GRIDS or OWN_LENGTH, with its options.
+      text: a key of GRIDS, OWN_LENGTH or `paths.GRIDS`, with its options.
       num_steps: S; grids of their own length ignore it, see `chosen_steps`.
+      resources: what the last of these estimate on a trained model; see `Resources`.
 
     Raises:
       InputError: an unknown name or option, or a grid that the schedule cannot have.
     """
-    grids = GRIDS | OWN_LENGTH
+    grids = GRIDS | OWN_LENGTH | paths.GRIDS
     own = _name(text) in OWN_LENGTH
     leading = 1 if own else 2
     choice = options.parse("tau", text, grids, leading)
+    if choice.name in paths.GRIDS:
+        choice = _with_estimate(choice, resources)
     if missing := choice.missing(leading):
         example = {"times": "1000,500,250", "counts": "10,15,20"}.get(missing[0], "VALUE")
         raise InputError(f"tau {choice.name} needs {missing[0]}; write {choice.name}:{missing[0]}={example}")
     return choice.function(schedule, *[num_steps] * (not own), **choice.options)
+
+
+def _with_estimate(choice, resources):
+    """Gives a grid that needs an estimate the function that makes it."""
+    (name,) = (
+        name for name, default in options.defaults(choice.function, leading=2).items() if default is options.REQUIRED
+    )
+    if name in choice.options:
+        raise InputError(f"tau {choice.name} takes no {name} as text, it is estimated; leave it out")
+    if name not in (resources or {}):
+        raise InputError(
+            f"tau {choice.name} is found on a trained model; sample.py and evaluate.py do so for samples, and "
+            "sample.py --dry_run prints the times, for --tau=explicit:times=..."
+        )
+    return choice._replace(options={**choice.options, name: resources[name]})
 
 
 def chosen_steps(tau: str, given: Any, default: Any) -> Any:
@@ -114,7 +133,7 @@ def make_table(
     if is_file(sampler):
         return _read_table(sampler, schedule, eta)
     if is_own(sampler):
-        return _own_table(schedule, sampler, make_tau(schedule, tau, num_steps), eta)
+        return _own_table(schedule, sampler, make_tau(schedule, tau, num_steps, resources), eta)
     if sampler == learned.LEARNED:
         raise InputError(f"sampler {sampler} is a table learned for a trained model by learn.py; name a solver here")
     _refuse_foreign(sampler)
@@ -124,7 +143,7 @@ def make_table(
     for name, default in options.defaults(choice.function, leading=2).items():
         if default is options.REQUIRED and name in choice.options:
             raise InputError(f"sampler {choice.name} takes no {name} as text, it is estimated; leave it out")
-    grid = make_tau(schedule, tau, num_steps)
+    grid = make_tau(schedule, tau, num_steps, resources)
     given = dict(choice.options)
     for name in options.defaults(choice.function, leading=2):
         if name not in given and name in (resources or {}):
@@ -176,6 +195,7 @@ def describe() -> str:
         ("samplers (network calls for 10 steps), --sampler", SAMPLERS, 2, calls),
         ("grids of --steps timesteps, --tau", GRIDS, 2, None),
         ("grids of their own length, --tau", OWN_LENGTH, 1, None),
+        ("grids found on the model by dynamic programming, --tau", paths.GRIDS, 2, None),
         ("rules of guidance, --guidance_rule", RULES, 2, None),
     )
     lines = []

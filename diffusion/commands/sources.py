@@ -11,17 +11,20 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from diffusion import keys
-from diffusion.commands import drawing, learned, opening, own, samplers
+from diffusion.commands import drawing, learned, opening, own, rollouts, samplers
 from diffusion.commands.datasets import load_data_of
 from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
 from diffusion.denoiser import Options, check_options
 from diffusion.errors import InputError, nearest, printable
 from diffusion.guidance import Guidance
-from diffusion.learning import analytic
+from diffusion.learning import analytic, paths
 from diffusion.model import Trained
 from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable
 from diffusion.timesteps import GRIDS
+
+PATHS = 64
+"""How many of a teacher's paths --tau=dp_path looks at."""
 
 MAX_NAMED = 5
 """The most classes that the title of a job names."""
@@ -68,8 +71,16 @@ class Source(NamedTuple):
             data = load_data_of(self.trained)
             return analytic.cached_gamma(self.home, self.trained, self.sha256, data, tau, say=print)
 
+        def path_costs(tau):
+            print(f"following {PATHS} paths through {len(tau) - 1} network calls")
+            model, key = self.trained.model, rollouts.key_of(self.seed, "path")
+            (noises,) = rollouts.batches(model, self.guidance, self.labels, key, range(PATHS), PATHS)
+            return paths.path_costs(
+                rollouts.asked(self.trained, self.settings, self.guidance), model.schedule, tau, noises
+            )
+
         # Pixels lie in [-1, 1], and so no variance of x_0 exceeds 1.
-        return {"gamma": gamma, "max_cov": lambda tau: 1.0}
+        return {"gamma": gamma, "path_costs": path_costs, "max_cov": lambda tau: 1.0}
 
 
 class Sampling(NamedTuple):

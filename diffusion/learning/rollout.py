@@ -41,7 +41,7 @@ class Noises(NamedTuple):
     """What the samples are made from.
 
     Attributes:
-      x: [B, *shape] at the start of the grid.
+      x: standard normal noise [B, *shape]; samples start from it times sqrt(a^2 + n^2) at the start of the grid.
       cond: a pytree with a leading axis B, or None.
       null: the condition that means "none", shaped as cond; None without guidance.
     """
@@ -80,14 +80,21 @@ def _draw(key, ids, shape):
 
 def run(asked: Asked, history: History, noises: Noises) -> Images:
     """Returns the samples [B, *shape] of a sampler, as `diffusion.sample` does with its table."""
-    stages, state = _stages(asked, history), _begin(asked, noises)
+    return path(asked, history, noises)[0][-1]
+
+
+def path(asked: Asked, history: History, noises: Noises) -> tuple[list[Images], Float[Array, "stages B *shape"]]:
+    """Returns x before each network call and at the end, and the estimates D, as a trajectory of `diffusion.sample`."""
+    stages, state = _stages(asked, history), _begin(asked, history, noises)
     estimates = jnp.zeros((len(stages), *state.x.shape), state.x.dtype)
+    passed = [state.x]
     for i, stage in enumerate(stages):
         called = _call(asked, state, noises, stage)
         estimates = _keep(estimates, called.estimate, i)
         x = _row(called.seen, estimates, *_floats(history.keep[i], history.weights[i]))
         state = _State(x, called.memory)
-    return state.x
+        passed.append(x)
+    return passed, estimates
 
 
 def run_with_jacobian(
@@ -102,11 +109,14 @@ def run_with_jacobian(
       noises: what the samples are made from.
     """
     count, stages = len(derivative.t), _stages(asked, history)
-    state = _begin(asked, noises)
+    state = _begin(asked, history, noises)
     moves = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), state)
+    # Where signal and noise do not add up to 1, as in a rectified flow, the start moves with the grid.
+    start_moves = _start_moves(history, derivative)
+    moves = moves._replace(x=jnp.multiply.outer(*_floats(start_moves, noises.x)))
     estimates = jnp.zeros((len(stages), *state.x.shape), state.x.dtype)
     estimate_moves = jnp.zeros((len(stages), count, *state.x.shape), state.x.dtype)
-    moving = np.zeros(count, bool)
+    moving = start_moves != 0
     for i, stage in enumerate(stages):
         # Only the directions that move x or the level by now go through the network.
         levels = np.stack([derivative.t[:, i], derivative.signal[:, i], derivative.noise[:, i]], axis=-1)
@@ -136,9 +146,17 @@ def _floats(*arrays):
     return tuple(np.asarray(array, jnp.result_type(float)) for array in arrays)
 
 
-def _begin(asked, noises):
-    x = jnp.asarray(noises.x)
+def _begin(asked, history, noises):
+    (scale,) = _floats(np.hypot(history.signal[0], history.noise[0]))
+    x = scale * jnp.asarray(noises.x)
     return _State(x, None if asked.guidance is None else jnp.zeros_like(x))
+
+
+def _start_moves(history, derivative):
+    """Returns the derivative of the standard deviation at the start by each number."""
+    signal, noise = history.signal[0], history.noise[0]
+    moves = (signal * derivative.signal[:, 0] + noise * derivative.noise[:, 0]) / np.hypot(signal, noise)
+    return np.where(np.abs(moves) > 1e-8, moves, 0.0)  # below is only the rounding of differences
 
 
 class _Called(NamedTuple):
