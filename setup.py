@@ -33,7 +33,7 @@ setup(
     # The configs go into the package: a top-level `configs` in site-packages would meet those of other projects.
     packages=[*find_packages(include=["diffusion", "diffusion.*"]), "diffusion.configs"],
     package_dir={"diffusion.configs": "configs"},
-    package_data={"diffusion": ["py.typed"], "diffusion.pretrained": ["*.safetensors"]},
+    package_data={"diffusion": ["py.typed"], "diffusion.pretrained": ["*.safetensors", "*/*.json"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",

@@ -44,7 +44,8 @@ def test_the_package_holds_configs_weights_and_the_mark_of_its_types(installed):
     found = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
     tracked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "diffusion").rglob("*.py")}
     configs = {f"diffusion/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
-    others = {"diffusion/py.typed", "diffusion/pretrained/digits.safetensors"}
+    tables = {f"diffusion/pretrained/digits-tables/{calls}.json" for calls in (3, 4, 5, 6, 8, 10)}
+    others = {"diffusion/py.typed", "diffusion/pretrained/digits.safetensors", *tables}
     assert found == tracked | configs | others
 
 

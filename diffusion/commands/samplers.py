@@ -204,7 +204,10 @@ def describe() -> str:
         for name, function in table.items():
             summary = (function.__doc__ or "").partition("\n")[0]
             lines.append(f"  {name:26} {f'{note(name)}  ' if note else ''}{summary}")
-            settings = [f"{key}={_shown(value)}" for key, value in options.defaults(function, leading).items()]
+            given = options.defaults(function, leading)
+            if table is paths.GRIDS:  # what has no default there is estimated
+                given = {key: value for key, value in given.items() if value is not options.REQUIRED}
+            settings = [f"{key}={_shown(value)}" for key, value in given.items()]
             lines += [f"  {'':26} options: {', '.join(settings)}"] * bool(settings)
         lines.append("")
     lines.append("options follow a colon: NAME:KEY=VALUE,...; a sampler can also be a function of your own, as")

@@ -121,7 +121,8 @@ class Sampling(NamedTuple):
         if self.tau in GRIDS and steps != self.steps:
             yield f"tau {self.tau} makes {steps} steps of --steps={self.steps}"
         yield from learned.notes(self.table, self.source.facts())
-        yield from samplers.start_notes(self.table, self.source.trained.model.schedule)
+        if not self.table.facts:  # a learned table knows where it starts
+            yield from samplers.start_notes(self.table, self.source.trained.model.schedule)
 
     def record(self) -> dict[str, Any]:
         """Returns everything that determines image number i, for JSON."""
