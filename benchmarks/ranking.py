@@ -1,7 +1,7 @@
 """Ranks all deterministic solvers, and diffusers' schedulers beside them, on the ideal denoiser of real images.
 
     python benchmarks/ranking.py [--images=PATH] [--size=32] [--count=2000] [--samples=16] [--calls=5,10,25]
-        [--schedule=linear] [--bandwidth=0] [--top=10] [--out=ranking.csv]
+        [--schedule=linear] [--bandwidth=0] [--top=10] [--learn=64] [--out=ranking.csv]
 
 The network is exact (`diffusion.testbeds.ideal` of the digits, or of some images in a folder or archive), so what is
 measured is the solver and the grid alone: the root mean square distance, over samples and pixels, to the exact solution
@@ -27,6 +27,8 @@ from diffusion import schedules, solvers, testbeds, timesteps
 from diffusion.data import digits
 from diffusion.data import images as image_files
 from diffusion.errors import InputError
+from diffusion.learning import rollout, tables
+from diffusion.learning.family import GROUPS
 
 _IMAGES = flags.DEFINE_string("images", "", "A folder or archive of images; the digits of scikit-learn if empty.")
 _SIZE = flags.DEFINE_integer("size", 32, "Height and width of these images.")
@@ -38,6 +40,7 @@ _TOP = flags.DEFINE_integer("top", 10, "Rows to print for each side and budget; 
 _OUT = flags.DEFINE_string("out", "", "A CSV file for all rows.")
 _BANDWIDTH = flags.DEFINE_float("bandwidth", 0.0, "Std of a Gaussian around each image, in pixels of [-1, 1].")
 _TOLERANCE = flags.DEFINE_float("tolerance", 1e-7, "Of the exact solution.")
+_LEARN = flags.DEFINE_integer("learn", 0, "Also learn a table for each budget, from so many noises of their own.")
 
 
 def leading_without_first(schedule, steps):
@@ -120,6 +123,8 @@ def main(_):
     rows = []
     for budget in map(int, _CALLS.value):
         rows += our_rows(problem, budget)
+        if _LEARN.value:
+            rows.append(learned_row(problem, budget))
         if importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers"):
             from ranking_diffusers import library_rows
 
@@ -182,6 +187,31 @@ def our_rows(problem, budget):
     return rows
 
 
+def learned_row(problem, budget):
+    """A table learned from the exact solution, on noises that the ranking does not see."""
+    size, shape = 16, problem.noise.shape[1:]
+    rng = np.random.default_rng(2)
+    batches, targets = [], []
+    for _ in range(2 * -(-_LEARN.value // size)):
+        noises = rollout.Noises(rng.standard_normal((size, *shape)))
+        batches.append(noises)
+        start = problem.schedule.num_timesteps
+        targets.append(testbeds.ode_solution(*problem.testbed, problem.schedule, noises.x, start, tolerance=1e-6))
+    half = len(batches) // 2
+    asked = rollout.Asked(problem.testbed.params, None, problem.testbed.apply_fn)
+    parts = (tuple(batches[:half]), tuple(batches[half:]), tuple(targets[:half]), tuple(targets[half:]))
+    bed = tables.Bed(asked, problem.schedule, *parts, _pixels, floor=1.0)  # the ranking is by the plain mean
+    search = tables.begin(bed, budget, GROUPS)
+    while search.current is not None:
+        search = tables.advance(bed, search)
+    x = rollout.run(asked, tables.result(bed, search), rollout.Noises(problem.noise))
+    return Row("learned", "learned", f"from {search.leader.start[0]}", budget, budget, *errors(problem, x))
+
+
+def _pixels(x):
+    return x
+
+
 def largest_table(schedule, solver, options, grid, budget):
     """The table of most steps within the budget, or None."""
     for steps in range(budget, 0, -1):
@@ -213,7 +243,7 @@ def report(problem, rows, budget):
         print("| | solver | grid | calls | RMS error | median |\n|---|---|---|---|---|---|")
         for place, row in enumerate(ranked[: _TOP.value or None], 1):
             print(f"| {place} | `{row.solver}` | {row.grid} | {row.calls} | {row.rms:.2e} | {row.median:.2e} |")
-    if len(best) == 2:
+    if "diffusers" in best:
         ours, theirs = best["ours"], best["diffusers"]
         print(f"\nbest of ours / best of diffusers at {budget} calls: {ours.rms / theirs.rms:.3f}", flush=True)
 

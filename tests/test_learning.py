@@ -209,8 +209,8 @@ def test_a_learned_table_is_never_worse_on_held_out_noise_than_the_best_hand_mad
             BED, LINEAR, (2, 3), lambda x: testbeds.ode_solution(*BED, LINEAR, x, 1000, tolerance=1e-6), count=16
         )
         search = search_to_the_end(bed, 3)
-        found = least_squares.loss(bed.errors(tables.result(bed, search), held=True))
-        hand = min(least_squares.loss(bed.errors(h, held=True)) for *_, h in tables.hand_made(LINEAR, 3))
+        found = bed.loss(bed.errors(tables.result(bed, search), held=True))
+        hand = min(bed.loss(bed.errors(h, held=True)) for *_, h in tables.hand_made(LINEAR, 3))
         assert search.hand_made == pytest.approx(hand)
         assert found == pytest.approx(search.leader.best_loss)
         assert found < hand - 0.5

@@ -29,6 +29,9 @@ _CALLS = flags.DEFINE_list("calls", ["5"], "Network calls of each table to learn
 _SCOPE = flags.DEFINE_string("scope", "all", f"What of a sampler is learned: {', '.join(SCOPES)}.")
 _TEACHER = flags.DEFINE_string("teacher", "unipc:order=3", "The solver whose samples are the goal; deterministic.")
 _TEACHER_CALLS = flags.DEFINE_integer("teacher_calls", 64, "Steps of the teacher.", lower_bound=2)
+_FLOOR = flags.DEFINE_float(
+    "floor", 0.001, "A squared error at which a sample counts as reached; 1 weighs all errors alike.", lower_bound=1e-9
+)
 _NOISES = flags.DEFINE_integer("noises", 128, "Noises to learn from, and as many to judge by.", lower_bound=8)
 _AGAIN = flags.DEFINE_bool("again", False, "Learn a table anew although there is one.")
 
@@ -91,7 +94,12 @@ def _is_done(source, folder, count):
 def _facts(source):
     """Returns everything that determines a table."""
     settings = {"scope": _SCOPE.value, "teacher": _TEACHER.value, "teacher_calls": _TEACHER_CALLS.value}
-    settings |= {"noises": _NOISES.value, "seed": source.seed, "threshold": source.settings["dynamic_threshold"]}
+    settings |= {
+        "noises": _NOISES.value,
+        "floor": _FLOOR.value,
+        "seed": source.seed,
+        "threshold": source.settings["dynamic_threshold"],
+    }
     return {**source.facts(), **settings}
 
 
@@ -109,7 +117,8 @@ def _make_bed(source, teacher):
     measure = _within_bounds if model.space.clip != "none" else _as_it_is
     began = time.perf_counter()
     with tqdm(total=2 * count, unit="image", desc="teacher", leave=False, disable=None) as progress:
-        bed = tables.make_bed(asked, model.schedule, teacher, train, held, measure, tick=lambda: progress.update(size))
+        parts = (asked, model.schedule, teacher, train, held, measure)
+        bed = tables.make_bed(*parts, floor=_FLOOR.value, tick=lambda: progress.update(size))
     print(
         f"teacher: {_TEACHER.value}, {teacher.nfe} calls, {count} noises to learn from and {count} to judge by "
         f"({time.perf_counter() - began:.0f} s)"

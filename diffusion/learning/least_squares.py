@@ -4,8 +4,9 @@ It minimises
 
     mean_n log(e_n + floor) + ridge |corrections|^2,       e_n = mean square of the residuals of sample n,
 
-by reweighting: a few samples that end at another image would rule a plain mean. Each iteration needs the sums of
-J^T W J and J^T W r only, which add up over batches, and there is no learning rate.
+by reweighting: a few samples that end at another image would rule a plain mean, which a floor far above all errors
+gives. Each iteration needs the sums of J^T W J and J^T W r only, which add up over batches, and there is no learning
+rate.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,8 @@ class Problem(NamedTuple):
 
     def objective(self, numbers: Vector, errors: Errors) -> float:
         """Returns what is minimised."""
-        return loss(errors, self.floor) + self.ridge * float(np.sum(self.corrections * numbers**2))
+        within = float(np.mean(np.log(errors + self.floor))) if np.isfinite(errors).all() else np.inf
+        return within + self.ridge * float(np.sum(self.corrections * numbers**2))
 
 
 class Fit(NamedTuple):
@@ -62,9 +64,15 @@ class Fit(NamedTuple):
     gain: float = np.inf
 
 
-def loss(errors: Errors, floor: float = FLOOR) -> float:
-    """Returns mean_n log(e_n + floor), infinite if an error is not finite."""
-    return float(np.mean(np.log(errors + floor))) if np.isfinite(errors).all() else np.inf
+def typical(errors: Errors, floor: float = FLOOR) -> float:
+    """Returns the logarithm of the typical squared error, exp(mean_n log(e_n + floor)) - floor.
+
+    It ascends with what is minimised, and is that of the mean where the floor is far above all errors, or of the
+    geometric mean where it is far below; infinite if an error is not finite.
+    """
+    if not np.isfinite(errors).all():
+        return np.inf
+    return float(np.log(max(floor * np.expm1(np.mean(np.log1p(errors / floor))), np.finfo(np.float64).tiny)))
 
 
 def begin(problem: Problem, numbers: Vector) -> Fit:

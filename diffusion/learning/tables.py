@@ -54,6 +54,7 @@ class Bed(NamedTuple):
       train, held: noises to learn from, and others to judge by, in batches of one size.
       train_targets, held_targets: what the teacher makes of them, batch by batch.
       measure: what is compared of samples; a function that JAX can trace.
+      floor: see `least_squares`.
     """
 
     asked: Asked
@@ -63,6 +64,11 @@ class Bed(NamedTuple):
     train_targets: tuple[Images, ...]
     held_targets: tuple[Images, ...]
     measure: Callable[[Images], Images]
+    floor: float = least_squares.FLOOR
+
+    def loss(self, errors: Errors) -> float:
+        """Returns the logarithm of the typical squared error, by which samplers are judged."""
+        return least_squares.typical(errors, self.floor)
 
     def errors(self, history: History, held: bool) -> Errors:
         """Returns the mean square distance of each sample from the teacher's."""
@@ -146,6 +152,8 @@ def make_bed(
     train: tuple[Noises, ...],
     held: tuple[Noises, ...],
     measure: Callable[[Images], Images],
+    *,
+    floor: float = least_squares.FLOOR,
     tick: Callable[[], None] = lambda: None,
 ) -> Bed:
     """Has the teacher draw what a table is learned from.
@@ -154,7 +162,7 @@ def make_bed(
       asked, schedule: the network.
       teacher: a sampler of many calls.
       train, held: the noises, in batches.
-      measure: see `Bed`.
+      measure, floor: see `Bed`.
       tick: is called after each batch.
 
     Raises:
@@ -166,7 +174,7 @@ def make_bed(
         if not np.isfinite(np.asarray(targets[-1])).all():
             raise InputError("the teacher's samples are not finite: the weights diverged; take another checkpoint")
         tick()
-    return Bed(asked, schedule, train, held, tuple(targets[: len(train)]), tuple(targets[len(train) :]), measure)
+    return Bed(asked, schedule, train, held, tuple(targets[: len(train)]), tuple(targets[len(train) :]), measure, floor)
 
 
 def hand_made(schedule: NoiseSchedule, calls: int) -> Iterator[tuple[str, str, History]]:
@@ -200,7 +208,7 @@ def begin(bed: Bed, calls: int, groups: tuple[str, ...], tick: Callable[[], None
     """
     ranked = []
     for base, grid, history in hand_made(bed.schedule, calls):
-        ranked.append((least_squares.loss(bed.errors(history, held=True)), base, grid))
+        ranked.append((bed.loss(bed.errors(history, held=True)), base, grid))
         tick()
     ranked = sorted(entry for entry in ranked if np.isfinite(entry[0]))
     if not ranked:
@@ -214,7 +222,7 @@ def begin(bed: Bed, calls: int, groups: tuple[str, ...], tick: Callable[[], None
         family = _family(bed, calls, groups, (base, grid))
         zeros = np.zeros(family.size)
         fit = least_squares.begin(_problem(bed, family), zeros)
-        trials.append(Trial((base, grid), fit, zeros, held_loss, ((least_squares.loss(fit.errors), held_loss),)))
+        trials.append(Trial((base, grid), fit, zeros, held_loss, ((bed.loss(fit.errors), held_loss),)))
     return Search(calls, groups, ranked[0][0], tuple(trials))
 
 
@@ -223,14 +231,14 @@ def advance(bed: Bed, search: Search) -> Search:
     number = search.current
     trial = search.trials[number]
     family = _family(bed, search.calls, search.groups, trial.start)
-    fit = least_squares.iterate(_problem(bed, family), trial.fit)
-    held_loss = least_squares.loss(bed.errors(family.history(fit.numbers), held=True))
+    fit = least_squares.iterate(_problem(bed, family, trial.losses[0][0]), trial.fit)
+    held_loss = bed.loss(bed.errors(family.history(fit.numbers), held=True))
     better = held_loss < trial.best_loss
     trial = trial._replace(
         fit=fit,
         best=fit.numbers if better else trial.best,
         best_loss=held_loss if better else trial.best_loss,
-        losses=(*trial.losses, (least_squares.loss(fit.errors), held_loss)),
+        losses=(*trial.losses, (bed.loss(fit.errors), held_loss)),
         stalled=0 if held_loss < trial.best_loss - WORTHWHILE else trial.stalled + 1,
     )
     return search._replace(trials=(*search.trials[:number], trial, *search.trials[number + 1 :]))
@@ -243,7 +251,7 @@ def result(bed: Bed, search: Search) -> History:
 
 
 def error_ratio(search: Search) -> float:
-    """Returns the geometric mean of the squared errors on held-out noise over that of the best hand-made sampler."""
+    """Returns the typical squared error on held-out noise over that of the best hand-made sampler."""
     return float(np.exp(search.leader.best_loss - search.hand_made))
 
 
@@ -262,8 +270,8 @@ def _family(bed, calls, groups, start):
     return Family(bed.schedule, _solver(base), np.asarray(_grid(bed.schedule, grid, calls), np.float64), groups=groups)
 
 
-def _problem(bed, family):
-    """Returns the least-squares problem of a family on the training noises."""
+def _problem(bed, family, start_loss=0.0):
+    """Returns the least-squares problem of a family on the training noises; start_loss is that of all zeros."""
 
     def errors(numbers):
         try:
@@ -282,7 +290,9 @@ def _problem(bed, family):
             begin += len(part.x)
         return total[0] / begin, total[1] / begin
 
-    return least_squares.Problem(errors, equations, family.corrections())
+    error = np.exp(start_loss)
+    ridge = least_squares.RIDGE * error / (error + bed.floor)
+    return least_squares.Problem(errors, equations, family.corrections(), bed.floor, ridge)
 
 
 @partial(jax.jit, static_argnums=0)
