@@ -1,0 +1,128 @@
+"""Consistency: a network whose estimates of x_0 agree along each path from noise to data draws samples in one call.
+
+Two points of a path, at t and at an earlier r, must give the same x_0; the estimate at r is learned from and not moved,
+and at r = 0 it is the data. The gap between t and r closes in the course of the run, so that it begins as the training
+of an ordinary model and ends at consistency (easy consistency tuning, arXiv:2406.14548).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from diffusion import keys, predictions
+from diffusion.errors import InputError, require_range
+from diffusion.objectives.losses import Batch, Loss
+from diffusion.objectives.teaching import Course, beside, noisy, read, readings, require_teacher, rows_at
+from diffusion.predictions import Reading
+from diffusion.schedules import NoiseSchedule
+from diffusion.types import Images
+
+
+def consistency_loss(
+    batch: Batch,
+    schedule: NoiseSchedule,
+    prediction: str,
+    weights: None,
+    course: Course,
+    halvings: float = 5.0,
+    power: float = 0.8,
+    huber: float = 0.03,
+) -> Loss:
+    """Returns how far the estimates of x_0 at two noise levels of one image and one noise lie apart.
+
+    The second point has the noise of the first, x_r = a_r x_0 + n_r eps, so no teacher is needed. Both estimates have
+    the same dropout.
+
+    Args:
+      batch: see `Batch`.
+      schedule: the noise schedule; its arrays are concrete, not traced.
+      prediction: what the network predicts.
+      weights: None, as this objective has its own: one over the gap.
+      course: what else there is to know of the run.
+      halvings: the gap, a share of t, begins at 1 and halves this often, evenly over the run.
+      power: t is T u^power with u even in 0..1; below 1 more of them are large.
+      huber: where the loss turns from the square of the root-mean-square distance to the distance itself.
+
+    Raises:
+      InputError: weights are given, a number is out of its range, or the prediction says nothing about x_0 at T.
+    """
+    points = _draw(batch, schedule, prediction, weights, course, (halvings, power, huber))
+    return _compare(batch, course, points, noisy(batch, points.early), batch.x_0, huber)
+
+
+def consistency_distillation_loss(
+    batch: Batch,
+    schedule: NoiseSchedule,
+    prediction: str,
+    weights: None,
+    course: Course,
+    halvings: float = 5.0,
+    power: float = 0.8,
+    huber: float = 0.03,
+) -> Loss:
+    """Returns how far the estimates of x_0 at two points of one path of the teacher lie apart.
+
+    The second point is one step of Heun's method from the first along the teacher's probability flow (consistency
+    distillation, arXiv:2303.01469, algorithm 2). At r = 0 the teacher's estimate is learned from.
+
+    Arguments and errors are as for `consistency_loss`; the batch has a teacher.
+    """
+    require_teacher("consistency_distillation", course)
+    points = _draw(batch, schedule, prediction, weights, course, (halvings, power, huber))
+    x_t = noisy(batch, points.late)
+    x_r, x0 = _heun(batch, schedule, course, points, x_t)
+    return _compare(batch, course, points, x_r, x0, huber)
+
+
+class _Points(NamedTuple):
+    """Two times r < t of each sample, how the student is read there, and the gap between them as a share of t."""
+
+    t: Int[Array, "B"]
+    r: Int[Array, "B"]
+    late: Reading
+    early: Reading
+    gap: Float[Array, "B"]
+
+
+def _draw(batch, schedule, prediction, weights, course, numbers):
+    """Draws the two times of each sample."""
+    if weights is not None:
+        raise InputError("a consistency objective has its own weights; use weighting simple")
+    halvings, power, huber = numbers
+    require_range("halvings of a consistency objective", halvings, 0, 30)
+    require_range("power of a consistency objective", power, 0, 10, open_ends="low")
+    require_range("huber of a consistency objective", huber, 0, open_ends="low, high")
+    num = schedule.num_timesteps
+    predictions.check_signal("the objective", prediction, num, *schedule.at(num))
+    uniforms = jax.vmap(lambda k: keys.uniform(jax.random.fold_in(k, 0)))(batch.keys)
+    u = (batch.index.astype(uniforms.dtype) + uniforms) / batch.size
+    t = jnp.clip(jnp.ceil(num * u**power).astype(int), 1, num)
+    gap = 2.0 ** (-halvings * jnp.asarray(batch.step, jnp.float32) / course.num_steps)
+    r = jnp.clip(jnp.round(t * (1 - gap)).astype(int), 0, t - 1)
+    at = readings(prediction, schedule, np.maximum(np.arange(num + 1), 1))  # 0 is not read, and may be 0 / 0
+    return _Points(t, r, rows_at(at, t), rows_at(at, r), (t - r) / t)
+
+
+def _compare(batch, course, points, x_r, x0, huber):
+    """Returns the loss between the estimates at t and at r, or x0 where r is 0."""
+    found = read(batch.network, points.late, noisy(batch, points.late), batch.cond, clip=False)
+    wanted = read(batch.network, points.early, x_r, batch.cond, course.clip)
+    wanted = jax.lax.stop_gradient(jnp.where(beside(points.r, x0) == 0, x0, wanted))
+    error = jnp.mean(jnp.square(found - wanted), axis=tuple(range(1, x0.ndim)))
+    return Loss((jnp.sqrt(error + huber**2) - huber) / points.gap, points.t, error)
+
+
+def _heun(batch, schedule, course, points, x: Images):
+    """Returns the teacher's x at r by one step of Heun's method from x at t, and its first estimate of x_0."""
+    num = schedule.num_timesteps
+    at = readings(course.taught_by, schedule, np.maximum(np.arange(num + 1), 1))
+    late, early = rows_at(at, points.t), rows_at(at, points.r)
+    keep = beside(early.noise / late.noise, x)
+    add = beside(early.signal, x) - keep * beside(late.signal, x)
+    first = read(batch.teacher, late, x, batch.cond, course.clip)
+    second = read(batch.teacher, early, keep * x + add * first, batch.cond, course.clip)
+    # In the exponential form the step is exact for a constant D, and the mean of both ends makes it of second order.
+    return keep * x + add * (first + second) / 2, first
