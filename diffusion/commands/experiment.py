@@ -63,9 +63,10 @@ class Experiment:
 
     def make_state(self, key: jax.Array, taught: Params | None = None) -> TrainState:
         """Returns the state before the first step; a student begins with its teacher's parameters, `taught`."""
-        params = self.model.init(key) if taught is None else taught
+        params = self.model.init(key) if taught is None else jax.tree.map(jnp.copy, taught)
         needed = choice.parse(self.config.train.objective).name in choice.TAUGHT
-        return init_state(params, self.optimizer, self.step_options.ema_decays, taught if needed else None)
+        teacher = jax.tree.map(jnp.copy, taught) if needed else None
+        return init_state(params, self.optimizer, self.step_options.ema_decays, teacher)
 
     def table_at(self, step: int) -> SamplerTable:
         """Returns what draws the samples shown after a training step."""

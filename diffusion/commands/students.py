@@ -105,7 +105,7 @@ def complete(config: ConfigDict, teacher: Trained | None, given: Collection[str]
             elif name.startswith(_ALIKE) and not _same(value, theirs[name]) and not _all_classes(name, value):
                 raise InputError(
                     f"{name} is {value!r}, the teacher's is {theirs[name]!r}; a student starts from its teacher's "
-                    "parameters: leave it out"
+                    "parameters: leave it out, as configs/digits_progressive.py does"
                 )
     for field, value in own_sampler(config)._asdict().items():
         if not is_set(f"config.sample.{field}", config.sample[field]):

@@ -196,7 +196,8 @@ def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int 
       InputError: the checkpoint was trained otherwise, or a new run has attention where no level is.
     """
     key = keys.make(experiment.config.seed)
-    taught = None if experiment.teacher is None else experiment.teacher.params
+    # On the host, because a teacher from a run folder lies on one device.
+    taught = None if experiment.teacher is None else jax.tree.map(np.asarray, experiment.teacher.params)
     shapes = jax.eval_shape(experiment.make_state, key, taught)
     shardings = devices.state_sharding(experiment.mesh, shapes)
     if begin is None:

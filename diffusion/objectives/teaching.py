@@ -58,5 +58,5 @@ def readings(prediction: str, schedule: NoiseSchedule, t: np.ndarray) -> Reading
 
 
 def rows_at(table: Any, *index: jax.Array) -> Any:
-    """Looks up every array of a pytree of float64 tables, as float32."""
-    return jax.tree.map(lambda values: jnp.asarray(values, jnp.float32)[index], table)
+    """Looks up every array of a pytree of float64 tables, in the working precision."""
+    return jax.tree.map(lambda values: jnp.asarray(values, jnp.result_type(float))[index], table)
