@@ -56,7 +56,7 @@ def ddim_step(x, x0, t, s):
 
 
 def ideal_student(steps):
-    """v of the x_0 with which one step lands where two exact DDIM steps do, solved for, with N steps on 64 timesteps."""
+    """v of the x_0 with which one step lands where two exact DDIM steps do, solved for; T is 64."""
     gap = 64 // steps
 
     def network(x, time, cond=None):

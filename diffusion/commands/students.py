@@ -147,16 +147,17 @@ def check_sampler(config: ConfigDict, step: int | None, schedule: NoiseSchedule,
     if not choice.is_student(config.train.objective):
         return
     steps = progressive_steps(config, step)
+    given = "config.sample" if step is None else "--sampler, --steps, --tau and --eta"
     if steps is not None:
         if not _same_table(table, own_table(schedule, steps)):
             raise InputError(
                 f"this progressive student has learned one thing, {steps} ddim step{'s' * (steps > 1)} on the uniform "
-                f"grid, which {table.name} in {table.nfe} calls is not: leave out --sampler, --steps, --tau and --eta"
+                f"grid, which {table.name} in {table.nfe} calls is not: leave out {given}"
             )
     elif table.update.shape[1] != 1 or np.any(table.update[:, 0, 0]):
         raise InputError(
             f"this consistency student draws a whole sample in each call, and {table.name} goes on from x; take "
-            "--sampler=consistency with any --steps, 1 to 4 are usual"
+            "sampler consistency with any number of steps, 1 to 4 are usual"
         )
 
 

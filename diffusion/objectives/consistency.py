@@ -50,7 +50,7 @@ def consistency_loss(
       InputError: weights are given, a number is out of its range, or the prediction says nothing about x_0 at T.
     """
     points = _draw(batch, schedule, prediction, weights, course, (halvings, power, huber))
-    return _compare(batch, course, points, noisy(batch, points.early), batch.x_0, huber)
+    return _compare(batch, points, noisy(batch, points.early), batch.x_0, huber)
 
 
 def consistency_distillation_loss(
@@ -74,7 +74,7 @@ def consistency_distillation_loss(
     points = _draw(batch, schedule, prediction, weights, course, (halvings, power, huber))
     x_t = noisy(batch, points.late)
     x_r, x0 = _heun(batch, schedule, course, points, x_t)
-    return _compare(batch, course, points, x_r, x0, huber)
+    return _compare(batch, points, x_r, x0, huber)
 
 
 class _Points(NamedTuple):
@@ -106,10 +106,11 @@ def _draw(batch, schedule, prediction, weights, course, numbers):
     return _Points(t, r, rows_at(at, t), rows_at(at, r), (t - r) / t)
 
 
-def _compare(batch, course, points, x_r, x0, huber):
+def _compare(batch, points, x_r, x0, huber):
     """Returns the loss between the estimates at t and at r, or x0 where r is 0."""
     found = read(batch.network, points.late, noisy(batch, points.late), batch.cond, clip=False)
-    wanted = read(batch.network, points.early, x_r, batch.cond, course.clip)
+    # Nothing is clipped here: where pixels lie at an end, as black ones do, that would pull them inwards at every gap.
+    wanted = read(batch.network, points.early, x_r, batch.cond, clip=False)
     wanted = jax.lax.stop_gradient(jnp.where(beside(points.r, x0) == 0, x0, wanted))
     error = jnp.mean(jnp.square(found - wanted), axis=tuple(range(1, x0.ndim)))
     return Loss((jnp.sqrt(error + huber**2) - huber) / points.gap, points.t, error)

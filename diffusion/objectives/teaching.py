@@ -22,7 +22,7 @@ class Course(NamedTuple):
     Attributes:
       num_steps: training steps in all; its schedules go by the share of them that is done.
       taught_by: what the first teacher predicts; None where there is no teacher.
-      clip: whether estimates of x_0 that are learned from are clipped to [-1, 1], as in sampling from pixels.
+      clip: whether the teacher's estimates of x_0 are clipped to [-1, 1], as in sampling from pixels.
     """
 
     num_steps: int

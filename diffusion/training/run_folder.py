@@ -177,7 +177,8 @@ def check_resumable(
     """
     old, new = dict(_flatten(defaults or {})) | dict(_flatten(saved)), dict(_flatten(wanted))
     # A decay to 0 at the end shapes the learning rate of each step, and students go by the share that is done.
-    shaped = old.get("config.optimizer.decay") != "constant" or choice.is_student(old.get("config.train.objective"))
+    decays = old.get("config.optimizer.decay", "constant") != "constant"
+    shaped = decays or choice.is_student(old.get("config.train.objective"))
     different = [
         _difference(field, new.get(field, "missing"), old.get(field, "missing"))
         for field in sorted(old | new)
