@@ -60,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict()
     config.train.prediction = "eps"  # eps, x0, v, flow or edm
     # simple, hybrid or vlb; the last two learn the variance; hybrid:vlb_weight=0.01. Those that make students of few
-    # calls: progressive:start=64,end=4; consistency:halvings=5; consistency_distillation.
+    # calls: progressive:start=64,end=4; consistency; consistency_distillation.
     config.train.objective = "simple"
     config.train.weighting = "simple"  # simple, snr, min_snr, p2, sigmoid or edm; with options, as min_snr:gamma=5
     config.train.label_dropout = 0.1  # share of the samples whose label is left out, if there are labels; for guidance

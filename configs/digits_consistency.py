@@ -6,7 +6,7 @@ from configs import default
 def get_config():
     config = default.get_config()
     config.teacher = "shipped"
-    config.train.objective = "consistency_distillation:halvings=5"
+    config.train.objective = "consistency_distillation"
     config.train.prediction = "v"  # the teacher predicts eps, which says next to nothing about x_0 at T
     config.train.num_steps = 3000
     config.train.batch_size = 64

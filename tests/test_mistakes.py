@@ -121,8 +121,12 @@ MISTAKES = [
     ("train.py", [PROGRESSIVE, "--config.model.width=8"], "width is 8, the teacher's is 32; .*leave it out"),
     ("train.py", [PROGRESSIVE, "--config.schedule=linear"], "schedule is 'linear', the teacher's is 'cosine'"),
     ("train.py", [PROGRESSIVE, "--config.model.num_classes=-1"], "config.teacher none; they must be the same"),
-    ("train.py", [CONSISTENCY, "--config.train.objective=consistency:halvings=-1"], "halvings .* is -1"),
-    ("train.py", [CONSISTENCY, "--config.train.objective=consistency:power=0"], "power .* is 0"),
+    (
+        "train.py",
+        [CONSISTENCY, "--config.train.objective=consistency:gaps=0.1,0.5"],
+        "are 0.1,0.5; give two shares",
+    ),
+    ("train.py", [CONSISTENCY, "--config.train.objective=consistency:pretraining=2"], "pretraining .* is 2"),
     ("train.py", [CONSISTENCY, "--config.train.objective=consistency:huber=nan"], "huber .* is nan"),
     ("train.py", [CONSISTENCY, "--config.sample.sampler=unipc"], "a whole sample in each call, and unipc"),
     # Networks and samplers of one's own.

@@ -143,12 +143,12 @@ def test_the_consistency_function_of_these_tests_is_that_of_the_testbed():
     np.testing.assert_allclose(exact_consistency(jnp.asarray(x), jnp.full(4, 40)), wanted, rtol=1e-4)
 
 
-def consistency_loss(kind, network, step, **options):
-    """At each step the gap is 2^-step of t."""
+def consistency_loss(kind, network, gap, **options):
+    """The loss with r = t - gap T."""
     teacher = bound(testbeds.gaussian(FINE, MEAN, VARIANCE, "x0"))
-    course, settings = Course(10, "x0", clip=False), {"halvings": 10.0, "power": 1.0} | options
+    course, settings = Course(10, "x0", clip=False), {"pretraining": 0.0, "gaps": (gap, gap)} | options
     loss = choice.STUDENTS[kind]
-    return loss(batch_of(network, 512, teacher, step), FINE, "x0", None, course, **settings)
+    return loss(batch_of(network, 512, teacher), FINE, "x0", None, course, **settings)
 
 
 FINE = schedules.cosine(4096)
@@ -163,8 +163,8 @@ def fine_consistency(x, time, cond=None):
 def test_the_exact_consistency_function_has_a_distillation_loss_of_third_order_in_the_gap():
     """One step of Heun's method errs by O(gap^3) where the schedule is smooth."""
     errors = []
-    for step in (3, 4, 5):
-        loss = consistency_loss("consistency_distillation", fine_consistency, step)
+    for gap in (1 / 16, 1 / 32, 1 / 64):
+        loss = consistency_loss("consistency_distillation", fine_consistency, gap)
         middle = (loss.t > 1000) & (loss.t < 3000)
         errors.append(float(jnp.mean(loss.error[middle]) ** 0.5))
     orders = np.log2(np.divide(errors[:-1], errors[1:]))
@@ -175,28 +175,38 @@ def test_the_exact_consistency_function_has_a_distillation_loss_of_third_order_i
 def test_the_exact_consistency_function_is_where_consistency_training_rests():
     """The slope of the loss along a change that grows with t vanishes with the gap; elsewhere it does not."""
 
-    def slope(change, step):
+    def slope(change):
         def mean_loss(change):
             def network(x, time, cond):
                 grows = time.reshape(-1, 1, 1, 1) / FINE.num_timesteps
                 return fine_consistency(x, time) + change * grows * (x - MEAN)
 
             # With a large huber the loss is the squared error over 2 huber.
-            return consistency_loss("consistency", network, step, huber=1e3).value.mean() * 2e3
+            return consistency_loss("consistency", network, 1 / 64, huber=1e3).value.mean() * 2e3
 
         return float(jax.grad(mean_loss)(change))
 
-    rests, moves = abs(slope(0.0, 6)), abs(slope(0.3, 6))
+    rests, moves = abs(slope(0.0)), abs(slope(0.3))
     assert rests < 0.1 * moves, (rests, moves)
 
 
 def test_a_consistency_run_begins_as_the_training_of_an_ordinary_model():
-    """At the first step r is 0, and the loss compares with x_0 itself."""
-    batch = batch_of(lambda x, time, cond: 0 * x)
-    loss = consistency.consistency_loss(batch, SCHEDULE, "x0", None, Course(10), huber=0.03)
-    error = jnp.mean(batch.x_0**2, axis=(1, 2, 3))
-    np.testing.assert_allclose(loss.error, error, rtol=1e-5)
-    np.testing.assert_allclose(loss.value, jnp.sqrt(error + 0.03**2) - 0.03, rtol=1e-5)
+    """In the pretraining the loss is the squared error of x_0 itself, weighted by max(SNR, 1); afterwards it is not."""
+    for step, begins in ((0, True), (4, True), (5, False)):
+        batch = batch_of(lambda x, time, cond: 0 * x, step=step)
+        loss = consistency.consistency_loss(batch, SCHEDULE, "x0", None, Course(10), 0.5, (1.0, 0.1), 0.03)
+        error = jnp.mean(batch.x_0**2, axis=(1, 2, 3))
+        np.testing.assert_allclose(loss.error, error, rtol=1e-5)
+        a2, n2 = SCHEDULE.powers(np.asarray(loss.t))
+        wanted = np.maximum(a2 / n2, 1) * error if begins else jnp.sqrt(error + 0.03**2) - 0.03
+        np.testing.assert_allclose(loss.value, wanted, rtol=1e-5)
+
+
+def test_the_gap_closes_by_the_same_factor_in_each_step():
+    for step, gap in ((4, 0.5), (7, 0.25), (10, 0.125)):
+        batch = batch_of(lambda x, time, cond: x, step=step)
+        points = consistency._draw(batch, SCHEDULE, "x0", None, Course(10), (0.4, (0.5, 0.125), 1.0))
+        np.testing.assert_array_equal(points.r, np.maximum(points.t - round(64 * gap), 0))
 
 
 def test_both_estimates_have_the_same_dropout():
@@ -209,7 +219,7 @@ def test_both_estimates_have_the_same_dropout():
     seen = []
 
     def objective(batch):
-        loss = consistency.consistency_loss(batch._replace(step=9), SCHEDULE, "x0", None, Course(10))
+        loss = consistency.consistency_loss(batch._replace(step=10), SCHEDULE, "x0", None, Course(10))
         shown = batch.network(batch.x_0, batch.index, None)
         jax.debug.callback(lambda *facts: seen.append(facts), loss.t, loss.error, shown.mean(axis=(1, 2, 3)))
         return loss
@@ -221,7 +231,7 @@ def test_both_estimates_have_the_same_dropout():
     jax.effects_barrier()
     t, error, shown = seen[0]
     assert len(set(shown.tolist())) > 4  # dropout acts
-    assert np.all(np.asarray(error)[t > 1] == 0)
+    assert np.all(np.asarray(error)[t > 2] == 0)
 
 
 # Training

@@ -68,6 +68,10 @@ class Experiment:
         teacher = jax.tree.map(jnp.copy, taught) if needed else None
         return init_state(params, self.optimizer, self.step_options.ema_decays, teacher)
 
+    def stages(self) -> progressive.Stages | None:
+        """Returns the stages of a progressive run, or None for any other."""
+        return progressive_stages(self.config.train)
+
     def table_at(self, step: int) -> SamplerTable:
         """Returns what draws the samples shown after a training step."""
         steps = students.progressive_steps(self.config, step)

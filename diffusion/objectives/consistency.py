@@ -1,8 +1,8 @@
 """Consistency: a network whose estimates of x_0 agree along each path from noise to data draws samples in one call.
 
 Two points of a path, at t and at an earlier r, must give the same x_0; the estimate at r is learned from and not moved,
-and at r = 0 it is the data. The gap between t and r closes in the course of the run, so that it begins as the training
-of an ordinary model and ends at consistency (easy consistency tuning, arXiv:2406.14548).
+and at r = 0 it is the data. A run begins as the training of an ordinary model; then the gap between t and r closes
+(easy consistency tuning, arXiv:2406.14548).
 """
 
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from diffusion import keys, predictions
 from diffusion.errors import InputError, require_range
-from diffusion.objectives.losses import Batch, Loss
+from diffusion.objectives.losses import Batch, Loss, stratified_timesteps
 from diffusion.objectives.teaching import Course, beside, noisy, read, readings, require_teacher, rows_at
 from diffusion.predictions import Reading
 from diffusion.schedules import NoiseSchedule
@@ -27,8 +27,8 @@ def consistency_loss(
     prediction: str,
     weights: None,
     course: Course,
-    halvings: float = 5.0,
-    power: float = 0.8,
+    pretraining: float = 0.3,
+    gaps: tuple[float, float] = (0.5, 0.03),
     huber: float = 0.03,
 ) -> Loss:
     """Returns how far the estimates of x_0 at two noise levels of one image and one noise lie apart.
@@ -42,15 +42,17 @@ def consistency_loss(
       prediction: what the network predicts.
       weights: None, as this objective has its own: one over the gap.
       course: what else there is to know of the run.
-      halvings: the gap, a share of t, begins at 1 and halves this often, evenly over the run.
-      power: t is T u^power with u even in 0..1; below 1 more of them are large.
+      pretraining: the share of the run, at its beginning, in which x_0 is learned by its squared error, weighted by
+        max(SNR, 1), as an ordinary model learns it. A student that predicts otherwise than its teacher needs it.
+      gaps: t - r as a share of T, after that and at the end of the run; it shrinks by the same factor in each step.
+        Where t is below it, r is 0.
       huber: where the loss turns from the square of the root-mean-square distance to the distance itself.
 
     Raises:
       InputError: weights are given, a number is out of its range, or the prediction says nothing about x_0 at T.
     """
-    points = _draw(batch, schedule, prediction, weights, course, (halvings, power, huber))
-    return _compare(batch, points, noisy(batch, points.early), batch.x_0, huber)
+    points = _draw(batch, schedule, prediction, weights, course, (pretraining, gaps, huber))
+    return _compare(batch, schedule, points, noisy(batch, points.early), batch.x_0, huber)
 
 
 def consistency_distillation_loss(
@@ -59,61 +61,66 @@ def consistency_distillation_loss(
     prediction: str,
     weights: None,
     course: Course,
-    halvings: float = 5.0,
-    power: float = 0.8,
+    pretraining: float = 0.3,
+    gaps: tuple[float, float] = (0.125, 0.03),
     huber: float = 0.03,
 ) -> Loss:
     """Returns how far the estimates of x_0 at two points of one path of the teacher lie apart.
 
     The second point is one step of Heun's method from the first along the teacher's probability flow (consistency
-    distillation, arXiv:2303.01469, algorithm 2). At r = 0 the teacher's estimate is learned from.
+    distillation, arXiv:2303.01469, algorithm 2). In the pretraining the teacher's estimate of x_0 is learned.
 
     Arguments and errors are as for `consistency_loss`; the batch has a teacher.
     """
     require_teacher("consistency_distillation", course)
-    points = _draw(batch, schedule, prediction, weights, course, (halvings, power, huber))
-    x_t = noisy(batch, points.late)
-    x_r, x0 = _heun(batch, schedule, course, points, x_t)
-    return _compare(batch, points, x_r, x0, huber)
+    points = _draw(batch, schedule, prediction, weights, course, (pretraining, gaps, huber))
+    x_r, x0 = _heun(batch, schedule, course, points, noisy(batch, points.late))
+    return _compare(batch, schedule, points, x_r, x0, huber)
 
 
 class _Points(NamedTuple):
-    """Two times r < t of each sample, how the student is read there, and the gap between them as a share of t."""
+    """Two times r < t of each sample, how the student is read there, and whether this is still the pretraining."""
 
     t: Int[Array, "B"]
     r: Int[Array, "B"]
     late: Reading
     early: Reading
-    gap: Float[Array, "B"]
+    begins: Bool[Array, ""]
+    gap: Float[Array, ""]
 
 
 def _draw(batch, schedule, prediction, weights, course, numbers):
     """Draws the two times of each sample."""
     if weights is not None:
         raise InputError("a consistency objective has its own weights; use weighting simple")
-    halvings, power, huber = numbers
-    require_range("halvings of a consistency objective", halvings, 0, 30)
-    require_range("power of a consistency objective", power, 0, 10, open_ends="low")
+    pretraining, gaps, huber = numbers
+    require_range("pretraining of a consistency objective", pretraining, 0, 1)
     require_range("huber of a consistency objective", huber, 0, open_ends="low, high")
+    if len(gaps) != 2 or not 1 >= gaps[0] >= gaps[1] > 0:
+        shown = ",".join(f"{gap:g}" for gap in gaps)
+        raise InputError(f"gaps of a consistency objective are {shown}; give two shares of T, 1 >= first >= last > 0")
     num = schedule.num_timesteps
     predictions.check_signal("the objective", prediction, num, *schedule.at(num))
     uniforms = jax.vmap(lambda k: keys.uniform(jax.random.fold_in(k, 0)))(batch.keys)
-    u = (batch.index.astype(uniforms.dtype) + uniforms) / batch.size
-    t = jnp.clip(jnp.ceil(num * u**power).astype(int), 1, num)
-    gap = 2.0 ** (-halvings * jnp.asarray(batch.step, jnp.float32) / course.num_steps)
-    r = jnp.clip(jnp.round(t * (1 - gap)).astype(int), 0, t - 1)
+    t = stratified_timesteps(uniforms, batch.index, batch.size, num)
+    share = jnp.asarray(batch.step, jnp.float32) / course.num_steps
+    gap = gaps[0] * (gaps[1] / gaps[0]) ** jnp.clip((share - pretraining) / max(1 - pretraining, 1e-9), 0, 1)
+    begins = share < pretraining
+    r = jnp.where(begins, 0, jnp.clip(t - jnp.round(num * gap).astype(int), 0, t - 1))
     at = readings(prediction, schedule, np.maximum(np.arange(num + 1), 1))  # 0 is not read, and may be 0 / 0
-    return _Points(t, r, rows_at(at, t), rows_at(at, r), (t - r) / t)
+    return _Points(t, r, rows_at(at, t), rows_at(at, r), begins, gap)
 
 
-def _compare(batch, points, x_r, x0, huber):
+def _compare(batch, schedule, points, x_r, x0, huber):
     """Returns the loss between the estimates at t and at r, or x0 where r is 0."""
     found = read(batch.network, points.late, noisy(batch, points.late), batch.cond, clip=False)
     # Nothing is clipped here: where pixels lie at an end, as black ones do, that would pull them inwards at every gap.
     wanted = read(batch.network, points.early, x_r, batch.cond, clip=False)
     wanted = jax.lax.stop_gradient(jnp.where(beside(points.r, x0) == 0, x0, wanted))
     error = jnp.mean(jnp.square(found - wanted), axis=tuple(range(1, x0.ndim)))
-    return Loss((jnp.sqrt(error + huber**2) - huber) / points.gap, points.t, error)
+    snr = jnp.square(points.late.signal / points.late.noise)
+    distance = (jnp.sqrt(error + huber**2) - huber) / points.gap
+    return Loss(jnp.where(points.begins, jnp.maximum(snr, 1) * error, distance), points.t, error)
 
 
 def _heun(batch, schedule, course, points, x: Images):

@@ -53,7 +53,7 @@ def stages(num_steps: int, start: int = 64, end: int = 4, lengths: Sequence[floa
     Raises:
       InputError: end is not reached by halving start, or a length is missing, too many or below 0.
     """
-    for name, value in (("start", start), ("end", end)):
+    for name, value in (("start", start), ("end", end), ("the number of training steps", num_steps)):
         if not is_whole(value) or value < 1:
             raise InputError(f"{name} of objective progressive is {value}; it must be a whole number of at least 1")
     count = max(start // end, 1).bit_length()
