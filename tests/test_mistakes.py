@@ -127,7 +127,6 @@ MISTAKES = [
         "are 0.1,0.5; give two shares",
     ),
     ("train.py", [CONSISTENCY, "--config.train.objective=consistency:pretraining=2"], "pretraining .* is 2"),
-    ("train.py", [CONSISTENCY, "--config.train.objective=consistency:huber=nan"], "huber .* is nan"),
     ("train.py", [CONSISTENCY, "--config.sample.sampler=unipc"], "a whole sample in each call, and unipc"),
     # Networks and samplers of one's own.
     ("train.py", ["--network=nowhere.near:net"], "there is no module nowhere in .*; start in its folder"),

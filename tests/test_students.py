@@ -181,8 +181,7 @@ def test_the_exact_consistency_function_is_where_consistency_training_rests():
                 grows = time.reshape(-1, 1, 1, 1) / FINE.num_timesteps
                 return fine_consistency(x, time) + change * grows * (x - MEAN)
 
-            # With a large huber the loss is the squared error over 2 huber.
-            return consistency_loss("consistency", network, 1 / 64, huber=1e3).value.mean() * 2e3
+            return consistency_loss("consistency", network, 1 / 64).error.mean()
 
         return float(jax.grad(mean_loss)(change))
 
@@ -191,21 +190,20 @@ def test_the_exact_consistency_function_is_where_consistency_training_rests():
 
 
 def test_a_consistency_run_begins_as_the_training_of_an_ordinary_model():
-    """In the pretraining the loss is the squared error of x_0 itself, weighted by max(SNR, 1); afterwards it is not."""
-    for step, begins in ((0, True), (4, True), (5, False)):
+    """In the pretraining the loss is the squared error of x_0 itself, weighted by max(SNR, 1)."""
+    for step in (0, 4):
         batch = batch_of(lambda x, time, cond: 0 * x, step=step)
-        loss = consistency.consistency_loss(batch, SCHEDULE, "x0", None, Course(10), 0.5, (1.0, 0.1), 0.03)
+        loss = consistency.consistency_loss(batch, SCHEDULE, "x0", None, Course(10), 0.5, (0.2, 0.1))
         error = jnp.mean(batch.x_0**2, axis=(1, 2, 3))
         np.testing.assert_allclose(loss.error, error, rtol=1e-5)
         a2, n2 = SCHEDULE.powers(np.asarray(loss.t))
-        wanted = np.maximum(a2 / n2, 1) * error if begins else jnp.sqrt(error + 0.03**2) - 0.03
-        np.testing.assert_allclose(loss.value, wanted, rtol=1e-5)
+        np.testing.assert_allclose(loss.value, np.maximum(a2 / n2, 1) * error, rtol=1e-5)
 
 
 def test_the_gap_closes_by_the_same_factor_in_each_step():
     for step, gap in ((4, 0.5), (7, 0.25), (10, 0.125)):
         batch = batch_of(lambda x, time, cond: x, step=step)
-        points = consistency._draw(batch, SCHEDULE, "x0", None, Course(10), (0.4, (0.5, 0.125), 1.0))
+        points = consistency._draw(batch, SCHEDULE, "x0", None, Course(10), 0.4, (0.5, 0.125))
         np.testing.assert_array_equal(points.r, np.maximum(points.t - round(64 * gap), 0))
 
 

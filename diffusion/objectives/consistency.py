@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from diffusion import keys, predictions
 from diffusion.errors import InputError, require_range
@@ -29,7 +29,6 @@ def consistency_loss(
     course: Course,
     pretraining: float = 0.3,
     gaps: tuple[float, float] = (0.5, 0.03),
-    huber: float = 0.03,
 ) -> Loss:
     """Returns how far the estimates of x_0 at two noise levels of one image and one noise lie apart.
 
@@ -40,19 +39,18 @@ def consistency_loss(
       batch: see `Batch`.
       schedule: the noise schedule; its arrays are concrete, not traced.
       prediction: what the network predicts.
-      weights: None, as this objective has its own: one over the gap.
+      weights: None, as this objective has its own: max(SNR, 1) over the gap.
       course: what else there is to know of the run.
-      pretraining: the share of the run, at its beginning, in which x_0 is learned by its squared error, weighted by
-        max(SNR, 1), as an ordinary model learns it. A student that predicts otherwise than its teacher needs it.
+      pretraining: the share of the run, at its beginning, in which r is 0, so that x_0 is learned as an ordinary model
+        learns it. A student that predicts otherwise than its teacher needs it.
       gaps: t - r as a share of T, after that and at the end of the run; it shrinks by the same factor in each step.
         Where t is below it, r is 0.
-      huber: where the loss turns from the square of the root-mean-square distance to the distance itself.
 
     Raises:
       InputError: weights are given, a number is out of its range, or the prediction says nothing about x_0 at T.
     """
-    points = _draw(batch, schedule, prediction, weights, course, (pretraining, gaps, huber))
-    return _compare(batch, schedule, points, noisy(batch, points.early), batch.x_0, huber)
+    points = _draw(batch, schedule, prediction, weights, course, pretraining, gaps)
+    return _compare(batch, points, noisy(batch, points.early), batch.x_0)
 
 
 def consistency_distillation_loss(
@@ -63,7 +61,6 @@ def consistency_distillation_loss(
     course: Course,
     pretraining: float = 0.3,
     gaps: tuple[float, float] = (0.125, 0.03),
-    huber: float = 0.03,
 ) -> Loss:
     """Returns how far the estimates of x_0 at two points of one path of the teacher lie apart.
 
@@ -73,29 +70,26 @@ def consistency_distillation_loss(
     Arguments and errors are as for `consistency_loss`; the batch has a teacher.
     """
     require_teacher("consistency_distillation", course)
-    points = _draw(batch, schedule, prediction, weights, course, (pretraining, gaps, huber))
+    points = _draw(batch, schedule, prediction, weights, course, pretraining, gaps)
     x_r, x0 = _heun(batch, schedule, course, points, noisy(batch, points.late))
-    return _compare(batch, schedule, points, x_r, x0, huber)
+    return _compare(batch, points, x_r, x0)
 
 
 class _Points(NamedTuple):
-    """Two times r < t of each sample, how the student is read there, and whether this is still the pretraining."""
+    """Two times r < t of each sample, how the student is read there, and the gap, 1 in the pretraining."""
 
     t: Int[Array, "B"]
     r: Int[Array, "B"]
     late: Reading
     early: Reading
-    begins: Bool[Array, ""]
     gap: Float[Array, ""]
 
 
-def _draw(batch, schedule, prediction, weights, course, numbers):
+def _draw(batch, schedule, prediction, weights, course, pretraining, gaps):
     """Draws the two times of each sample."""
     if weights is not None:
         raise InputError("a consistency objective has its own weights; use weighting simple")
-    pretraining, gaps, huber = numbers
     require_range("pretraining of a consistency objective", pretraining, 0, 1)
-    require_range("huber of a consistency objective", huber, 0, open_ends="low, high")
     if len(gaps) != 2 or not 1 >= gaps[0] >= gaps[1] > 0:
         shown = ",".join(f"{gap:g}" for gap in gaps)
         raise InputError(f"gaps of a consistency objective are {shown}; give two shares of T, 1 >= first >= last > 0")
@@ -105,13 +99,13 @@ def _draw(batch, schedule, prediction, weights, course, numbers):
     t = stratified_timesteps(uniforms, batch.index, batch.size, num)
     share = jnp.asarray(batch.step, jnp.float32) / course.num_steps
     gap = gaps[0] * (gaps[1] / gaps[0]) ** jnp.clip((share - pretraining) / max(1 - pretraining, 1e-9), 0, 1)
-    begins = share < pretraining
-    r = jnp.where(begins, 0, jnp.clip(t - jnp.round(num * gap).astype(int), 0, t - 1))
+    gap = jnp.where(share < pretraining, 1.0, gap)
+    r = jnp.clip(t - jnp.round(num * gap).astype(int), 0, t - 1)
     at = readings(prediction, schedule, np.maximum(np.arange(num + 1), 1))  # 0 is not read, and may be 0 / 0
-    return _Points(t, r, rows_at(at, t), rows_at(at, r), begins, gap)
+    return _Points(t, r, rows_at(at, t), rows_at(at, r), gap)
 
 
-def _compare(batch, schedule, points, x_r, x0, huber):
+def _compare(batch, points, x_r, x0):
     """Returns the loss between the estimates at t and at r, or x0 where r is 0."""
     found = read(batch.network, points.late, noisy(batch, points.late), batch.cond, clip=False)
     # Nothing is clipped here: where pixels lie at an end, as black ones do, that would pull them inwards at every gap.
@@ -119,8 +113,8 @@ def _compare(batch, schedule, points, x_r, x0, huber):
     wanted = jax.lax.stop_gradient(jnp.where(beside(points.r, x0) == 0, x0, wanted))
     error = jnp.mean(jnp.square(found - wanted), axis=tuple(range(1, x0.ndim)))
     snr = jnp.square(points.late.signal / points.late.noise)
-    distance = (jnp.sqrt(error + huber**2) - huber) / points.gap
-    return Loss(jnp.where(points.begins, jnp.maximum(snr, 1) * error, distance), points.t, error)
+    # Much weight at little noise keeps the estimates there exact, which all others are learned from.
+    return Loss(jnp.maximum(snr, 1) / points.gap * error, points.t, error)
 
 
 def _heun(batch, schedule, course, points, x: Images):
