@@ -8,11 +8,20 @@ from reference import refused
 from diffusion import options, schedules
 from diffusion.commands.samplers import OWN_LENGTH, SAMPLERS
 from diffusion.guidance import RULES
+from diffusion.objectives.choice import STUDENTS
 from diffusion.objectives.losses import OBJECTIVES
 from diffusion.objectives.weightings import WEIGHTINGS
 from diffusion.timesteps import GRIDS
 
-TABLES = ((SAMPLERS, 2), (GRIDS, 2), (OWN_LENGTH, 1), (schedules.SCHEDULES, 0), (OBJECTIVES, 4), (WEIGHTINGS, 2))
+TABLES = (
+    (SAMPLERS, 2),
+    (GRIDS, 2),
+    (OWN_LENGTH, 1),
+    (schedules.SCHEDULES, 0),
+    (OBJECTIVES, 4),
+    (STUDENTS, 5),
+    (WEIGHTINGS, 2),
+)
 EVERYTHING = [(table, leading, name) for table, leading in (*TABLES, (RULES, 2)) for name in table]
 
 
