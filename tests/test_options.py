@@ -44,7 +44,8 @@ def test_every_default_written_out_is_read_as_itself(table, leading, name):
     for key, default in options.defaults(table[name], leading).items():
         if default in (options.REQUIRED, None, ()):
             continue
-        choice = options.parse("choice", f"{name}:{key}={default}", table, leading)
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        choice = options.parse("choice", f"{name}:{key}={text}", table, leading)
         assert choice.options == {key: default}
         assert type(choice.options[key]) is type(default)
         assert options.write(choice, leading) == name
