@@ -17,7 +17,7 @@ import diffusion
 from configs import digits_consistency, digits_progressive
 from configs.default import get_config
 from diffusion import devices, gaussian, pretrained, schedules, solvers, testbeds, timesteps
-from diffusion.commands import students
+from diffusion.commands import experiment, students
 from diffusion.errors import InputError
 from diffusion.models.layers import dropout
 from diffusion.objectives import choice, consistency, progressive
@@ -388,6 +388,19 @@ def test_the_recipes_learn_from_the_model_that_ships(recipe):
     trained = students.open_teacher(config)
     assert students.identity(trained)["teacher"]["step"] == 3000
     students.complete(config, trained)
+
+
+def test_sheets_are_drawn_with_the_steps_of_the_stage():
+    trained = shipped()
+    config = digits_progressive.get_config()
+    config.train.objective, config.train.num_steps = "progressive:start=8,end=2", 90
+    found = experiment.make_experiment(students.complete(config, trained), trained)
+    assert [found.table_at(step).nfe for step in (1, 30, 31, 60, 61, 90)] == [8, 8, 4, 4, 2, 2]
+    assert [students.default_steps(trained._replace(config=found.config, step=step)) for step in (30, 60, 90)] == [
+        8,
+        4,
+        2,
+    ]
 
 
 def refuses(message, config, **options):

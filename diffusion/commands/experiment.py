@@ -141,6 +141,7 @@ def require_memory(config: ConfigDict, model: Model) -> None:
     if jax.default_backend() != "cpu" or jax.process_count() > 1:
         return
     copies = 4 + len(config.train.ema_decays)  # parameters, gradient, two moments, averages
+    copies += choice.parse(config.train.objective).name in choice.TAUGHT
     parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, keys.make(0))))
     sizes = {
         f"the network has {parameters:,} parameters, which in training": 4 * copies * parameters,
