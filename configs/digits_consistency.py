@@ -3,9 +3,9 @@
     python train.py --config=configs/digits_consistency.py
     python sample.py --workdir=runs/digits_consistency --steps=1
 
-It takes 6 minutes on 2 cores. Measured in November 2026 as the mean of seeds 10 to 14, the Frechet distance on the pixels
-is 0.042 in one call (0.041 to 0.045), 0.037 in two (0.035 to 0.039) and 0.033 in four (0.030 to 0.036); its teacher gives
-0.031 in 25 DDIM steps (0.029 to 0.034) and 0.061 in 10. So two calls are not quite as good as 25 DDIM steps.
+It takes 6 to 10 minutes on 2 cores. Measured in November 2026, as the mean of seeds 10 to 14, the Frechet distance on
+the pixels is 0.042 in one call (0.041 to 0.045), 0.037 in two (0.035 to 0.039) and 0.033 in four (0.030 to 0.036); its
+teacher gives 0.031 in 25 DDIM steps (0.029 to 0.034) and 0.061 in 10. Two calls are not quite as good as 25 steps.
 """
 
 from configs import default
