@@ -160,7 +160,11 @@ def make_problem():
 
 def load_images():
     """uint8 [N, H, W, C], the chosen number of them."""
-    images = image_files.load(_IMAGES.value, size=_SIZE.value).images if _IMAGES.value else digits.load().images
+    images = (
+        image_files.load(_IMAGES.value, size=_SIZE.value, labels="none").images
+        if _IMAGES.value
+        else digits.load().images
+    )
     chosen = np.random.default_rng(1).permutation(len(images))[: _COUNT.value]
     return images[np.sort(chosen)]
 

@@ -11,6 +11,9 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # decides the first parameters, the order of the data and all random draws of training
 
+    # Whom a student learns from: a run folder, a file of convert.py, or shipped; for the objectives that make students.
+    config.teacher = ""  # data, schedule and network are its own where they are at their defaults here
+
     # Where the images come from.
     config.data = ml_collections.ConfigDict()
     config.data.name = "digits"  # digits, cifar10 or images
@@ -48,7 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 2e-4  # the highest rate, right after the warm-up
     config.optimizer.warmup_steps = 5000  # steps in which the rate rises from 0; 0: no warm-up
-    config.optimizer.decay = "constant"  # or cosine, which ends at 0 at train.num_steps
+    config.optimizer.decay = "constant"  # or cosine or linear, which end at 0 at train.num_steps; each stage by itself
     config.optimizer.clip_norm = 1.0  # largest norm of the whole gradient; a longer one is scaled down
     config.optimizer.b1 = 0.9  # how much of Adam's mean of the gradient a step keeps
     config.optimizer.b2 = 0.999  # how much of Adam's mean of the squared gradient a step keeps
@@ -56,7 +59,9 @@ def get_config() -> ml_collections.ConfigDict:
     # What is trained, for how long, and what is saved on the way.
     config.train = ml_collections.ConfigDict()
     config.train.prediction = "eps"  # eps, x0, v, flow or edm
-    config.train.objective = "simple"  # simple, hybrid or vlb; the last two learn the variance; hybrid:vlb_weight=0.01
+    # simple, hybrid or vlb; the last two learn the variance; hybrid:vlb_weight=0.01. Those that make students of few
+    # calls: progressive:start=64,end=4; consistency; consistency_distillation.
+    config.train.objective = "simple"
     config.train.weighting = "simple"  # simple, snr, min_snr, p2, sigmoid or edm; with options, as min_snr:gamma=5
     config.train.label_dropout = 0.1  # share of the samples whose label is left out, if there are labels; for guidance
     config.train.num_steps = 800_000  # steps in all, those before a run was resumed included

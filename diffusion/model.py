@@ -17,7 +17,8 @@ from diffusion import keys, options, schedules
 from diffusion.errors import InputError, require_range, users_code
 from diffusion.images import to_floats, to_uint8
 from diffusion.models import Network, UNet, adapt, as_apply_fn
-from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES
+from diffusion.objectives import choice
+from diffusion.objectives.losses import LEARN_VARIANCE
 from diffusion.predictions import check_known
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import ApplyFn, Params
@@ -154,7 +155,7 @@ def make_model(
       InputError: a field out of its range, or a network that does not fit the images or is not in `networks`.
     """
     check_known(config.train.prediction, "config.train.prediction")
-    objective = options.parse("config.train.objective", config.train.objective, OBJECTIVES, leading=4).name
+    objective = choice.parse(config.train.objective).name
     learned_variance = objective in LEARN_VARIANCE
     channels = image_shape[-1] * (2 if learned_variance else 1)
     name, num_classes = config.get("network", UNET), config.model.num_classes

@@ -25,6 +25,8 @@ LEARNED = {**json.loads(solvers.ddim(schedules.cosine(), [900, 500, 0]).to_json(
 NEWER = {**LEARNED, "version": 3}
 OTHER_TABLE = solvers.ddim(schedules.cosine(50), [50, 25, 0]).to_json()
 
+PROGRESSIVE, CONSISTENCY = (f"--config=configs/digits_{kind}.py" for kind in ("progressive", "consistency"))
+
 RUN = "--workdir=$TRAINED/runs/digits"
 
 # (script, arguments, what the line says); $TRAINED is a folder with a trained run
@@ -106,6 +108,29 @@ MISTAKES = [
     ("train.py", ["--config.data.size=9"], "'digits' has no config.data.size=9; allowed: config.data.size=0"),
     ("train.py", ["--workdir=$FILE/run"], "Not a directory"),
     ("train.py", [*TINY, RUN, "--config.model.width=8"], "config.model.width is 8, .* 4"),
+    # Students and their teachers.
+    ("train.py", ["--config.teacher=shipped"], "objective simple learns from data; take .*progressive, consistency"),
+    ("train.py", ["--config.train.objective=progressive"], "learns from a teacher; name one as --config.teacher=RUN"),
+    ("train.py", [PROGRESSIVE, "--config.teacher=nowhere"], "config.teacher: nowhere holds no checkpoint; config.teac"),
+    ("train.py", [PROGRESSIVE, "--config.teacher=no.safetensors"], "config.teacher: there is no file no.safetensors"),
+    ("train.py", [PROGRESSIVE, "--config.train.prediction=eps"], "counts 20,291 times in x_0.*prediction=v"),
+    ("train.py", [PROGRESSIVE, "--config.train.objective=progressive:start=12,end=5"], "cannot halve start=12 down to"),
+    ("train.py", [PROGRESSIVE, "--config.train.objective=progressive:start=600,end=300"], "a teacher of 1200 steps"),
+    ("train.py", [PROGRESSIVE, "--config.train.objective=progressive:end=4,lengths=1,2"], "are 1,2; give 5 numbers"),
+    ("train.py", [PROGRESSIVE, "--config.train.num_steps=2"], "num_steps is 2, too few for"),
+    ("train.py", [PROGRESSIVE, "--config.train.weighting=snr"], "progressive has its own weights; set it to simple"),
+    ("train.py", [PROGRESSIVE, "--config.train.keep_best=1"], "keep_best compares losses, which differ from stage"),
+    ("train.py", [PROGRESSIVE, "--config.sample.steps=25"], "ddim steps on the uniform grid, .*leave out config.sampl"),
+    ("train.py", [PROGRESSIVE, "--config.model.width=8"], "width is 8, the teacher's is 32; .*leave it out"),
+    ("train.py", [PROGRESSIVE, "--config.schedule=linear"], "schedule is 'linear', the teacher's is 'cosine'"),
+    ("train.py", [PROGRESSIVE, "--config.model.num_classes=-1"], "config.teacher none; they must be the same"),
+    (
+        "train.py",
+        [CONSISTENCY, "--config.train.objective=consistency:gaps=0.1,0.5"],
+        "are 0.1,0.5; give two shares",
+    ),
+    ("train.py", [CONSISTENCY, "--config.train.objective=consistency:pretraining=2"], "pretraining .* is 2"),
+    ("train.py", [CONSISTENCY, "--config.sample.sampler=unipc"], "a whole sample in each call, and unipc"),
     # Networks and samplers of one's own.
     ("train.py", ["--network=nowhere.near:net"], "there is no module nowhere in .*; start in its folder"),
     ("train.py", ["--network=json.py:dumps"], "no module json.py .*; write the module without .py"),

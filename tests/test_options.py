@@ -8,11 +8,20 @@ from reference import refused
 from diffusion import options, schedules
 from diffusion.commands.samplers import OWN_LENGTH, SAMPLERS
 from diffusion.guidance import RULES
+from diffusion.objectives.choice import STUDENTS
 from diffusion.objectives.losses import OBJECTIVES
 from diffusion.objectives.weightings import WEIGHTINGS
 from diffusion.timesteps import GRIDS
 
-TABLES = ((SAMPLERS, 2), (GRIDS, 2), (OWN_LENGTH, 1), (schedules.SCHEDULES, 0), (OBJECTIVES, 4), (WEIGHTINGS, 2))
+TABLES = (
+    (SAMPLERS, 2),
+    (GRIDS, 2),
+    (OWN_LENGTH, 1),
+    (schedules.SCHEDULES, 0),
+    (OBJECTIVES, 4),
+    (STUDENTS, 5),
+    (WEIGHTINGS, 2),
+)
 EVERYTHING = [(table, leading, name) for table, leading in (*TABLES, (RULES, 2)) for name in table]
 
 
@@ -35,7 +44,8 @@ def test_every_default_written_out_is_read_as_itself(table, leading, name):
     for key, default in options.defaults(table[name], leading).items():
         if default in (options.REQUIRED, None, ()):
             continue
-        choice = options.parse("choice", f"{name}:{key}={default}", table, leading)
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        choice = options.parse("choice", f"{name}:{key}={text}", table, leading)
         assert choice.options == {key: default}
         assert type(choice.options[key]) is type(default)
         assert options.write(choice, leading) == name

@@ -11,7 +11,7 @@ from tiny import BATCH, IMAGES, KEY, SCHEDULE, assert_close, assert_same, make_s
 
 import diffusion
 from diffusion import devices, solvers, timesteps
-from diffusion.commands import experiment
+from diffusion.commands import optimizers
 from diffusion.errors import InputError
 from diffusion.models import UNet, as_apply_fn
 from diffusion.objectives.losses import Batch, Loss
@@ -224,12 +224,18 @@ def test_any_process_that_wants_to_stop_is_heard():
 
 def test_the_learning_rate_warms_up_to_its_value_and_decays_to_zero():
     config = ConfigDict({"learning_rate": 2.0, "warmup_steps": 4, "decay": "cosine", "clip_norm": 1.0})
-    rate = experiment.learning_rate(config, 24)
+    rate = optimizers.learning_rate(config, 24)
     np.testing.assert_allclose([float(rate(s)) for s in range(5)], [0.5, 1.0, 1.5, 2.0, 2.0])
     assert float(rate(14)) == pytest.approx(1.0)
     assert float(rate(24)) == pytest.approx(0.0, abs=1e-6)
+    config.decay = "linear"
+    assert float(optimizers.learning_rate(config, 24)(9)) == pytest.approx(1.5)
+    # In stages that begin at 0, 24 and 30, each warms up and decays by itself.
+    staged = optimizers.learning_rate(config, 42, restarts=(24, 30))
+    found = [float(staged(step)) for step in (3, 14, 24, 27, 29, 30, 33, 38)]
+    np.testing.assert_allclose(found, [2, 1, 0.5, 2, 1, 0.5, 2, 1])
     config.decay = "constant"
-    assert float(experiment.learning_rate(config, 24)(1000)) == 2.0
+    assert float(optimizers.learning_rate(config, 24)(1000)) == 2.0
 
 
 def test_a_resumed_run_may_change_its_length_and_nothing_that_it_trains():

@@ -21,7 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import __version__, data, devices, files, keys, options
-from diffusion.commands import cli, datasets, own, plots, samplers, shared_flags, sources, sweep, usage
+from diffusion.commands import cli, datasets, own, plots, samplers, shared_flags, sources, students, sweep, usage
 from diffusion.errors import InputError, nearest
 from diffusion.evaluation import bound, features, likelihood
 
@@ -90,7 +90,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     tau = config.sample.tau if _TAU.value is None else _TAU.value
     names = options.split(own.stored("sampler", "samplers", _SAMPLERS.value, config.sample.sampler))
     steps = None if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
-    steps = samplers.chosen_steps(tau, steps, [config.sample.steps])
+    steps = samplers.chosen_steps(tau, steps, [students.default_steps(source.trained)])
     entries = sweep.plan(names, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [])
     # What the samples are compared with, and by which figures.
     name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
@@ -164,6 +164,7 @@ def _measure(sampling, num, space, reference, metrics, results, record):
 def measure_bound(source: sources.Source, out: Path) -> None:
     """Prints and writes the variational bound of the data in bits per dimension, with each variance the model has."""
     # What to measure, on which grids.
+    students.check_is_denoiser(source.trained.config, "--bound")
     steps = _numbers("bound", _BOUND.value, int)
     images, split = _first_images(source)
     tau = source.trained.config.sample.tau if _TAU.value is None else _TAU.value
@@ -184,6 +185,7 @@ def measure_bound(source: sources.Source, out: Path) -> None:
 
 def measure_likelihood(source: sources.Source, out: Path) -> None:
     """Prints and writes the likelihood of the data in bits per dimension under the flow that DDIM discretizes."""
+    students.check_is_denoiser(source.trained.config, "--likelihood")
     steps = _numbers("likelihood", _LIKELIHOOD.value, int)
     images, split = _first_images(source)
     print(f"{_of(source)}: likelihood of {len(images.images):,} images of its data under the probability flow")

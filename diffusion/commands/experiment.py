@@ -6,24 +6,29 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion import denoiser, devices, keys, machine, options, predictions
-from diffusion.commands import config_files, own, samplers
+from diffusion.commands import config_files, own, samplers, students
 from diffusion.commands.datasets import load_data
+from diffusion.commands.optimizers import learning_rate, make_optimizer
 from diffusion.data import Dataset
-from diffusion.errors import InputError, nearest, require_range
-from diffusion.model import UNET, Model, make_model, make_schedule, sampling_clip
+from diffusion.errors import InputError, require_range
+from diffusion.model import UNET, Model, Trained, make_model, make_schedule, sampling_clip
+from diffusion.objectives import choice, progressive
 from diffusion.objectives.bound import bound_steps
-from diffusion.objectives.losses import LEARN_VARIANCE, OBJECTIVES, Batch, Loss
+from diffusion.objectives.losses import LEARN_VARIANCE, Batch, Loss
+from diffusion.objectives.teaching import Course
 from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import SamplerTable
 from diffusion.training.loop import Plan
 from diffusion.training.step import StepOptions, TrainState, ema_name, init_state
+from diffusion.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Experiment:
       optimizer: moves the parameters.
       mesh: the devices.
       step_options: of the train step.
-      table: draws the samples shown while training.
+      table: draws the samples shown while training; those of a progressive student see `table_at`.
+      teacher: whose parameters a student starts from; None for any other run.
     """
 
     config: ConfigDict
@@ -53,14 +59,31 @@ class Experiment:
     mesh: Mesh
     step_options: StepOptions
     table: SamplerTable
+    teacher: Trained | None = None
 
-    def make_state(self, key: jax.Array) -> TrainState:
-        """Returns the state before the first step."""
-        return init_state(self.model.init(key), self.optimizer, self.step_options.ema_decays)
+    def make_state(self, key: jax.Array, taught: Params | None = None) -> TrainState:
+        """Returns the state before the first step; a student begins with its teacher's parameters, `taught`."""
+        params = self.model.init(key) if taught is None else jax.tree.map(jnp.copy, taught)
+        needed = choice.parse(self.config.train.objective).name in choice.TAUGHT
+        teacher = jax.tree.map(jnp.copy, taught) if needed else None
+        return init_state(params, self.optimizer, self.step_options.ema_decays, teacher)
+
+    def stages(self) -> progressive.Stages | None:
+        """Returns the stages of a progressive run, or None for any other."""
+        return progressive_stages(self.config.train)
+
+    def table_at(self, step: int) -> SamplerTable:
+        """Returns what draws the samples shown after a training step."""
+        steps = students.progressive_steps(self.config, step)
+        return self.table if steps is None else students.own_table(self.model.schedule, steps)
 
 
-def make_experiment(config: ConfigDict) -> Experiment:
+def make_experiment(config: ConfigDict, teacher: Trained | None = None) -> Experiment:
     """Builds everything that a config asks for; finds all that can be wrong with it before anything is written.
+
+    Args:
+      config: the whole config; that of a student comes from `students.complete`.
+      teacher: from `students.open_teacher`.
 
     Raises:
       InputError: an unknown name, a value out of its range, choices that do not go together, or unreadable data.
@@ -71,10 +94,13 @@ def make_experiment(config: ConfigDict) -> Experiment:
     plan = Plan(*(settings[name] for name in ("num_steps", "batch_size", "log_every", "save_every", "grid_every")))
     _check_numbers(config)
     mesh = devices.training_mesh(plan.batch_size, settings.fsdp, settings.microbatches)
-    rate = learning_rate(config.optimizer, plan.num_steps)
+    stages = progressive_stages(settings)
+    rate = learning_rate(config.optimizer, plan.num_steps, () if stages is None else stages.begins[1:])
     optimizer = make_optimizer(config.optimizer, rate)
     schedule = make_schedule(config.schedule)
-    objective = make_objective(settings, schedule)
+    taught_by = None if teacher is None else teacher.model.prediction
+    course = Course(plan.num_steps, taught_by, config.sample.clip != "none")
+    objective = make_objective(settings, schedule, course)
     table = samplers.make_table(schedule, config.sample.sampler, config.sample.steps, config.sample.tau)
     # The data and the network.
     dataset = load_data(config.data)
@@ -85,13 +111,26 @@ def make_experiment(config: ConfigDict) -> Experiment:
     # What fits together.
     denoiser.check_options(settings.prediction, denoiser.Options(sampling_clip(config, model)))
     samplers.check_fits(table, model)
+    students.check_sampler(config, None, schedule, table)
+    if teacher is not None:
+        _check_same_images(model, teacher.model)
     step_options = StepOptions(
         ema_decays=ema_decays(settings),
         microbatches=settings.microbatches,
         log_every=plan.log_every,
         label_dropout=settings.label_dropout if model.conditions is not None else 0.0,
+        promotions=() if stages is None else stages.begins[1:],
     )
-    return Experiment(config, plan, dataset, model, objective, rate, optimizer, mesh, step_options, table)
+    return Experiment(config, plan, dataset, model, objective, rate, optimizer, mesh, step_options, table, teacher)
+
+
+def _check_same_images(model: Model, teacher: Model) -> None:
+    """Raises InputError if a student is to learn other images or classes than its teacher's."""
+    facts = {"images of": (model.image_shape, teacher.image_shape), "classes": (model.conditions, teacher.conditions)}
+    for what, (ours, theirs) in facts.items():
+        if ours != theirs:
+            shown = [found if what == "images of" else getattr(found, "names", "none") for found in (ours, theirs)]
+            raise InputError(f"config.data has {what} {shown[0]}, config.teacher {shown[1]}; they must be the same")
 
 
 def require_memory(config: ConfigDict, model: Model) -> None:
@@ -102,6 +141,7 @@ def require_memory(config: ConfigDict, model: Model) -> None:
     if jax.default_backend() != "cpu" or jax.process_count() > 1:
         return
     copies = 4 + len(config.train.ema_decays)  # parameters, gradient, two moments, averages
+    copies += choice.parse(config.train.objective).name in choice.TAUGHT
     parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, keys.make(0))))
     sizes = {
         f"the network has {parameters:,} parameters, which in training": 4 * copies * parameters,
@@ -196,18 +236,31 @@ def ema_decays(config: ConfigDict) -> tuple[float, ...]:
     return decays
 
 
-def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Batch], Loss]:
+def progressive_stages(config: ConfigDict) -> progressive.Stages | None:
+    """Returns the stages of a progressive run, or None for any other; config is the section config.train."""
+    objective = choice.parse(config.objective)
+    if objective.name != "progressive":
+        return None
+    if config.keep_best:
+        raise InputError("config.train.keep_best compares losses, which differ from stage to stage; set it to 0")
+    return progressive.stages(config.num_steps, **objective.options)
+
+
+def make_objective(
+    config: ConfigDict, schedule: NoiseSchedule, course: Course | None = None
+) -> Callable[[Batch], Loss]:
     """Returns the function of a batch that training minimises.
 
     Args:
       config: the section config.train.
       schedule: the noise schedule.
+      course: what the objectives of students know of the run; None for one without a teacher.
 
     Raises:
       InputError: an unknown name or option, or choices that do not go together.
     """
     predictions.check_known(config.prediction, "config.train.prediction")
-    objective = options.parse("config.train.objective", config.objective, OBJECTIVES, leading=4)
+    objective = choice.parse(config.objective)
     weighting = options.parse("config.train.weighting", config.weighting, WEIGHTINGS, leading=2)
     if "vlb_weight" in objective.options:
         require_range("vlb_weight of objective hybrid", objective.options["vlb_weight"], 0, open_ends="high")
@@ -217,9 +270,11 @@ def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Bat
             f"config.train.prediction is {config.prediction}, whose network is given log(noise / signal), and the "
             "schedule has no signal at T; take another prediction, or a schedule such as edm"
         )
-    if objective.name == "vlb" and weighting.name != "simple":
+    weighs_itself = objective.name == "vlb" or choice.is_student(objective.name)
+    if weighs_itself and weighting.name != "simple":
         raise InputError(
-            f"config.train.weighting is {weighting.name!r}, but objective vlb has its own weights; set it to simple"
+            f"config.train.weighting is {weighting.name!r}, but objective {objective.name} has its own weights; set it "
+            "to simple"
         )
     if objective.name in LEARN_VARIANCE:
         # Refuses a prediction that says nothing about x_0 at T, where the bound needs it.
@@ -228,32 +283,19 @@ def make_objective(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Bat
     if weighting.name != "simple":
         weights = loss_weights(schedule, config.prediction, weighting.name, **weighting.options)
     bound = {"schedule": schedule, "prediction": config.prediction, "weights": weights}
+    if choice.is_student(objective.name):
+        bound["course"] = course or Course(config.num_steps)
+        _try_out(partial(objective.function, **bound, **objective.options))
     return partial(objective.function, **bound, **objective.options)
 
 
-def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: a linear warm-up, then constant, or a cosine to 0 at num_steps.
+def _try_out(objective: Callable[[Batch], Loss]) -> None:
+    """Calls an objective on one pixel without computing anything, which raises what is wrong with its options."""
 
-    Args:
-      config: the section config.optimizer.
-      num_steps: of the whole training.
-    """
-    if config.decay not in ("constant", "cosine"):
-        raise InputError(f"config.optimizer.decay is {config.decay!r}; {nearest(config.decay, ('constant', 'cosine'))}")
-    require_range("config.optimizer.learning_rate", config.learning_rate, 0, open_ends="low, high")
-    require_range("config.optimizer.warmup_steps", config.warmup_steps, 0)
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    if config.decay == "constant":
-        after = optax.constant_schedule(config.learning_rate)
-    else:
-        after = optax.cosine_decay_schedule(config.learning_rate, max(1, num_steps - config.warmup_steps))
-    # Step 0 already moves: a warm-up of n steps ends at update n, not n + 1.
-    return optax.join_schedules([lambda step: warmup(step + 1), after], [config.warmup_steps])
+    def network(x, time, cond):
+        return x
 
+    def loss(x_0, sample_keys):
+        return objective(Batch(network, x_0, None, sample_keys, jnp.arange(1), 1, average=network, teacher=network))
 
-def make_optimizer(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Returns Adam with clipping of the whole gradient; config is the section config.optimizer."""
-    require_range("config.optimizer.clip_norm", config.clip_norm, 0, open_ends="low")
-    require_range("config.optimizer.b1", config.b1, 0, 1, open_ends="high")
-    require_range("config.optimizer.b2", config.b2, 0, 1, open_ends="high")
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(rate, b1=config.b1, b2=config.b2))
+    jax.eval_shape(loss, jnp.zeros((1, 1, 1, 1)), jax.random.split(keys.make(0), 1))

@@ -17,7 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import devices, files, sealed
-from diffusion.commands import cli, learned, rollouts, samplers, shared_flags, sources, usage
+from diffusion.commands import cli, learned, rollouts, samplers, shared_flags, sources, students, usage
 from diffusion.errors import InputError, nearest
 from diffusion.learning import searches, tables
 from diffusion.learning.family import SCOPES
@@ -39,6 +39,7 @@ _AGAIN = flags.DEFINE_bool("again", False, "Learn a table anew although there is
 def main() -> None:
     devices.prepare()
     source = sources.open_source()
+    students.check_is_denoiser(source.trained.config, "learn.py")
     calls = _parse_calls(source.trained.model.schedule.num_timesteps)
     if _SCOPE.value not in SCOPES:
         raise InputError(f"scope is {_SCOPE.value!r}; {nearest(_SCOPE.value, SCOPES)}")

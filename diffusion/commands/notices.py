@@ -21,6 +21,11 @@ def introduction(experiment: Experiment, state: TrainState, num_steps: int) -> I
     images, model = experiment.dataset.images, experiment.model
     count = sum(p.size for p in jax.tree.leaves(state.params))
     yield f"{len(images):,} images {model.image_shape}, {count:,} parameters, {devices.describe(experiment.mesh)}"
+    if experiment.teacher is not None:
+        yield f"a student of {printable(experiment.config.teacher)}, step {experiment.teacher.step:,}"
+    if (stages := experiment.stages()) is not None:
+        parts = zip(stages.steps, stages.begins, strict=True)
+        yield f"stages: {', '.join(f'{steps} DDIM steps from step {begin:,}' for steps, begin in parts)}"
     yield from map(printable, experiment.dataset.notes())
     yield from describe_classes(experiment.dataset, model.conditions is not None)
     if jax.process_count() > 1:  # what the other machines do is not known here

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from diffusion import keys
-from diffusion.commands import drawing, learned, opening, own, rollouts, samplers
+from diffusion.commands import drawing, learned, opening, own, rollouts, samplers, students
 from diffusion.commands.datasets import load_data_of
 from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
 from diffusion.denoiser import Options, check_options
@@ -222,6 +222,7 @@ def make_sampling(source: Source, sampler: str, steps: int, tau: str, eta: float
     else:
         table = samplers.make_table(model.schedule, sampler, steps, tau, eta=eta, resources=source.resources())
     samplers.check_fits(table, model)
+    students.check_sampler(source.trained.config, source.trained.step, model.schedule, table)
     if source.guidance.acts():
         source.guidance.scales(table.t)  # refuses an interval that holds none of these times
     return Sampling(source, table, sampler, steps, tau)
@@ -249,7 +250,9 @@ def open_sampling() -> Sampling:
         useless = [name for name in ("steps", "tau") if given[name].value is not None]
         if useless:
             raise InputError(f"the table in {sampler} has its own grid; leave out --{useless[0]}")
-    return make_sampling(source, sampler, samplers.chosen_steps(tau, given.steps, config.steps), tau, given.eta)
+    return make_sampling(
+        source, sampler, samplers.chosen_steps(tau, given.steps, students.default_steps(source.trained)), tau, given.eta
+    )
 
 
 def _interval(texts):

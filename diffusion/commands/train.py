@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
 from diffusion import data, devices, keys
-from diffusion.commands import cli, own, plots, recipes, samplers, usage
+from diffusion.commands import cli, config_files, own, plots, recipes, samplers, students, usage
 from diffusion.commands.datasets import check_data, data_fields, load_data
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment, require_levels
@@ -107,7 +107,10 @@ def start(stop: StopRequest) -> int:
     if _NETWORK.value is not None:
         _CONFIG.value.network = _NETWORK.value
     own.check_unet_fields(_CONFIG.value.network, sys.argv)
-    experiment = make_experiment(_CONFIG.value)
+    config_files.check(_CONFIG.value)
+    teacher = students.open_teacher(_CONFIG.value)
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    experiment = make_experiment(students.complete(_CONFIG.value, teacher, given), teacher)
     for note in samplers.start_notes(experiment.table, experiment.model.schedule):
         say(f"note: {note}")
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:
@@ -182,6 +185,7 @@ def describe(experiment: Experiment) -> dict:
         "damaged": experiment.dataset.damaged,
         "data": data.fingerprint(experiment.dataset),
         "generator": keys.GENERATOR,
+        **students.identity(experiment.teacher),
     }
 
 
@@ -192,11 +196,13 @@ def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int 
       InputError: the checkpoint was trained otherwise, or a new run has attention where no level is.
     """
     key = keys.make(experiment.config.seed)
-    shapes = jax.eval_shape(experiment.make_state, key)
+    # On the host, because a teacher from a run folder lies on one device.
+    taught = None if experiment.teacher is None else jax.tree.map(np.asarray, experiment.teacher.params)
+    shapes = jax.eval_shape(experiment.make_state, key, taught)
     shardings = devices.state_sharding(experiment.mesh, shapes)
     if begin is None:
         require_levels(experiment.config, experiment.model.image_shape)
-        return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0))
+        return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0), taught)
     defaults = {"config": recipes.defaults().to_dict(), "damaged": [], "generator": keys.GENERATOR}
     run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -256,7 +262,7 @@ def sheet_drawer(
         labels = () if model.conditions is None else range(model.conditions.null)
         shared = {"seed": config.seed, "labels": labels, "clip": sampling_clip(config, model)}
         ids = range(config.sample.num)
-        drawn = generate(model, params, experiment.table, ids, mesh=devices.data_mesh(), **shared)
+        drawn = generate(model, params, experiment.table_at(step), ids, mesh=devices.data_mesh(), **shared)
         try:
             picture = sheet(np.concatenate(list(drawn)))
         except (InputError, jax.errors.JaxRuntimeError) as error:  # weights gone astray for a while, or no memory

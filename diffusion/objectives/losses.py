@@ -36,7 +36,9 @@ class Batch(NamedTuple):
       size: of the whole batch, over all devices and microbatches.
       average: the network with the first EMA of the parameters, the usual target of consistency training; None where
         there is no EMA.
-      frozen: what `make_train_step` was given as frozen, such as the parameters of a teacher; never trained.
+      teacher: the network that a student learns from; None for any other run.
+      frozen: what `make_train_step` was given as frozen, such as the parameters of a network of features; never
+        trained.
       step: the number of training steps made before this one.
     """
 
@@ -47,6 +49,7 @@ class Batch(NamedTuple):
     index: Int[Array, "B"]
     size: int
     average: Network | None = None
+    teacher: Network | None = None
     frozen: Any = None
     step: Int[Array, ""] | int = 0
 
@@ -66,7 +69,7 @@ class Loss(NamedTuple):
 
 
 def stratified_timesteps(
-    uniforms: Float[Array, "B"], index: Int[Array, "B"], batch_size: int, num_timesteps: int
+    uniforms: Float[Array, "B"], index: Int[Array, "B"], batch_size: int, num_timesteps: int | Int[Array, ""]
 ) -> Int[Array, "B"]:
     """Draws one timestep from each of batch_size equal parts of 1..T: each is uniform over 1..T, their spread is even.
 
@@ -85,6 +88,12 @@ def stratified_timesteps(
     share = (jnp.asarray(index, uniforms.dtype) + uniforms) / batch_size
     # Rounding can make share 1.0 for the last sample of a large batch.
     return jnp.minimum(jnp.floor(share * num_timesteps).astype(int), num_timesteps - 1) + 1
+
+
+def draw_noise(batch: Batch) -> Images:
+    """Draws the eps of each sample, from its own key."""
+    x_0 = batch.x_0
+    return jax.vmap(lambda k: keys.normal(jax.random.fold_in(k, 1), x_0.shape[1:], x_0.dtype))(batch.keys)
 
 
 def simple_loss(batch: Batch, schedule: NoiseSchedule, prediction: str = "eps", weights: Weights | None = None) -> Loss:
@@ -175,7 +184,7 @@ def _evaluate(batch, schedule, prediction):
     predictions.check_known(prediction)
     x_0 = batch.x_0
     uniforms = jax.vmap(lambda k: keys.uniform(jax.random.fold_in(k, 0)))(batch.keys)
-    eps = jax.vmap(lambda k: keys.normal(jax.random.fold_in(k, 1), x_0.shape[1:], x_0.dtype))(batch.keys)
+    eps = draw_noise(batch)
     t = stratified_timesteps(uniforms, batch.index, batch.size, schedule.num_timesteps)
     a, n = signal_noise(schedule, t, x_0)
     x_t = a * x_0 + n * eps

@@ -6,6 +6,7 @@ manifest finds any later change.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import re
@@ -28,6 +29,9 @@ REASONS = (OSError, ValueError, KeyError)
 
 _PATTERNS = re.compile(r"[][*?\\]|:(/|$)")
 """What orbax or tensorstore take for a pattern, a separator or a place on the network, in whatever folder it stands."""
+
+
+_TEACHER = "teacher"
 
 
 def steps(folder: str | os.PathLike) -> list[int]:
@@ -183,14 +187,19 @@ def load_ema(folder: str | os.PathLike, step: int, name: str, like: Params) -> P
 def load_state(folder: str | os.PathLike, step: int, like: TrainState) -> TrainState:
     """Loads the whole state of a step, laid out over devices like the arrays of `like`; raises as `load_ema` does."""
     items = _load(folder, step, items_of(like))
-    return items["train"].replace(ema_params={name: items[_ema_item(name)] for name in like.ema_params})
+    ema_params = {name: items[_ema_item(name)] for name in like.ema_params}
+    return TrainState(**{**items["train"], "ema_params": ema_params, "teacher": items.get(_TEACHER)})
 
 
 def items_of(state: TrainState) -> dict[str, Any]:
     """Returns the parts of a state that are stored, and can be loaded, by themselves."""
-    return {_ema_item(name): params for name, params in state.ema_params.items()} | {
-        "train": state.replace(ema_params=None)
-    }
+    parts = {_ema_item(name): params for name, params in state.ema_params.items()}
+    if state.teacher is not None:
+        parts[_TEACHER] = state.teacher
+    # The fields by name, without the teacher: checkpoints from before there was one are laid out so.
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    del rest["teacher"]
+    return parts | {"train": rest | {"ema_params": None}}
 
 
 def _ema_item(name):

@@ -14,11 +14,13 @@ from ml_collections import ConfigDict
 from diffusion import files, keys
 from diffusion.errors import InputError, nearest
 from diffusion.model import Trained, check_finite, config_from_record, from_record
+from diffusion.objectives import choice
 from diffusion.training import checkpoints, environment, saving
 from diffusion.training.step import ema_name
 
 # Fields that do not change what is being trained, so a resumed run may have other values.
 _FREE = (
+    "config.teacher",  # the record holds the digest of its parameters
     "config.train.num_steps",
     "config.train.log_every",
     "config.train.save_every",
@@ -174,8 +176,9 @@ def check_resumable(
       InputError: they would train different things; the fields are named.
     """
     old, new = dict(_flatten(defaults or {})) | dict(_flatten(saved)), dict(_flatten(wanted))
-    # Under a cosine the number of steps shapes the learning rate of each step.
-    shaped = old.get("config.optimizer.decay") == "cosine"
+    # A decay to 0 at the end shapes the learning rate of each step, and students go by the share that is done.
+    decays = old.get("config.optimizer.decay", "constant") != "constant"
+    shaped = decays or choice.is_student(old.get("config.train.objective"))
     different = [
         _difference(field, new.get(field, "missing"), old.get(field, "missing"))
         for field in sorted(old | new)
@@ -185,7 +188,7 @@ def check_resumable(
     if different:
         raise InputError(
             f"{folder.path} is another run: {'; '.join(different)}. Name another folder with --workdir, or give the "
-            f"fields their old values{' (under a cosine the length shapes every step)' if shaped else ''}"
+            f"fields their old values{' (the length shapes every step of this run)' if shaped else ''}"
         )
 
 

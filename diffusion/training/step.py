@@ -51,6 +51,7 @@ class TrainState:
       totals: the sums that the next row of the log is made of.
       skipped, skipped_in_row: how many steps changed nothing because their gradient was not finite, of all and of the
         last ones in a row.
+      teacher: the parameters that a student learns from; None, and in no checkpoint, for any other run.
     """
 
     step: Int[Array, ""]
@@ -60,6 +61,7 @@ class TrainState:
     totals: Totals
     skipped: Int[Array, ""]
     skipped_in_row: Int[Array, ""]
+    teacher: Params | None = None
 
 
 class Metrics(NamedTuple):
@@ -81,12 +83,14 @@ def ema_name(decay: float) -> str:
     return f"{decay:.10g}"
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, ema_decays: Sequence[float]) -> TrainState:
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, ema_decays: Sequence[float], teacher: Params | None = None
+) -> TrainState:
     """Returns the state before the first step; each EMA starts as a copy of params."""
     ema_params = {ema_name(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays}
     none = [jnp.zeros((), jnp.int32) for _ in range(3)]
     totals = Totals(*(jnp.zeros(shape, jnp.float32) for shape in ((), (), (), TENTHS, TENTHS)))
-    return TrainState(none[0], params, ema_params, optimizer.init(params), totals, *none[1:])
+    return TrainState(none[0], params, ema_params, optimizer.init(params), totals, *none[1:], teacher)
 
 
 def ema_decay_at(step: Int[Array, ""], decay: float) -> Float[Array, ""]:
@@ -103,12 +107,15 @@ class StepOptions(NamedTuple):
       microbatches: the batch goes through the network in so many parts, whose gradients are added up.
       log_every: the totals start anew after each multiple of it.
       label_dropout: how often a condition is replaced by the one that means "none", which guidance needs.
+      promotions: the numbers of steps made after which the student becomes its own teacher, and the optimizer starts
+        anew.
     """
 
     ema_decays: Sequence[float] = (0.9999,)
     microbatches: int = 1
     log_every: int = 1
     label_dropout: float = 0.0
+    promotions: Sequence[int] = ()
 
 
 def make_train_step(
@@ -133,7 +140,7 @@ def make_train_step(
       key: the run's random key.
       options: see `StepOptions`.
       frozen: a pytree of arrays that reaches the objective as `Batch.frozen` and is never trained, such as the
-        parameters of a teacher.
+        parameters of a network of features.
 
     Returns:
       The step. It takes images uint8 [B, H, W, C]; cond, a pytree with leading axis B or None; stop, float [number of
@@ -152,7 +159,9 @@ def make_train_step(
                 f"a batch of {images.shape[0]} cannot be shared by {mesh.size} devices in {options.microbatches} "
                 "microbatches"
             )
-        others = (state.ema_params.get(first_ema), frozen)
+        if options.promotions:
+            state = _promoted(state, optimizer, jnp.asarray(options.promotions))
+        others = (state.ema_params.get(first_ema), state.teacher, frozen)
         ((loss, by_tenth), grads), stop = mean_gradient(state.params, others, (images, cond), stop, state.step)
         after, grad_norm = _update(state, loss, by_tenth, grads, optimizer, options)
         metrics = Metrics(loss, grad_norm, after.totals, after.skipped, after.skipped_in_row, stop)
@@ -167,12 +176,12 @@ def _part_loss(model, objective, key, label_dropout):
     """Returns the mean loss of a part of a batch as a function of the parameters.
 
     The function is (params, others, part, step, size) -> (loss, error by tenths of the timesteps): others are the
-    average and the frozen parameters, part is (images, cond, index) and size is that of the whole batch.
+    average, the teacher and what is frozen, part is (images, cond, index) and size is that of the whole batch.
     """
 
     def part_loss(params, others, part, step, size):
         images, cond, index = part
-        average, frozen = others
+        average, teacher, frozen = others
         step_key = jax.random.fold_in(key, step)
         sample_keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
         if label_dropout:
@@ -186,6 +195,7 @@ def _part_loss(model, objective, key, label_dropout):
             index=index,
             size=size,
             average=None if average is None else partial(model.apply_fn, average),
+            teacher=None if teacher is None else partial(model.apply_fn, teacher),
             frozen=frozen,
             step=step,
         )
@@ -275,7 +285,29 @@ def _update(state, loss, by_tenth, grads, optimizer, options):
     unchanged = (state.params, state.ema_params, state.opt_state, totals)
     kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, unchanged)
     skipped_in_row = jnp.where(good, 0, state.skipped_in_row + 1)
-    return TrainState(state.step + 1, *kept, state.skipped + jnp.asarray(~good, jnp.int32), skipped_in_row), grad_norm
+    skipped = state.skipped + jnp.asarray(~good, jnp.int32)
+    return TrainState(state.step + 1, *kept, skipped, skipped_in_row, state.teacher), grad_norm
+
+
+def _promoted(state, optimizer, promotions):
+    """Makes the student its own teacher where a stage begins; the learning rate goes on by the count of all updates."""
+    begins = jnp.any(state.step == promotions)
+
+    def goes_on(x):
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    fresh = jax.tree.map(
+        lambda new, old: old if goes_on(new) else new, optimizer.init(state.params), state.opt_state, is_leaf=goes_on
+    )
+
+    def choose(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(begins, n, o), new, old)
+
+    return state.replace(
+        teacher=choose(state.params, state.teacher),
+        ema_params={name: choose(state.params, ema) for name, ema in state.ema_params.items()},
+        opt_state=choose(fresh, state.opt_state),
+    )
 
 
 def _average(ema, params, decay):

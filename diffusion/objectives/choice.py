@@ -1,0 +1,33 @@
+"""Every objective by the name that a config gives it."""
+
+from collections.abc import Callable
+
+from diffusion import options
+from diffusion.objectives.consistency import consistency_distillation_loss, consistency_loss
+from diffusion.objectives.losses import OBJECTIVES, Loss
+from diffusion.objectives.progressive import progressive_loss
+
+STUDENTS: dict[str, Callable[..., Loss]] = {
+    "progressive": progressive_loss,
+    "consistency": consistency_loss,
+    "consistency_distillation": consistency_distillation_loss,
+}
+"""Functions (batch, schedule, prediction, weights, course, options) -> Loss, which make networks for few calls."""
+
+TAUGHT = ("progressive", "consistency_distillation")
+"""The objectives that need a teacher."""
+
+
+def parse(text: str) -> options.Choice:
+    """Reads the objective of a config, as "simple", "hybrid:vlb_weight=0.01" or "progressive:start=64,end=4".
+
+    Raises:
+      InputError: an unknown name or option.
+    """
+    leading = 5 if is_student(text) else 4
+    return options.parse("config.train.objective", text, OBJECTIVES | STUDENTS, leading)
+
+
+def is_student(text: str) -> bool:
+    """Tells whether an objective makes a network for few calls, which is no denoiser any more."""
+    return str(text).partition(":")[0] in STUDENTS
