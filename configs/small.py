@@ -2,6 +2,8 @@
 
     python train.py --config=configs/small.py
 
+The 4,000 steps take a quarter of an hour on 2 cores; see images_small.py for what they show.
+
 The network has 2.5M parameters, most of them where the image is small, and predicts v on the cosine schedule. The
 learning rate is constant, so that a later start with a larger config.train.num_steps goes on.
 """

@@ -146,3 +146,27 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def test_learned_tables_are_compared_with_the_best_sampler_of_as_many_seeds(tmp_path):
+    from benchmarks.claims import learned_tables
+
+    def row(sampler, grid, calls, seed, value):
+        return {"sampler": sampler, "grid": grid, "nfe": calls, "seed": seed, "frechet_pixels": value}
+
+    rows = [row("learned", "", 5, seed, value) for seed, value in enumerate((0.02, 0.04))]
+    rows += [row("unipc", "uniform", 5, seed, 0.06) for seed in range(2)]
+    rows += [row("deis", "uniform", 5, seed, 0.08) for seed in range(2)]
+    rows += [row("dpm_solver_pp", "uniform", 5, 0, 0.01)]  # of one seed only
+    rows += [row("ddim", "uniform", calls, seed, 1 / calls) for calls in (10, 50, 100) for seed in range(2)]
+    path = tmp_path / "evaluation.csv"
+    write_csv(path, rows)
+    (found,) = learned_tables.measure(path).rows
+    assert found[0] == 5
+    assert found[2] == "0.0200 to 0.0400"
+    assert found[3] == "unipc on uniform"
+    np.testing.assert_allclose([found[1], found[4], found[5]], [0.03, 0.06, 0.5])
+    assert found[6] == 50
+    write_csv(path, rows[2:])
+    with refused("no frechet_pixels of --samplers=learned"):
+        learned_tables.measure(path)
