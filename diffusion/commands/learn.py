@@ -53,6 +53,8 @@ def main() -> None:
     files.make_folder(folder, source.home)
     with files.locked(folder, "learning tables in", ".learning.lock"):
         files.remove_temporaries(folder, r".*\.(json|csv)", folder)
+        for count in calls:
+            _check_places(source, folder, count)
         wanted = [count for count in calls if _AGAIN.value or not _is_done(source, folder, count)]
         if not wanted:
             return
@@ -80,6 +82,8 @@ def _teacher(source):
     model = source.trained.model
     if samplers.is_file(_TEACHER.value) or _TEACHER.value == learned.LEARNED:
         raise InputError("teacher names a table; name a solver, as unipc:order=3, and its steps with --teacher_calls")
+    if _TEACHER_CALLS.value > (most := model.schedule.num_timesteps):
+        raise InputError(f"teacher_calls is {_TEACHER_CALLS.value}; this model has {most} timesteps: give 2..{most}")
     sampling = sources.make_sampling(source, _TEACHER.value, _TEACHER_CALLS.value, "uniform")
     try:
         return from_table(sampling.table)
@@ -87,9 +91,23 @@ def _teacher(source):
         raise InputError(f"teacher: {error}; {model.prediction} models can take unipc:order=3") from None
 
 
+def _places(source, folder, count):
+    """Returns the paths of a table, of the losses of its search, and of a search that is not at its end."""
+    path = folder / learned.name_of(count, source.guidance)
+    return path, path.with_suffix(".csv"), folder / f".{path.stem}.search.json"
+
+
+def _check_places(source, folder, count):
+    """Refuses what could not be replaced after the work."""
+    for path in _places(source, folder, count):
+        files.refuse_links(path, source.home)
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no regular file; move it away")
+
+
 def _is_done(source, folder, count):
     """Says whether there is a table of so many calls that was learned for this model as it is now."""
-    path = folder / learned.name_of(count, source.guidance)
+    path = _places(source, folder, count)[0]
     if not path.exists():
         return False
     facts = learned.read_table(path).facts
@@ -149,8 +167,7 @@ def _as_it_is(x):
 
 def _learn(source, bed, folder, count):
     """Learns one table, goes on with a search that was cut off, and writes what it has found."""
-    path = folder / learned.name_of(count, source.guidance)
-    unfinished = folder / f".{path.stem}.search.json"
+    *_, unfinished = places = _places(source, folder, count)
     identity = {"calls": count, **_facts(source)}
     began = time.perf_counter()
     search = _resume(unfinished, identity, bed, folder)
@@ -172,7 +189,7 @@ def _learn(source, bed, folder, count):
             f"{held_loss:.3f}  {seconds:.1f} s, {time.perf_counter() - began:.0f} s so far",
             flush=True,
         )
-    _finish(source, bed, search, path, folder)
+    _finish(source, bed, search, places, folder)
     files.remove(unfinished, folder)
 
 
@@ -192,18 +209,18 @@ def _resume(path, identity, bed, folder):
     return None
 
 
-def _finish(source, bed, search, path, folder):
+def _finish(source, bed, search, places, folder):
     """Writes the table with its curve if it beats the hand-made samplers, and says by how much."""
     if search.leader.best_loss >= search.hand_made:
         print(f"{search.calls} calls: nothing beat the best hand-made sampler on held-out noise; no table is written")
         return
-    history = tables.result(bed, search)
+    history, (path, curves, _) = tables.result(bed, search), places
     solver, grid = search.leader.start
     ratio = tables.error_ratio(search)
     facts = {**_facts(source), "from": f"{solver} on {grid}", "held_out": search.leader.best_loss}
     table = to_table(history, f"{learned.LEARNED}({search.calls} calls)", facts)
     files.write_atomically(path, table.to_json().encode(), folder)
-    files.write_atomically(path.with_suffix(".csv"), _curves(search).encode(), folder)
+    files.write_atomically(curves, _curves(search).encode(), folder)
     print(table)
     drawing = [
         "python",
