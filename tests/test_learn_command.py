@@ -64,3 +64,16 @@ def test_a_table_of_an_earlier_step_is_used_with_a_note(model):
     path.write_text(json.dumps(stored))
     drawn = run("sample.py", "--workdir=runs/digits", "--sampler=learned", "--steps=2", "--num=2", cwd=model)
     assert "learned for other parameters than these" in drawn.stdout, drawn.stderr
+
+
+def test_what_lies_in_the_place_of_a_table_is_refused_before_the_work(model):
+    tables = model / "runs/digits/tables"
+    (tables / "2.csv").mkdir(parents=True)
+    in_place = run("learn.py", *LEARN, "--calls=2", cwd=model)
+    (tables / "2.csv").rmdir()
+    (tables / "2.json").symlink_to("elsewhere")
+    link = run("learn.py", *LEARN, "--calls=2", cwd=model)
+    for refused, text in ((in_place, "2.csv is no regular file"), (link, "2.json is a link")):
+        assert refused.returncode == 2
+        assert text in refused.stderr
+        assert refused.stdout == ""

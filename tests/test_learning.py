@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import diffusion
-from diffusion import schedules, solvers, testbeds, timesteps
+from diffusion import schedules, sealed, solvers, testbeds, timesteps
+from diffusion.commands import learned, samplers
 from diffusion.errors import InputError
 from diffusion.guidance import Guidance
 from diffusion.learning import least_squares, paths, rollout, searches, tables
@@ -227,6 +228,116 @@ def test_a_search_that_was_cut_off_goes_on_with_the_same_bits():
     assert json.dumps(searches.to_record(whole)) == json.dumps(searches.to_record(resumed))
 
 
+def gaussian_search():
+    testbed = testbeds.gaussian(LINEAR, 0.2, 0.3)
+    bed = make_bed(testbed, LINEAR, (4,), lambda x: testbeds.gaussian_flow(LINEAR, 0.2, 0.3, x, 1000), count=4)
+    return bed, tables.begin(bed, 2, GROUPS)
+
+
+def test_a_search_whose_samples_diverged_on_held_out_noise_is_read_as_it_was(tmp_path):
+    _, search = gaussian_search()
+    first = search.trials[0]
+    search = search._replace(trials=(first._replace(losses=(*first.losses, (-1.0, np.inf))), *search.trials[1:]))
+    sealed.write(tmp_path / "search.json", searches.to_record(search))
+    again = searches.from_record(sealed.read(tmp_path / "search.json"))
+    assert again.trials[0].losses == search.trials[0].losses
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"start": ("ddim", "sections:counts=2")},
+        {"best": np.zeros(1)},
+        {"best": np.full(10, 41.0)},
+        {"best_loss": np.nan},
+        {"losses": ()},
+    ],
+    ids=str,
+)
+def test_a_search_of_a_stranger_is_refused(change):
+    bed, search = gaussian_search()
+    searches.check(search, bed, 2, GROUPS)
+    first = search.trials[0]
+    assert first.best.shape == (10,)  # so that what is refused above is its size
+    altered = search._replace(trials=(first._replace(**change), *search.trials[1:]))
+    with pytest.raises(ValueError, match="a trial "):
+        searches.check(altered, bed, 2, GROUPS)
+    for other in (search._replace(trials=()), search._replace(calls=3)):
+        with pytest.raises(ValueError, match="another table"):
+            searches.check(other, bed, 2, GROUPS)
+    with pytest.raises(ValueError, match="another size"):  # from another number of noises
+        searches.check(search, bed._replace(train=(*bed.train, *bed.held)), 2, GROUPS)
+
+
+def test_hand_made_samplers_at_whose_times_guidance_does_not_act_are_left_out():
+    bed, _ = gaussian_search()
+
+    def apply_fn(params, x, t, cond=None):
+        return bed.asked.apply_fn(params, x, t)
+
+    # Only grids with a time in 100..900 are left; karras and log_snr of two steps go from T to 1.
+    guidance = Guidance(scale=2.0, interval=(100, 900), reference_fn=apply_fn, reference_params=bed.asked.params)
+    guided = bed._replace(asked=bed.asked.replace(guidance=guidance, apply_fn=apply_fn))
+    starts = {trial.start[1].partition(":")[0] for trial in tables.begin(guided, 2, GROUPS).trials}
+    assert starts
+    assert starts <= {"uniform", "quadratic"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_least_squares_ends_where_nothing_moves_the_errors():
+    problem = least_squares.Problem(
+        errors=lambda numbers: np.zeros(3),
+        equations=lambda numbers, weights: (np.zeros((2, 2)), np.zeros(2)),
+        corrections=np.zeros(2),
+    )
+    assert least_squares.iterate(problem, least_squares.begin(problem, np.zeros(2))).gain == 0
+
+
+# -------------------------------------------------------------------------------------------------- tables of strangers
+
+
+@pytest.mark.parametrize(
+    "fact", [{"a": {}}, [[1]], np.nan, 10**400, [np.inf]], ids=["object", "nested", "nan", "huge", "infinite"]
+)
+def test_a_fact_that_is_no_plain_value_is_refused(fact):
+    table = to_table(from_table(solvers.ddim(LINEAR, [1000, 500, 0])), "mine", {"clip": fact})
+    with pytest.raises(InputError, match="its fact 'clip' is neither"):
+        solvers.from_json(table.to_json())
+
+
+def test_a_table_that_names_the_schedule_must_have_its_levels():
+    history = family().history(np.zeros(family().size))
+    facts = {"schedule": schedules.fingerprint(LINEAR)}
+    told = history._replace(t=history.t * 0.9)  # the network may be told other times
+    samplers.checked(LINEAR, to_table(told, "mine", facts), "it", "")
+    for wrong in (history._replace(signal=-history.signal), history._replace(noise=history.noise * 1.01)):
+        with pytest.raises(InputError, match="another noise schedule"):
+            samplers.checked(LINEAR, to_table(wrong, "mine", facts), "it", "")
+
+
+def test_the_table_for_this_guidance_comes_first_wherever_it_lies(tmp_path, monkeypatch):
+    home, package = tmp_path / "home" / learned.FOLDER, tmp_path / "package"
+    table = from_table(solvers.ddim(LINEAR, [1000, 500, 0]))
+    for path in (home / "2-guidance3.json", package / "2.json"):
+        path.parent.mkdir(parents=True)
+        path.write_text(to_table(table, path.stem).to_json())
+    monkeypatch.setattr(learned.pretrained, "tables", lambda name: package)
+    found = [learned.find(home.parent, "digits", 2, Guidance(scale=scale), "").name for scale in (1.0, 3.0, 4.0)]
+    assert found == ["2", "2-guidance3", "2-guidance3"]
+
+
+def test_facts_tell_apart_all_ways_to_ask_a_model():
+    model = diffusion.pretrained.load().model
+    guides = [Guidance(scale=2.0), Guidance(scale=2.0, interval=(1, 9)), Guidance(scale=2.0, rescale=0.5)]
+    facts = [learned.facts_of(model, "", "none", guide) for guide in (Guidance(), *guides)]
+    facts.append(learned.facts_of(model, "", "none", Guidance(), 0.9))
+    assert len({json.dumps(of) for of in facts}) == len(facts)
+    table = to_table(from_table(solvers.ddim(LINEAR, [1000, 0])), "mine", {"clip": "\x1b[31m", "threshold": 0.9})
+    (first, second) = learned.notes(table, facts[0])
+    assert first == "mine was learned at clip \\x1b[31m, and is used at none"
+    assert second == "mine was learned at threshold 0.9, and is used at None"
+
+
 def test_a_teacher_that_is_not_finite_is_refused():
     broken = jax.tree.map(lambda leaf: leaf * np.nan, BED.params)
     teacher = from_table(solvers.ddim(LINEAR, timesteps.uniform(LINEAR, 4)))
@@ -294,3 +405,12 @@ def test_samples_of_a_schedule_that_preserves_no_variance_start_as_those_of_the_
         for number, direction in enumerate(np.eye(of_family.size)):
             ends = [rollout.run(asked, of_family.history(at + way * 1e-5 * direction), batch) for way in (1, -1)]
             np.testing.assert_allclose(jacobian[number], (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "steps"), [(paths.dp_path, 61), (paths.dp_path, 0), (paths.dp_bound, 1)])
+def test_a_wrong_number_of_steps_is_refused_before_anything_is_estimated(grid, steps):
+    def never(tau):
+        raise AssertionError("estimated")
+
+    with pytest.raises(InputError, match=f"steps is {steps}"):
+        grid(LINEAR, steps, never)

@@ -261,7 +261,9 @@ MISTAKES = [
     ("learn.py", [RUN, "--teacher=ddpm"], "draws noise at every step"),
     ("learn.py", [RUN, "--teacher=unpc"], "did you mean 'unipc'"),
     ("learn.py", [RUN, "--teacher=$OTHER.json"], "names a table; name a solver"),
-    ("learn.py", [RUN, "--teacher_calls=5000"], r"steps is 5000; it must be a whole number in 1\.\.1000"),
+    ("learn.py", [RUN, "--teacher_calls=5000"], "teacher_calls is 5000; this model has 1000 timesteps: give 2..1000"),
+    ("learn.py", [RUN, "--calls=" + "9" * 5000], r"calls is '9{40}'; give each number once, in 1\.\.50"),
+    ("sample.py", [RUN, "--tau=dp_bound", "--steps=1"], "steps is 1; tau dp_bound has at least 2"),
     ("learn.py", [RUN, "--guidance_scale=2"], "this model has no classes"),
     (
         "sample.py",

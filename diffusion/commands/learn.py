@@ -10,9 +10,11 @@ goes on where it was cut off, and leaves tables that are there already.
 import csv
 import io
 import json
+import shlex
 import time
 
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -35,6 +37,9 @@ _FLOOR = flags.DEFINE_float(
 _NOISES = flags.DEFINE_integer("noises", 128, "Noises to learn from, and as many to judge by.", lower_bound=8)
 _AGAIN = flags.DEFINE_bool("again", False, "Learn a table anew although there is one.")
 
+MAX_DIGITS = 9
+"""Of a number of --calls."""
+
 
 def main() -> None:
     devices.prepare()
@@ -45,8 +50,11 @@ def main() -> None:
         raise InputError(f"scope is {_SCOPE.value!r}; {nearest(_SCOPE.value, SCOPES)}")
     teacher = _teacher(source)
     folder = source.home / learned.FOLDER
+    files.make_folder(folder, source.home)
     with files.locked(folder, "learning tables in", ".learning.lock"):
         files.remove_temporaries(folder, r".*\.(json|csv)", folder)
+        for count in calls:
+            _check_places(source, folder, count)
         wanted = [count for count in calls if _AGAIN.value or not _is_done(source, folder, count)]
         if not wanted:
             return
@@ -61,10 +69,11 @@ def _parse_calls(latest):
     text = ",".join(_CALLS.value)
     if not _CALLS.value or not all(part.strip().isdecimal() and part.isascii() for part in _CALLS.value):
         raise InputError(f"calls is {text!r}; write whole numbers, as 3,4,5")
-    calls = [int(part) for part in _CALLS.value]
     highest = min(tables.MAX_CALLS, latest)
+    # What has more digits than any number of calls is no number that Python must read.
+    calls = [int(part) if len(part) <= MAX_DIGITS else 0 for part in _CALLS.value]
     if not all(1 <= count <= highest for count in calls) or len(set(calls)) < len(calls):
-        raise InputError(f"calls is {text!r}; give each number once, in 1..{highest}")
+        raise InputError(f"calls is {text[:40]!r}; give each number once, in 1..{highest}")
     return calls
 
 
@@ -73,6 +82,8 @@ def _teacher(source):
     model = source.trained.model
     if samplers.is_file(_TEACHER.value) or _TEACHER.value == learned.LEARNED:
         raise InputError("teacher names a table; name a solver, as unipc:order=3, and its steps with --teacher_calls")
+    if _TEACHER_CALLS.value > (most := model.schedule.num_timesteps):
+        raise InputError(f"teacher_calls is {_TEACHER_CALLS.value}; this model has {most} timesteps: give 2..{most}")
     sampling = sources.make_sampling(source, _TEACHER.value, _TEACHER_CALLS.value, "uniform")
     try:
         return from_table(sampling.table)
@@ -80,13 +91,28 @@ def _teacher(source):
         raise InputError(f"teacher: {error}; {model.prediction} models can take unipc:order=3") from None
 
 
+def _places(source, folder, count):
+    """Returns the paths of a table, of the losses of its search, and of a search that is not at its end."""
+    path = folder / learned.name_of(count, source.guidance)
+    return path, path.with_suffix(".csv"), folder / f".{path.stem}.search.json"
+
+
+def _check_places(source, folder, count):
+    """Refuses what could not be replaced after the work."""
+    for path in _places(source, folder, count):
+        files.refuse_links(path, source.home)
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no regular file; move it away")
+
+
 def _is_done(source, folder, count):
     """Says whether there is a table of so many calls that was learned for this model as it is now."""
-    path = folder / learned.name_of(count, source.guidance)
+    path = _places(source, folder, count)[0]
     if not path.exists():
         return False
     facts = learned.read_table(path).facts
-    if any(facts.get(name) != value for name, value in _facts(source).items()):
+    if others := [name for name, value in _facts(source).items() if facts.get(name) != value]:
+        print(f"note: {path} was learned with other {', '.join(others)}; a new table replaces it")
         return False
     print(f"{path} is there already; --again learns it anew")
     return True
@@ -95,20 +121,24 @@ def _is_done(source, folder, count):
 def _facts(source):
     """Returns everything that determines a table."""
     settings = {"scope": _SCOPE.value, "teacher": _TEACHER.value, "teacher_calls": _TEACHER_CALLS.value}
-    settings |= {
-        "noises": _NOISES.value,
-        "floor": _FLOOR.value,
-        "seed": source.seed,
-        "threshold": source.settings["dynamic_threshold"],
-    }
+    settings |= {"noises": _count(source), "floor": _FLOOR.value, "seed": source.seed, "labels": list(source.labels)}
     return {**source.facts(), **settings}
+
+
+def _batch_size(source):
+    return rollouts.batch_size(source.trained.model, flags.FLAGS.batch_size)
+
+
+def _count(source):
+    """Returns how many noises are learned from: full batches of them."""
+    size = _batch_size(source)
+    return -(-_NOISES.value // size) * size
 
 
 def _make_bed(source, teacher):
     """Draws the noises, and has the teacher make samples of them."""
     model, key = source.trained.model, rollouts.key_of(source.seed, "tabl")
-    size = rollouts.batch_size(model, flags.FLAGS.batch_size)
-    count = -(-_NOISES.value // size) * size
+    size, count = _batch_size(source), _count(source)
     train, held = (
         rollouts.batches(model, source.guidance, source.labels, key, range(first, first + count), size)
         for first in (0, count)
@@ -137,11 +167,10 @@ def _as_it_is(x):
 
 def _learn(source, bed, folder, count):
     """Learns one table, goes on with a search that was cut off, and writes what it has found."""
-    path = folder / learned.name_of(count, source.guidance)
-    unfinished = folder / f".{path.stem}.search.json"
+    *_, unfinished = places = _places(source, folder, count)
     identity = {"calls": count, **_facts(source)}
     began = time.perf_counter()
-    search = _resume(unfinished, identity, folder)
+    search = _resume(unfinished, identity, bed, folder)
     if search is None:
         with tqdm(unit="sampler", desc=f"{count} calls: hand-made", leave=False, disable=None) as progress:
             search = tables.begin(bed, count, SCOPES[_SCOPE.value], tick=progress.update)
@@ -160,44 +189,58 @@ def _learn(source, bed, folder, count):
             f"{held_loss:.3f}  {seconds:.1f} s, {time.perf_counter() - began:.0f} s so far",
             flush=True,
         )
-    _finish(source, bed, search, path, folder)
+    _finish(source, bed, search, places, folder)
     files.remove(unfinished, folder)
 
 
-def _resume(path, identity, folder):
+def _resume(path, identity, bed, folder):
     """Returns the search that was cut off, or None where there is none of the same settings."""
     if not path.exists():
         return None
     try:
         record = sealed.read(path, within=folder)
         if json.dumps(record.pop("identity"), sort_keys=True) == json.dumps(identity, sort_keys=True):
-            return searches.from_record(record)
-    except (InputError, KeyError, TypeError, ValueError, IndexError):
+            search = searches.from_record(record)
+            searches.check(search, bed, identity["calls"], SCOPES[identity["scope"]])
+            return search
+    except (InputError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         pass
     print(f"note: {path} is of other settings or damaged; the search starts anew")
     return None
 
 
-def _finish(source, bed, search, path, folder):
+def _finish(source, bed, search, places, folder):
     """Writes the table with its curve if it beats the hand-made samplers, and says by how much."""
     if search.leader.best_loss >= search.hand_made:
         print(f"{search.calls} calls: nothing beat the best hand-made sampler on held-out noise; no table is written")
         return
-    history = tables.result(bed, search)
+    history, (path, curves, _) = tables.result(bed, search), places
     solver, grid = search.leader.start
     ratio = tables.error_ratio(search)
     facts = {**_facts(source), "from": f"{solver} on {grid}", "held_out": search.leader.best_loss}
     table = to_table(history, f"{learned.LEARNED}({search.calls} calls)", facts)
     files.write_atomically(path, table.to_json().encode(), folder)
-    files.write_atomically(path.with_suffix(".csv"), _curves(search).encode(), folder)
+    files.write_atomically(curves, _curves(search).encode(), folder)
     print(table)
-    given = "" if source.shipped or not flags.FLAGS.workdir else f" --workdir={flags.FLAGS.workdir}"
-    scale = f" --guidance_scale={source.guidance.scale:g}" if source.guidance.acts() else ""
+    drawing = [
+        "python",
+        usage.called("sample"),
+        *_as_asked(),
+        f"--sampler={learned.LEARNED}",
+        f"--steps={search.calls}",
+    ]
     print(
         f"{search.calls} calls: the typical squared error on held-out noise is {ratio:.3f} of the best hand-made "
-        f"sampler's; wrote {path}; draw with: python {usage.called('sample')}{given} --sampler=learned "
-        f"--steps={search.calls}{scale}"
+        f"sampler's; wrote {path}; draw with: {' '.join(drawing)}"
     )
+
+
+def _as_asked():
+    """Returns the flags of the command line that say which model is asked and how, for the same in another program."""
+    names = ["workdir", "ema", "clip", "dynamic_threshold", "network"]
+    names += [name for name in flags.FLAGS if name.startswith("guidance_")]
+    given = [flags.FLAGS[name] for name in names if flags.FLAGS[name].value != flags.FLAGS[name].default]
+    return [shlex.quote(f"--{flag.name}={','.join(map(str, np.ravel(flag.value)))}") for flag in given]
 
 
 def _curves(search):

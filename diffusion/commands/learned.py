@@ -6,10 +6,11 @@ from typing import Any
 
 from diffusion import files, pretrained
 from diffusion.commands.usage import called
-from diffusion.errors import InputError
+from diffusion.errors import InputError, printable
 from diffusion.guidance import Guidance
 from diffusion.model import Model
 from diffusion.schedules import fingerprint
+from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable, from_json
 
 LEARNED = "learned"
@@ -21,22 +22,29 @@ BINDING = ("schedule", "prediction", "shape")
 """The facts in which a table and the model must agree; the others are how it is best used."""
 
 
-def facts_of(model: Model, weights: str, clip: str, guidance: Guidance) -> dict[str, Any]:
+def facts_of(
+    model: Model, weights: str, clip: str, guidance: Guidance, threshold: float | None = None
+) -> dict[str, Any]:
     """Returns what a table is learned for, for `SamplerTable.facts`.
 
     Args:
       model: the network.
       weights: SHA-256 of its parameters.
-      clip, guidance: how it is asked.
+      clip, guidance, threshold: how it is asked; threshold is the quantile of dynamic thresholding.
     """
-    rule, scale = (guidance.rule, float(guidance.scale)) if guidance.acts() else ("cfg", 1.0)
+    guidance = guidance if guidance.acts() else Guidance()
+    weaker = None if guidance.reference_fn is None else digest(guidance.reference_params)
     return {
         "schedule": fingerprint(model.schedule),
         "prediction": model.prediction,
         "shape": list(model.space.shape),
         "clip": clip,
-        "guidance_scale": scale,
-        "guidance_rule": rule,
+        "threshold": threshold,
+        "guidance_scale": float(guidance.scale),
+        "guidance_rule": guidance.rule,
+        "guidance_interval": None if guidance.interval is None else list(guidance.interval),
+        "guidance_rescale": float(guidance.rescale),
+        "guidance_model": weaker,
         "weights": weights,
     }
 
@@ -60,12 +68,10 @@ def find(home: Path, shipped: str, calls: int, guidance: Guidance, workdir: str)
       InputError: none of so many calls has been learned, or the file is damaged.
     """
     folders = [home / FOLDER] + [pretrained.tables(shipped)] * bool(shipped)
-    wanted = name_of(calls, guidance)
-    for folder in folders:
-        others = sorted(folder.glob(f"{calls}-guidance*.json")) + sorted(folder.glob(f"{calls}.json"))
-        for path in [folder / wanted, *others]:
-            if path.is_file():
-                return read_table(path)
+    # One for this guidance anywhere comes before one for another.
+    names = (name_of(calls, guidance), f"{calls}-guidance*.json", f"{calls}.json")
+    if found := [path for name in names for folder in folders for path in sorted(folder.glob(name))]:
+        return read_table(found[0])
     having = sorted({int(p.stem) for folder in folders for p in folder.glob("*.json") if p.stem.isdecimal()})
     known = f"those of {', '.join(map(str, having))} calls are there" if having else "none has been learned yet"
     scale = f" --guidance_scale={guidance.scale:g}" if guidance.acts() else ""
@@ -94,7 +100,7 @@ def check_facts(table: SamplerTable, model: Model) -> None:
         theirs = table.facts.get(name, ours[name])
         if theirs != ours[name]:
             raise InputError(
-                f"{table.name} was learned for a model of another {name}, {str(theirs)[:40]} and not {ours[name]}; "
+                f"{table.name} was learned for a model of another {name}, {_shown(theirs)} and not {ours[name]}; "
                 "learn one for this model with learn.py"
             )
 
@@ -108,4 +114,8 @@ def notes(table: SamplerTable, facts: dict[str, Any]) -> Iterator[str]:
         if name == "weights":
             yield f"{table.name} was learned for other parameters than these, as of an earlier step: learn it again"
         else:
-            yield f"{table.name} was learned at {name} {str(theirs)[:40]}, and is used at {ours}"
+            yield f"{table.name} was learned at {name} {_shown(theirs)}, and is used at {_shown(ours)}"
+
+
+def _shown(value):
+    return printable(str(value)[:40])

@@ -276,15 +276,19 @@ def checked(schedule: NoiseSchedule, table: SamplerTable, what: str, remedy: str
         raise InputError(f"{what}: {error}") from None
     # The network may be told another time than that of the level, as by a learned table, which says its schedule.
     of = table.facts.get("schedule")
-    same = _has_levels(table, schedule) if of is None else of == schedules.fingerprint(schedule)
+    if of is None:
+        same = _has_levels(table, table.t, schedule)
+    else:
+        levels_at = table.tau[:-1] if len(table.t) == len(table.tau) - 1 else table.t
+        same = of == schedules.fingerprint(schedule) and _has_levels(table, levels_at, schedule)
     if not np.all((table.t > 0) & (table.t <= schedule.num_timesteps)) or not same:
         raise InputError(f"{what} holds a table for another noise schedule than the model's; {remedy}")
     return table
 
 
-def _has_levels(table, schedule):
-    """Whether signal and noise are the schedule's at the table's times, give or take the rounding of float32."""
-    ends = [schedule.at(np.minimum(table.t * (1 + way * 1e-6), schedule.num_timesteps)) for way in (-1, 1)]
+def _has_levels(table, t, schedule):
+    """Whether a table's signal and noise are the schedule's at times t, give or take the rounding of float32."""
+    ends = [schedule.at(np.minimum(t * (1 + way * 1e-6), schedule.num_timesteps)) for way in (-1, 1)]
     for found, near in zip((table.signal, table.noise), zip(*ends, strict=True), strict=True):
         slack = 1e-6 * np.abs(found) + 1e-9
         if np.any(found < np.minimum(*near) - slack) or np.any(found > np.maximum(*near) + slack):

@@ -62,7 +62,8 @@ class Source(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """Returns what a table that is learned for this model, asked in this way, is learned for."""
-        return learned.facts_of(self.trained.model, self.sha256, self.settings["clip"], self.guidance)
+        asked = self.settings["clip"], self.guidance, self.settings["dynamic_threshold"]
+        return learned.facts_of(self.trained.model, self.sha256, *asked)
 
     def resources(self) -> samplers.Resources:
         """Returns what samplers may need that is estimated on the model and its data."""

@@ -87,6 +87,8 @@ def iterate(problem: Problem, fit: Fit) -> Fit:
     normal, slope = problem.equations(fit.numbers, weights)
     normal = normal + np.diag(problem.ridge * problem.corrections)
     slope = slope + problem.ridge * problem.corrections * fit.numbers
+    if not slope.any():  # nothing moves the errors, as where all samples are at the end of the range
+        return fit._replace(gain=0.0)
     damping = fit.damping
     for _ in range(ATTEMPTS):
         damped = normal + damping * np.diag(np.diag(normal)) + 1e-9 * np.trace(normal) * np.eye(len(normal))

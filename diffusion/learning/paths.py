@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion import timesteps
-from diffusion.errors import InputError, require_range
+from diffusion.errors import InputError, is_whole, require_range
 from diffusion.learning import rollout
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import unipc
@@ -46,6 +46,9 @@ def dp_bound(
     if not schedule.variance_preserving:
         raise InputError("tau dp_bound needs a variance-preserving schedule, as the bound's terms have no other form")
     tau = times(schedule, start)
+    if num_steps == 1 and len(tau) > 2:
+        raise InputError("steps is 1; tau dp_bound has at least 2, as the bound's last term begins at t = 1")
+    _require_steps(num_steps, len(tau))
     return _chosen(schedule, tau, shortest(bound_costs(schedule, tau, gamma(tau)), num_steps))
 
 
@@ -70,6 +73,7 @@ def dp_path(
     """
     require_range("later of tau dp_path", later, 0, open_ends="low")
     tau = times(schedule, start)
+    _require_steps(num_steps, len(tau))
     return _chosen(schedule, tau, shortest(path_costs(tau), num_steps, later))
 
 
@@ -100,8 +104,7 @@ def shortest(costs: Costs, num_steps: int, later: float = 1.0) -> list[int]:
       InputError: there are fewer than S steps to make, or none of finite cost.
     """
     count = len(costs)
-    if not 1 <= num_steps < count:
-        raise InputError(f"steps is {num_steps}; a grid by dynamic programming has 1..{count - 1} steps here")
+    _require_steps(num_steps, count)
     # best[j]: the least cost of so many steps from j to the end; after[k][j]: where the first of k + 1 of them goes.
     best = np.where(np.arange(count) == count - 1, 0.0, np.inf)
     after = []
@@ -116,6 +119,11 @@ def shortest(costs: Costs, num_steps: int, later: float = 1.0) -> list[int]:
     for choice in reversed(after):
         path.append(int(choice[path[-1]]))
     return path
+
+
+def _require_steps(num_steps, count):
+    if not is_whole(num_steps) or not 1 <= num_steps < count:
+        raise InputError(f"steps is {num_steps}; a grid by dynamic programming has 1..{count - 1} steps here")
 
 
 def bound_costs(schedule: NoiseSchedule, tau: Tau, gamma: Float[np.ndarray, "M-1"]) -> Costs:

@@ -6,7 +6,6 @@ Jacobian of a table of S calls and P numbers costs about P S / 2 products of the
 one compiled function serves every table, as each stage is a call from the host.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -228,7 +227,3 @@ def _row(seen, estimates, keep, weights):
 def _row_along(seen, estimates, seen_moves, estimate_moves, keep, weights, keep_moves, weight_moves):
     by_row = jnp.tensordot(weight_moves, estimates, axes=1) + jnp.multiply.outer(keep_moves, seen)
     return by_row + keep * seen_moves + jnp.tensordot(weights, estimate_moves, axes=1)
-
-
-Measure = Callable[[Images], Float[Array, "B F"]]
-"""What is compared of a sample, as a function that JAX can trace: its pixels, or its features."""

@@ -6,6 +6,7 @@ What is kept is always what is best on noise that is not learned from. One step 
 state, so that a search which was cut off goes on from the last iteration.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,6 +66,11 @@ class Bed(NamedTuple):
     held_targets: tuple[Images, ...]
     measure: Callable[[Images], Images]
     floor: float = least_squares.FLOOR
+
+    @property
+    def count(self) -> int:
+        """Counts the noises to learn from."""
+        return sum(len(part.x) for part in self.train)
 
     def loss(self, errors: Errors) -> float:
         """Returns the logarithm of the typical squared error, by which samplers are judged."""
@@ -208,7 +214,8 @@ def begin(bed: Bed, calls: int, groups: tuple[str, ...], tick: Callable[[], None
     """
     ranked = []
     for base, grid, history in hand_made(bed.schedule, calls):
-        ranked.append((bed.loss(bed.errors(history, held=True)), base, grid))
+        with contextlib.suppress(InputError):  # the interval of guidance holds none of its times
+            ranked.append((bed.loss(bed.errors(history, held=True)), base, grid))
         tick()
     ranked = sorted(entry for entry in ranked if np.isfinite(entry[0]))
     if not ranked:
@@ -219,7 +226,7 @@ def begin(bed: Bed, calls: int, groups: tuple[str, ...], tick: Callable[[], None
         chosen.setdefault((entry[1].partition(":")[0], entry[2].partition(":")[0]), entry)
     trials = []
     for held_loss, base, grid in list(chosen.values())[:TRIALS]:
-        family = _family(bed, calls, groups, (base, grid))
+        family = family_of(bed, calls, groups, (base, grid))
         zeros = np.zeros(family.size)
         fit = least_squares.begin(_problem(bed, family), zeros)
         trials.append(Trial((base, grid), fit, zeros, held_loss, ((bed.loss(fit.errors), held_loss),)))
@@ -230,7 +237,7 @@ def advance(bed: Bed, search: Search) -> Search:
     """Makes the next iteration of a search that is not at its end."""
     number = search.current
     trial = search.trials[number]
-    family = _family(bed, search.calls, search.groups, trial.start)
+    family = family_of(bed, search.calls, search.groups, trial.start)
     fit = least_squares.iterate(_problem(bed, family, trial.losses[0][0]), trial.fit)
     held_loss = bed.loss(bed.errors(family.history(fit.numbers), held=True))
     better = held_loss < trial.best_loss
@@ -247,7 +254,7 @@ def advance(bed: Bed, search: Search) -> Search:
 def result(bed: Bed, search: Search) -> History:
     """Returns the best sampler that the search has found, on held-out noise; never worse than a hand-made one."""
     leader = search.leader
-    return _family(bed, search.calls, search.groups, leader.start).history(leader.best)
+    return family_of(bed, search.calls, search.groups, leader.start).history(leader.best)
 
 
 def error_ratio(search: Search) -> float:
@@ -265,7 +272,8 @@ def _grid(schedule, text, calls):
     return choice.function(schedule, calls, **choice.options)
 
 
-def _family(bed, calls, groups, start):
+def family_of(bed: Bed, calls: int, groups: tuple[str, ...], start: tuple[str, str]) -> Family:
+    """Returns the family around a hand-made sampler; the arguments are as in `Search` and `Trial`."""
     base, grid = start
     return Family(bed.schedule, _solver(base), np.asarray(_grid(bed.schedule, grid, calls), np.float64), groups=groups)
 
@@ -277,7 +285,7 @@ def _problem(bed, family, start_loss=0.0):
         try:
             return bed.errors(family.history(numbers), held=False)
         except InputError:  # the solver cannot take the grid
-            return np.full(sum(len(part.x) for part in bed.train), np.inf)
+            return np.full(bed.count, np.inf)
 
     def equations(numbers, weights):
         history, derivative = family.history(numbers), family.derivative(numbers)

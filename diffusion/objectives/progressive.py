@@ -51,7 +51,7 @@ def stages(num_steps: int, start: int = 64, end: int = 4, lengths: Sequence[floa
       lengths: how long each stage is, in relation to the others; () makes all equally long.
 
     Raises:
-      InputError: end is not reached by halving start, or a length is missing, too many or below 0.
+      InputError: end is not reached by halving start, or a length is missing, too many or not above 0.
     """
     for name, value in (("start", start), ("end", end), ("the number of training steps", num_steps)):
         if not is_whole(value) or value < 1:

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion.errors import InputError, is_whole, nearest
+from diffusion.solvers.facts import check_facts
 
 
 class _Label:
@@ -53,7 +54,7 @@ class SamplerTable:
       name: what to call the sampler.
       log_variance: [stages, 2], logs of the smallest and largest variance of a model that predicts where between them
         its own lies (improved DDPM, arXiv:2102.09672, Eq. 15), or None. z is scaled by it before its column is.
-      facts: what it was made for, such as {"prediction": "eps"} of a learned one; {} for a solver's.
+      facts: what it was made for, such as {"prediction": "eps"} of a learned one, see `facts`; {} for a solver's.
     """
 
     tau: Float[np.ndarray, "S+1"]
@@ -194,8 +195,7 @@ def from_json(text: str) -> SamplerTable:
         version, facts = fields.pop("version"), fields.pop("facts")
         if version not in (1, VERSION):
             raise ValueError(f"its version is {str(version)[:20]!r}, and this program knows those up to {VERSION}")
-        if not isinstance(facts, dict):
-            raise ValueError("its facts are no object")
+        check_facts(facts)
         if not isinstance(fields["name"], str) or not fields["name"].isprintable() or len(fields["name"]) > MAX_NAME:
             raise ValueError(f"its name is no text of up to {MAX_NAME:,} characters that can be printed")
         table = make_table(**fields)
