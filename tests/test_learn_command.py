@@ -28,7 +28,7 @@ def test_a_learned_table_is_used_by_the_name_learned_and_is_not_learned_twice(mo
     drawn = run("sample.py", "--workdir=runs/digits", "--sampler=learned", "--steps=2", "--num=4", cwd=model)
     assert drawn.returncode == 0, drawn.stderr
     assert "2 network calls" in drawn.stdout
-    (record,) = (model / "runs/digits/samples").glob("*/sampling.json")
+    (record,) = (model / "runs/digits/samples").glob("learned-2steps*/sampling.json")
     stored = json.loads((model / "runs/digits/tables/2.json").read_text())
     assert json.loads(record.read_text())["tau"] == stored["tau"]
     assert stored["facts"]["prediction"] == "eps"
