@@ -1,6 +1,8 @@
 """Opens the model that a flag names: a run folder, a file of convert.py, or the model that ships."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -27,7 +29,6 @@ def open_model(workdir: str | None, ema: str) -> tuple[str, Path, Trained]:
       InputError: there is no such model, or it is damaged.
     """
     networks = own.networks(flags.FLAGS.network)
-    shipped = workdir == SHIPPED_NAME and not Path(workdir).exists()
     if not workdir and (folder := run_folder.newest("runs")) is not None:
         try:
             return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
@@ -35,18 +36,33 @@ def open_model(workdir: str | None, ema: str) -> tuple[str, Path, Trained]:
             raise InputError(
                 f"{error}; this is the newest run, and --workdir names another, or {SHIPPED_NAME}"
             ) from None
-    if workdir and not shipped and not workdir.endswith(weights.SUFFIX):
-        folder = run_folder.existing(workdir)
-        return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
-    shipped = shipped or not workdir
-    trained = pretrained.load(SHIPPED) if shipped else weights.load(workdir, networks)
-    if ema and ema != trained.ema:
-        raise InputError(f"ema is {ema}; this file holds only that of {trained.ema}")
+    found = open_named(workdir, ema, networks)
     if not workdir:
         print(f"no run in runs/ has a checkpoint, so this uses the {SHIPPED} model that ships with the project")
+    return found
+
+
+def open_named(name: str | None, ema: str, networks: Mapping[str, Callable[..., Any]]) -> tuple[str, Path, Trained]:
+    """Returns (source, home, trained) as `open_model`, for a name; None is the model that ships.
+
+    Args:
+      name: a run folder, a file of convert.py, or what the model that ships is called.
+      ema: as for `open_model`.
+      networks: see `make_model`.
+
+    Raises:
+      InputError: there is no such model, or it is damaged.
+    """
+    shipped = not name or (name == SHIPPED_NAME and not Path(name).exists())
+    if not shipped and not name.endswith(weights.SUFFIX):
+        folder = run_folder.existing(name)
+        return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
+    trained = pretrained.load(SHIPPED) if shipped else weights.load(name, networks)
+    if ema and ema != trained.ema:
+        raise InputError(f"ema is {ema}; this file holds only that of {trained.ema}")
     if shipped:
         return f"the {SHIPPED} model that ships", SHIPPED_HOME, trained
-    return workdir, Path("runs", f"file-{Path(workdir).stem}"), trained
+    return name, Path("runs", f"file-{Path(name).stem}"), trained
 
 
 def open_weaker(path: str, model: Model) -> Trained:

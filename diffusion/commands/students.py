@@ -1,23 +1,20 @@
 """Students, networks trained for few calls: what one takes from its teacher, and what may be asked of it afterwards."""
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import pretrained, timesteps
-from diffusion.commands import config_files, own, recipes
-from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
+from diffusion import timesteps
+from diffusion.commands import config_files, opening, own, recipes
+from diffusion.commands.shared_flags import SHIPPED_NAME
 from diffusion.errors import InputError
 from diffusion.model import Trained
 from diffusion.objectives import choice, progressive
-from diffusion.pretrained import weights
 from diffusion.schedules import NoiseSchedule
 from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable, ddim
-from diffusion.training import run_folder
 
 _TAKEN = ("config.data.", "config.schedule", "config.network", "config.model.", "config.train.prediction")
 """The fields in which a student is as its teacher, unless the recipe sets them."""
@@ -58,11 +55,7 @@ def open_teacher(config: ConfigDict) -> Trained | None:
         )
     networks = own.networks(config.network)
     try:
-        if name == SHIPPED_NAME and not Path(name).exists():
-            return pretrained.load(SHIPPED)
-        if name.endswith(weights.SUFFIX):
-            return weights.load(name, networks)
-        return run_folder.load_trained(run_folder.existing(name), networks=networks)
+        return opening.open_named(name, "", networks)[2]
     except InputError as error:
         raise InputError(f"config.teacher: {str(error).replace('--workdir', 'config.teacher')}") from None
 

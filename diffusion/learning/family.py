@@ -92,7 +92,7 @@ class Family(NamedTuple):
         change = np.zeros((steps, steps))
         change[np.tril_indices(steps, -1)] = parts["history"]
         change[np.diag_indices(steps)] = parts["sums"][:steps] - change.sum(axis=1)
-        return base.changed(
+        return base._replace(
             t=np.minimum(base.t * (1 + TIME_UNIT * parts["times"]), self.schedule.num_timesteps),
             keep=base.keep + unit * parts["sums"][steps:],
             weights=base.weights + unit[:, None] * change,

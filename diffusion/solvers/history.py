@@ -45,10 +45,6 @@ class History(NamedTuple):
         """Counts the network calls: one a stage."""
         return self.t.shape[-1]
 
-    def changed(self, **fields: Any) -> "History":
-        """Returns a copy with some fields replaced."""
-        return self._replace(**fields)
-
 
 def from_table(table: SamplerTable) -> History:
     """Returns the history form of a deterministic table.
