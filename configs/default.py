@@ -32,9 +32,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.schedule = "linear"  # linear, cosine, scaled_linear, shifted_cosine; edm and rectified_flow for edm and flow
 
     # The network. One of your own has its options after a second colon, as in mine:net:depth=4, not in config.model.
-    config.network = "unet"  # unet, or a function of your own as package.module:function
+    config.network = "unet"  # unet, transformer, or a function of your own as package.module:function
 
-    # The UNet: these are its arguments. Of these, num_classes also goes to a network of your own.
+    # The UNet: these are its arguments. Of these, num_classes also goes to the other networks.
     config.model = ml_collections.ConfigDict()
     config.model.width = 128  # channels at full resolution
     config.model.multipliers = (1, 2, 2, 2)  # channels of each level over width; from level to level the image halves
@@ -46,6 +46,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.out_channels = 0  # 0: as many as the images have
     config.model.dtype = "float32"  # or bfloat16, for the arithmetic; parameters and normalisation stay float32
     config.model.remat = False  # compute activations again in the backward pass, to save memory
+
+    # The transformer (DiT), where config.network names it: these are its arguments.
+    config.transformer = ml_collections.ConfigDict()
+    config.transformer.patch = 2  # height and width of the patches that a sample is cut into
+    config.transformer.width = 384  # channels of each patch; a multiple of 4 and of num_heads
+    config.transformer.depth = 12  # blocks
+    config.transformer.num_heads = 6  # attention heads
+    config.transformer.mlp_ratio = 4.0  # channels inside each block's perceptron over width
+    config.transformer.qk_norm = False  # normalise queries and keys, which long trainings may need to stay stable
+    config.transformer.dropout = 0.0  # rate after attention and perceptron, in training
+    config.transformer.dtype = "float32"  # or bfloat16, for the arithmetic
+    config.transformer.remat = False  # compute the blocks again in the backward pass, to save memory
 
     # How the parameters move: Adam, after a linear warm-up.
     config.optimizer = ml_collections.ConfigDict()

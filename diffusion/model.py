@@ -16,15 +16,15 @@ from ml_collections import ConfigDict
 from diffusion import keys, options, schedules
 from diffusion.errors import InputError, require_range, users_code
 from diffusion.images import to_floats, to_uint8
-from diffusion.models import Network, UNet, adapt, as_apply_fn
+from diffusion.models import Network, Transformer, UNet, adapt, as_apply_fn
 from diffusion.objectives import choice
 from diffusion.objectives.losses import LEARN_VARIANCE
 from diffusion.predictions import check_known
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import ApplyFn, Params
 
-UNET = "unet"
-"""What config.network is for the network that comes with the library, `models.UNet`."""
+UNET, TRANSFORMER = "unet", "transformer"
+"""What config.network is for the networks that come with the library, `models.UNet` and `models.Transformer`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,12 @@ def make_model(
     channels = image_shape[-1] * (2 if learned_variance else 1)
     name, num_classes = config.get("network", UNET), config.model.num_classes
     if name == UNET:
-        network = _unet(config.model, image_shape, channels, objective)
+        _check_size(config.model, config.model.num_blocks * len(config.model.multipliers), "config.model")
+        network = _network(UNet, config.model, image_shape, channels, objective)
+    elif name == TRANSFORMER:
+        _check_size(config.transformer, config.transformer.depth, "config.transformer")
+        told = {"num_classes": num_classes, "out_channels": config.model.out_channels}
+        network = _network(Transformer, {**config.transformer, **told}, image_shape, channels, objective)
     else:
         network = _own_network(name, networks, image_shape, channels, num_classes)
     names = tuple(class_names) or tuple(map(str, range(num_classes)))
@@ -175,18 +180,17 @@ def make_model(
     )
 
 
-def _unet(config, image_shape, channels, objective):
-    """Returns the UNet of the section config.model."""
-    _check_size(config)
-    module = UNet(**{**config, "out_channels": config.out_channels or channels})
+def _network(module, fields, shape, channels, objective):
+    """Returns a network that comes with the library, with these fields."""
+    module = module(**{**fields, "out_channels": fields["out_channels"] or channels})
 
     def init(key):
-        return module.init(keys.threefry(key), jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
+        return module.init(keys.threefry(key), jnp.zeros((1, *shape)), jnp.ones((1,)))["params"]
 
     jax.eval_shape(init, keys.make(0))  # raises what is wrong with the fields before anything is computed
     if module.out_channels != channels:
         raise InputError(
-            f"config.model.out_channels is {module.out_channels}; images have {image_shape[-1]} channels and objective "
+            f"config.model.out_channels is {module.out_channels}; samples have {shape[-1]} channels and objective "
             f"{objective} wants {channels}, set 0 or that"
         )
     return Network(init, as_apply_fn(module))
@@ -196,7 +200,9 @@ def _own_network(text, networks, image_shape, channels, num_classes):
     """Returns the network that a function of the user's own makes."""
     name = options.own_name(text)
     if not name:
-        raise InputError(f"config.network is {text!r}; it must be {UNET}, or your own as package.module:function")
+        raise InputError(
+            f"config.network is {text!r}; it must be {UNET}, {TRANSFORMER}, or your own as package.module:function"
+        )
     if name not in networks:
         raise InputError(
             f"the network of this model is {name}, Python code that does not come with it; if you trust that code, "
@@ -304,13 +310,13 @@ def _readable(where):
         raise InputError(f"{where} describes no model that this version knows ({reason})") from None
 
 
-def _check_size(config):
+def _check_size(fields, blocks, section):
     """Refuses a network that would take forever only to describe."""
-    numbers = [n for value in config.values() for n in (value if isinstance(value, list | tuple) else [value])]
+    numbers = [n for value in fields.values() for n in (value if isinstance(value, list | tuple) else [value])]
     if any(isinstance(n, int | float) and not abs(n) <= MAX_NUMBER for n in numbers):
-        raise InputError(f"config.model has a number above {MAX_NUMBER:,}; give smaller ones")
-    if config.num_blocks * len(config.multipliers) > MAX_BLOCKS:
-        raise InputError(f"config.model has more than {MAX_BLOCKS:,} blocks; give fewer")
+        raise InputError(f"{section} has a number above {MAX_NUMBER:,}; give smaller ones")
+    if blocks > MAX_BLOCKS:
+        raise InputError(f"{section} has more than {MAX_BLOCKS:,} blocks; give fewer")
 
 
 def check_finite(params: Params, where: str) -> None:

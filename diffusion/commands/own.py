@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusion import options
 from diffusion.errors import InputError, nearest, users_code
-from diffusion.model import UNET
+from diffusion.model import TRANSFORMER, UNET
 
 
 def load(what: str, text: str) -> Callable[..., Any]:
@@ -79,14 +79,24 @@ def check_used(text: str | None, *configs: Mapping[str, Any]) -> None:
     raise InputError(f"--network is {text!r}, but the model was trained with {saved[0]!r}; {remedy}")
 
 
-def check_unet_fields(text: str, argv: Sequence[str]) -> None:
-    """Raises InputError if the command line sets arguments of the UNet, which a network of the user's own has not."""
-    name = options.own_name(text)
+def check_network_fields(text: str, argv: Sequence[str]) -> None:
+    """Raises InputError if the command line sets arguments of another network than config.network names.
+
+    Args:
+      text: config.network.
+      argv: the arguments of the command line. All networks take config.model.num_classes.
+    """
+    sections = {UNET: "config.model.", TRANSFORMER: "config.transformer."}
     given = [arg.lstrip("-").partition("=")[0] for arg in argv]
-    fields = [field for field in given if field.startswith("config.model.") and field != "config.model.num_classes"]
-    if name and fields:
-        option = fields[0].rpartition(".")[2]
-        raise InputError(f"{fields[0]} is for the UNet; an option of your own network is {name}:{option}=VALUE")
+    for network, section in sections.items():
+        fields = [field for field in given if field.startswith(section) and field != "config.model.num_classes"]
+        if not fields or network == text:
+            continue
+        field, option = fields[0], fields[0].removeprefix(section)
+        if name := options.own_name(text):
+            raise InputError(f"{field} is for network {network}; an option of your own is {name}:{option}=VALUE")
+        remedy = f"write {sections[text]}{option}" if text in sections else f"leave it out, or take network {network}"
+        raise InputError(f"{field} is for network {network}, and config.network is {text}; {remedy}")
 
 
 def stored(what: str, flag: str, given: str | None, saved: str) -> str:

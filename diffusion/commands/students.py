@@ -16,13 +16,15 @@ from diffusion.schedules import NoiseSchedule
 from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable, ddim
 
-_TAKEN = ("config.data.", "config.schedule", "config.network", "config.model.", "config.train.prediction")
+_NETWORKS = ("config.network", "config.model.", "config.transformer.")
+
+_TAKEN = ("config.data.", "config.schedule", *_NETWORKS, "config.train.prediction")
 """The fields in which a student is as its teacher, unless the recipe sets them."""
 
-_ITS_OWN = ("config.model.dropout", "config.model.remat", "config.model.dtype")
+_ITS_OWN = tuple(f"config.{kind}.{name}" for kind in ("model", "transformer") for name in ("dropout", "remat", "dtype"))
 """Those of them that a student does not take over: they say how it is trained."""
 
-_ALIKE = ("config.schedule", "config.network", "config.model.")
+_ALIKE = ("config.schedule", *_NETWORKS)
 """The fields in which a student cannot differ from its teacher, from whose parameters it starts."""
 
 

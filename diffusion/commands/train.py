@@ -106,7 +106,7 @@ def start(stop: StopRequest) -> int:
     folder = run_folder.RunFolder(_WORKDIR.value or Path("runs", name))
     if _NETWORK.value is not None:
         _CONFIG.value.network = _NETWORK.value
-    own.check_unet_fields(_CONFIG.value.network, sys.argv)
+    own.check_network_fields(_CONFIG.value.network, sys.argv)
     config_files.check(_CONFIG.value)
     teacher = students.open_teacher(_CONFIG.value)
     given = config_flags.get_override_values(flags.FLAGS["config"])

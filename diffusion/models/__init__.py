@@ -6,10 +6,11 @@ import functools
 from flax import linen as nn
 
 from diffusion.models.own import Network, adapt
+from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
 from diffusion.types import ApplyFn
 
-__all__ = ["Network", "UNet", "adapt", "as_apply_fn"]
+__all__ = ["Network", "Transformer", "UNet", "adapt", "as_apply_fn"]
 
 
 def as_apply_fn(model: nn.Module) -> ApplyFn:

@@ -14,6 +14,9 @@ from diffusion.types import Timesteps
 INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 ZERO = nn.initializers.zeros
 
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+"""What a network may compute in, by name."""
+
 
 def sinusoidal_embedding(t: Float[Array, "B"] | Timesteps, dim: int) -> Float[Array, "B dim"]:
     """Returns sines and cosines of t at dim // 2 frequencies from 1 down to 1e-4, in float32.

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from diffusion.errors import InputError, require_range
 from diffusion.models.layers import (
+    DTYPES,
     INIT,
     ZERO,
     Conv,
@@ -18,8 +19,6 @@ from diffusion.models.layers import (
     Upsample,
     sinusoidal_embedding,
 )
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class UNet(nn.Module):

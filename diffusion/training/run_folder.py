@@ -30,6 +30,7 @@ _FREE = (
     "config.train.microbatches",
     "config.train.fsdp",
     "config.model.remat",
+    "config.transformer.remat",
     "config.data.path",
     "config.data.labels",  # class_names and the fingerprint hold what it decides
     "config.data.max_memory",
