@@ -1,12 +1,9 @@
 """Our Inception network agrees with pytorch-fid's own, block by block, and our reader of .pth files with torch.save.
 
 The weights are random: they test every layer, and need no download. torchvision and pytorch-fid are installed without
-their dependencies, and a torchvision that was built for another torch misses compiled operations; they are declared
-before it is imported, since the network calls none of them.
+their dependencies.
 """
 
-import re
-import sys
 import zipfile
 from collections import OrderedDict
 
@@ -25,10 +22,9 @@ BATCH, BATCHES = 8, 8
 
 
 @pytest.fixture(scope="module")
-def network():
+def network(torchvision):
     """pytorch-fid's network with random weights, none of which a layer could do without."""
     pytest.importorskip("pytorch_fid", reason="pip install --no-deps pytorch-fid torchvision")
-    declared = _import_torchvision()
     from pytorch_fid import inception as original
 
     with pytest.MonkeyPatch.context() as patch:
@@ -45,8 +41,7 @@ def network():
                     tensor.uniform_(0.5, 1.5, generator=generator)
                 for tensor in (module.bias, module.running_mean):
                     tensor.normal_(0, 0.1, generator=generator)
-    yield network
-    del declared
+    return network
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +57,6 @@ def theirs(network):
 @pytest.fixture(scope="module")
 def params(network):
     return inception.convert({name: value.numpy() for name, value in network.state_dict().items()})
-
-
-def _import_torchvision():
-    declared = None
-    while True:
-        try:
-            pytest.importorskip("torchvision", reason="pip install --no-deps torchvision")
-            return declared  # torch forgets what it declares when this is dropped
-        except RuntimeError as error:
-            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if missing is None:
-                raise
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        declared = declared or torch.library.Library("torchvision", "FRAGMENT")
-        declared.define(f"{missing[1]}(Tensor a, Tensor b, float c) -> Tensor")
 
 
 def _to_torch(images):

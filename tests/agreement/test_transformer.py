@@ -38,7 +38,9 @@ def params_of(module, channels, patch):
         return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
 
     cut = state["pos_embed.proj.weight"]
-    params = {"patches": {"kernel": cut.transpose(2, 3, 1, 0).reshape(-1, len(cut)), "bias": state["pos_embed.proj.bias"]}}
+    params = {
+        "patches": {"kernel": cut.transpose(2, 3, 1, 0).reshape(-1, len(cut)), "bias": state["pos_embed.proj.bias"]}
+    }
     told = "transformer_blocks.0.norm1.emb"
     params["time_1"] = dense(f"{told}.timestep_embedder.linear_1")
     params["time_1"]["kernel"] = np.roll(params["time_1"]["kernel"], 128, axis=0)  # they have cosines first
@@ -55,7 +57,7 @@ def params_of(module, channels, patch):
     ("size", "channels", "patch", "depth", "heads", "classes"),
     [(8, 4, 2, 2, 4, 10), (16, 3, 4, 3, 2, 1000), (6, 1, 1, 1, 3, 2)],
 )
-def test_the_transformer_is_diffusers_dit(size, channels, patch, depth, heads, classes):
+def test_the_transformer_is_diffusers_dit(torchvision, size, channels, patch, depth, heads, classes):
     module = theirs(size, channels, patch, depth, heads, classes)
     ours = Transformer(patch=patch, width=8 * heads, depth=depth, num_heads=heads, num_classes=classes)
     params = params_of(module, channels, patch)
