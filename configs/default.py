@@ -14,6 +14,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Whom a student learns from: a run folder, a file of convert.py, or shipped; for the objectives that make students.
     config.teacher = ""  # data, schedule and network are its own where they are at their defaults here
 
+    # Latent space: the autoencoder in whose latents the model works, a run folder or a file; for pixels none.
+    config.latents = ""  # data and classes stay the model's own; the images must have the autoencoder's size
+
     # Where the images come from.
     config.data = ml_collections.ConfigDict()
     config.data.name = "digits"  # digits, cifar10 or images
@@ -58,6 +61,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.transformer.dropout = 0.0  # rate after attention and perceptron, in training
     config.transformer.dtype = "float32"  # or bfloat16, for the arithmetic
     config.transformer.remat = False  # compute the blocks again in the backward pass, to save memory
+
+    # The network of an autoencoder, for objective autoencoder, which has no use for schedule, network and model above.
+    config.autoencoder = ml_collections.ConfigDict()
+    config.autoencoder.channels = (32, 64)  # of each level; from level to level the image halves
+    config.autoencoder.num_blocks = 1  # residual blocks in each level of the encoder; the decoder has one more
+    config.autoencoder.latent_channels = 4  # numbers at each place of the latents
+    config.autoencoder.groups = 8  # in which activations are normalised; all channels are multiples of it
+    config.autoencoder.attention = True  # whether all places see each other at the lowest resolution
+    config.autoencoder.codes = 0  # entries of a codebook; 0: none, each latent is a Gaussian
+    config.autoencoder.code_channels = 0  # channels of these entries and then of the latents; 0: latent_channels
+    config.autoencoder.dtype = "float32"  # or bfloat16, for the arithmetic; parameters and normalisation stay float32
 
     # How the parameters move: Adam, after a linear warm-up.
     config.optimizer = ml_collections.ConfigDict()

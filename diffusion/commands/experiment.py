@@ -27,7 +27,8 @@ from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import SamplerTable
 from diffusion.training.loop import Plan
-from diffusion.training.step import StepOptions, TrainState, ema_name, init_state
+from diffusion.training.state import TrainState, ema_name, init_state
+from diffusion.training.step import StepOptions
 from diffusion.types import Params
 
 

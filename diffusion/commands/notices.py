@@ -10,7 +10,7 @@ from diffusion.commands import forecast, own, usage
 from diffusion.commands.experiment import Experiment
 from diffusion.errors import printable
 from diffusion.training import run_folder
-from diffusion.training.step import TrainState
+from diffusion.training.state import TrainState
 
 SHOWN_CLASSES = 12
 """The most classes that the log names."""

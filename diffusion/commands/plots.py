@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from diffusion.files import read, write_atomically
+from diffusion.training.recorder import SHARED
 
 
 def curves(
@@ -47,7 +48,7 @@ def curves(
 
 
 def losses(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Draws the record of a training run, the loss and the error in each tenth of the timesteps, and writes the plot.
+    """Draws the record of a training run, the loss and what is logged with it, and writes the plot.
 
     A picture ends no run: whatever goes wrong is a warning.
 
@@ -70,15 +71,18 @@ def _loss_figure(columns):
     figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     tenths = [name for name in columns if name.startswith("error_tenth_")]
-    colors = colormaps["viridis"](np.linspace(0, 0.9, len(tenths)))
+    curves = tenths or [name for name in columns if name not in SHARED]  # else those of the objective
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(curves)))
     lines = [(left, "loss", "black", "")]
-    lines += [(right, name, color, name.rpartition("_")[2]) for name, color in zip(tenths, colors, strict=True)]
+    labels = [name.removeprefix("error_tenth_") for name in curves]
+    lines += [(right, *line) for line in zip(curves, colors, labels, strict=True)]
     steps = columns["step"]
     for axes, name, color, label in lines:
         marker = "." if len(steps) < 30 else ""  # a line needs two points to be seen
         axes.plot(steps, columns[name], color=color, label=label, marker=marker, linewidth=1)
     # Both axes alike: a logarithmic one where that shows more.
-    for axes, title in ((left, "loss"), (right, "error in each tenth of the timesteps, 1 is next to the data")):
+    about = "error in each tenth of the timesteps, 1 is next to the data" if tenths else "what it consists of"
+    for axes, title in ((left, "loss"), (right, about)):
         found = np.concatenate([line.get_ydata() for line in axes.lines])
         if len(found := found[np.isfinite(found)]):
             scale_y(axes, found)

@@ -38,7 +38,8 @@ from diffusion.training import checkpoints, environment, run_folder
 from diffusion.training.loop import Run, train
 from diffusion.training.recorder import Recorder, Silent
 from diffusion.training.saving import CheckpointWriter
-from diffusion.training.step import TrainState, ema_name, make_train_step
+from diffusion.training.state import TrainState, ema_name
+from diffusion.training.step import make_train_step
 from diffusion.training.stop import Stopped, StopRequest
 
 DEFAULT_CONFIG = recipes.FOLDER / "digits.py"

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from diffusion import options
+from diffusion.objectives.autoencoding import kl_terms, vq_terms
 from diffusion.objectives.consistency import consistency_distillation_loss, consistency_loss
-from diffusion.objectives.losses import OBJECTIVES, Loss
+from diffusion.objectives.losses import OBJECTIVES, Loss, Terms
 from diffusion.objectives.progressive import progressive_loss
 
 STUDENTS: dict[str, Callable[..., Loss]] = {
@@ -13,6 +14,9 @@ STUDENTS: dict[str, Callable[..., Loss]] = {
     "consistency_distillation": consistency_distillation_loss,
 }
 """Functions (batch, schedule, prediction, weights, course, options) -> Loss, which make networks for few calls."""
+
+AUTOENCODERS: dict[str, Callable[..., Terms]] = {"kl_autoencoder": kl_terms, "vq_autoencoder": vq_terms}
+"""Functions (batch, parts, options) -> Terms, which train autoencoders."""
 
 TAUGHT = ("progressive", "consistency_distillation")
 """The objectives that need a teacher."""
@@ -24,10 +28,15 @@ def parse(text: str) -> options.Choice:
     Raises:
       InputError: an unknown name or option.
     """
-    leading = 5 if is_student(text) else 4
-    return options.parse("config.train.objective", text, OBJECTIVES | STUDENTS, leading)
+    leading = 2 if is_autoencoder(text) else 5 if is_student(text) else 4
+    return options.parse("config.train.objective", text, OBJECTIVES | STUDENTS | AUTOENCODERS, leading)
 
 
 def is_student(text: str) -> bool:
     """Tells whether an objective makes a network for few calls, which is no denoiser any more."""
     return str(text).partition(":")[0] in STUDENTS
+
+
+def is_autoencoder(text: str) -> bool:
+    """Tells whether an objective trains an autoencoder, which draws no samples."""
+    return str(text).partition(":")[0] in AUTOENCODERS

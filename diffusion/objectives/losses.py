@@ -40,6 +40,7 @@ class Batch(NamedTuple):
       frozen: what `make_train_step` was given as frozen, such as the parameters of a network of features; never
         trained.
       step: the number of training steps made before this one.
+      params: the parameters being trained, for an objective that asks more of them than `network` does.
     """
 
     network: Network
@@ -52,6 +53,7 @@ class Batch(NamedTuple):
     teacher: Network | None = None
     frozen: Any = None
     step: Int[Array, ""] | int = 0
+    params: Any = None
 
 
 class Loss(NamedTuple):
@@ -66,6 +68,18 @@ class Loss(NamedTuple):
     value: Float[Array, "B"]
     t: Int[Array, "B"]
     error: Float[Array, "B"]
+
+
+class Terms(NamedTuple):
+    """What an objective without timesteps returns, with one entry for each sample.
+
+    Attributes:
+      value: what training averages and differentiates.
+      curves: what it consists of, or anything else whose mean over the samples is logged, by name.
+    """
+
+    value: Float[Array, "B"]
+    curves: dict[str, Float[Array, "B"] | Float[Array, ""]]
 
 
 def stratified_timesteps(

@@ -16,9 +16,10 @@ import safetensors.numpy
 from diffusion import keys
 from diffusion.errors import InputError, is_whole
 from diffusion.files import remove_temporaries, write_atomically
-from diffusion.interop.safetensors_file import read_header, read_tensors
+from diffusion.interop.safetensors_file import Header, read_header, read_tensors
 from diffusion.model import Trained, check_finite, from_record
 from diffusion.sealed import digest, digest_of
+from diffusion.types import Params
 
 SUFFIX = ".safetensors"
 _FORMATS, _ENTRY = ("jax-fast-diffusion 1", "jax-fast-diffusion 2"), "model"
@@ -38,18 +39,28 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
     Raises:
       InputError: a parameter is not finite.
     """
-    check_finite(trained.params, "the model")
-    arrays = {name: np.asarray(leaf) for name, leaf in flax.traverse_util.flatten_dict(trained.params, sep="/").items()}
     facts = {
-        "format": _FORMATS[-1],
         "config": trained.config.to_dict(),
         "image_shape": list(trained.model.image_shape),
         "class_names": [] if trained.model.conditions is None else list(trained.model.conditions.names),
         "step": trained.step,
         "ema": trained.ema,
         "figures": figures or {},
-        "sha256": digest(arrays),
     }
+    write(path, trained.params, facts)
+
+
+def write(path: str | os.PathLike, params: Params, facts: Mapping[str, Any]) -> None:
+    """Writes parameters and facts to a file, sealed, whole or not at all; raises as `save`.
+
+    Args:
+      path: ends in .safetensors; an existing file is replaced.
+      params: nested dicts of arrays.
+      facts: config, image_shape, class_names, step, ema and figures.
+    """
+    check_finite(params, "the model")
+    arrays = {name: np.asarray(leaf) for name, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()}
+    facts = {"format": _FORMATS[-1], **facts, "sha256": digest(arrays)}
     facts["digest"] = digest_of(facts)  # of the text, which has that of the weights in it
     # One entry holds all facts: safetensors writes several in any order, and the same model should give the same file.
     path = Path(path)
@@ -67,10 +78,24 @@ def load(path: str | os.PathLike, networks: Mapping[str, Callable[..., Any]] = M
     Raises:
       InputError: there is no such file, it is damaged, or `save` did not write it.
     """
-    header, facts = _read(path)
+    header, facts = read_facts(path)
     config, model = from_record(facts, str(path), networks)
-    # Check that the config still describes the network whose parameters these are, before they are read.
-    wanted = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, keys.make(0)), sep="/")
+    params = read_params(path, header, facts, jax.eval_shape(model.init, keys.make(0)))
+    return Trained(model, params, config, facts["step"], facts["ema"])
+
+
+def read_params(path: str | os.PathLike, header: Header, facts: Mapping[str, Any], like: Params) -> Params:
+    """Returns the parameters in a file, once they are known to be those of its config, whole and finite.
+
+    Args:
+      path: the file.
+      header, facts: from `read_facts`.
+      like: a tree with the shapes and dtypes that its config gives.
+
+    Raises:
+      InputError: they are not.
+    """
+    wanted = flax.traverse_util.flatten_dict(like, sep="/")
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in header.tensors.items()}
     if shapes != {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}:
         raise InputError(f"{path} holds weights of another network than its config describes; convert it again")
@@ -79,16 +104,16 @@ def load(path: str | os.PathLike, networks: Mapping[str, Callable[..., Any]] = M
         raise InputError(f"{path} is damaged: its weights are not those that were written; get it again")
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
     check_finite(params, str(path))
-    return Trained(model, jax.tree.map(jax.numpy.asarray, params), config, facts["step"], facts["ema"])
+    return jax.tree.map(jax.numpy.asarray, params)
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
     """Returns everything but the parameters: config, image_shape, class_names, step, ema, figures, sha256."""
-    return _read(path)[1]
+    return read_facts(path)[1]
 
 
-def _read(path):
-    """Returns the header and the facts of a file."""
+def read_facts(path: str | os.PathLike) -> tuple[Header, dict[str, Any]]:
+    """Returns the header and the facts of a file; raises as `load` where the file is at fault."""
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"there is no file {path}; name a run folder or a file that convert.py wrote")

@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from diffusion import files
 from diffusion.errors import InputError, printable
 from diffusion.training import manifest
-from diffusion.training.step import TrainState
+from diffusion.training.state import TrainState
 from diffusion.types import Params
 
 REASONS = (OSError, ValueError, KeyError)

@@ -18,7 +18,7 @@ from diffusion.errors import InputError
 from diffusion.training.progress import Progress
 from diffusion.training.recorder import Recorder, Row, Silent
 from diffusion.training.saving import CheckpointWriter
-from diffusion.training.step import Metrics, TrainState
+from diffusion.training.state import Metrics, TrainState
 from diffusion.training.stop import Stopped, StopRequest
 from diffusion.training.trace import Trace
 

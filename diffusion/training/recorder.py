@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from diffusion import files
 from diffusion.training.record import Record, json_lines, table
-from diffusion.training.step import TENTHS
+from diffusion.training.state import TENTH_NAMES
 
 
 class Row(NamedTuple):
@@ -34,7 +34,8 @@ class Row(NamedTuple):
       loss, grad_norm: means over the steps that were not skipped.
       learning_rate: of the last step.
       skipped: number of steps skipped so far because their gradient was not finite.
-      errors: mean squared error of the network for each tenth of the timesteps, NaN where there was no sample.
+      errors: mean squared error of the network for each tenth of the timesteps, NaN where there was no sample; or the
+        means of an objective's own curves.
     """
 
     step: int
@@ -61,7 +62,10 @@ class Speed(NamedTuple):
     memory_gib: float
 
 
-COLUMNS = (*Row._fields[:-1], *(f"error_tenth_{k}" for k in range(1, TENTHS + 1)))
+SHARED = Row._fields[:-1]
+"""The columns that metrics.csv has for every run."""
+
+COLUMNS = (*SHARED, *TENTH_NAMES)
 
 _SPEED, _EVENTS = "speed.csv", "TensorBoard's events"
 
@@ -77,16 +81,24 @@ class Recorder:
       folder: the run folder.
       step: the step the run starts from.
       sealed: what `seal` returned when that step was saved; {} if nobody knows.
+      curves: the names of the columns after those that every run has.
 
     Raises:
       InputError: a file of these names is a link, or no regular file.
       OSError: metrics.csv or skipped.jsonl cannot be read or written.
     """
 
-    def __init__(self, folder: Path, step: int, sealed: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        sealed: Mapping[str, Any] | None = None,
+        curves: Sequence[str] = TENTH_NAMES,
+    ):
         self._folder, self._step, self._sealed = folder, step, sealed or {}
         self._given_up: set[str] = set()
-        self._metrics = Record(folder, "metrics.csv", table(COLUMNS, ("step", "skipped")), step, self._sealed)
+        self._columns = (*SHARED, *curves)
+        self._metrics = Record(folder, "metrics.csv", table(self._columns, ("step", "skipped")), step, self._sealed)
         self._skipped: Record | None = None
         if os.path.lexists(folder / "skipped.jsonl") or "skipped.jsonl" in self._sealed:
             self._open_skipped()
@@ -102,7 +114,7 @@ class Recorder:
         speed = Speed(row.step, images_per_second, self._seconds, memory_gib)
         self._metrics.write(_line(row.flat()))
         self._attempt(_SPEED, lambda: self._speed.write(_line(speed)))
-        values = dict([*zip(COLUMNS, row.flat(), strict=True), *zip(Speed._fields, speed, strict=True)])
+        values = dict([*zip(self._columns, row.flat(), strict=True), *zip(Speed._fields, speed, strict=True)])
         self._attempt(_EVENTS, lambda: self._events.add_scalars(values, row.step))
 
     def skipped(self, step: int, **facts: Any) -> None:

@@ -16,7 +16,7 @@ from diffusion.errors import InputError, nearest
 from diffusion.model import Trained, check_finite, config_from_record, from_record
 from diffusion.objectives import choice
 from diffusion.training import checkpoints, environment, saving
-from diffusion.training.step import ema_name
+from diffusion.training.state import ema_name
 
 # Fields that do not change what is being trained, so a resumed run may have other values.
 _FREE = (

@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from diffusion import files
 from diffusion.errors import InputError
 from diffusion.training import checkpoints, manifest
-from diffusion.training.step import TrainState
+from diffusion.training.state import TrainState
 
 _UNFINISHED, _DAMAGED = "unfinished-", "damaged-"
 _REMAINS = re.compile(rf"{_UNFINISHED}(removal-)?\d+(\.orbax-checkpoint-tmp(-\d+)?)?")

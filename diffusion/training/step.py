@@ -1,4 +1,4 @@
-"""The train state and the one jitted train step."""
+"""The one jitted train step."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,96 +7,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from diffusion import devices, keys
 from diffusion.errors import InputError
 from diffusion.model import Model
-from diffusion.objectives.losses import Batch, Loss
+from diffusion.objectives.losses import Batch, Loss, Terms
+from diffusion.training.state import (
+    TENTH_NAMES,
+    TENTHS,
+    Metrics,
+    Totals,
+    Trainee,
+    TrainState,
+    ema_decay_at,
+    ema_name,
+    init_state,
+    whole,
+)
 from diffusion.types import Params
 
-TENTHS = 10
-"""The error of the network is logged for each of so many equal parts of the timesteps 1..T."""
-
-
-class Totals(NamedTuple):
-    """Sums over the steps since the last multiple of log_every, in which skipped ones do not count.
-
-    Attributes:
-      steps: how many.
-      loss, grad_norm: of those steps.
-      errors, counts: the squared errors of the samples by the tenth of 1..T that their t lies in, and how many there
-        were, both divided by the batch size.
-    """
-
-    steps: Float[Array, ""]
-    loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    errors: Float[Array, "TENTHS"]
-    counts: Float[Array, "TENTHS"]
-
-
-@struct.dataclass
-class TrainState:
-    """All that training changes, so all that a checkpoint needs. Random keys follow from the seed and the step.
-
-    Attributes:
-      step: number of steps made, int32 scalar.
-      params: weights that the optimizer moves.
-      ema_params: for each decay (by `ema_name`) their exponential moving average; samples are drawn with these.
-      opt_state: the optimizer's state.
-      totals: the sums that the next row of the log is made of.
-      skipped, skipped_in_row: how many steps changed nothing because their gradient was not finite, of all and of the
-        last ones in a row.
-      teacher: the parameters that a student learns from; None, and in no checkpoint, for any other run.
-    """
-
-    step: Int[Array, ""]
-    params: Params
-    ema_params: dict[str, Params]
-    opt_state: optax.OptState
-    totals: Totals
-    skipped: Int[Array, ""]
-    skipped_in_row: Int[Array, ""]
-    teacher: Params | None = None
-
-
-class Metrics(NamedTuple):
-    """What one step returns: mean loss of the batch, norm of the gradient before clipping, and copies of counters.
-
-    stop is above 0 where any process wants to stop.
-    """
-
-    loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    totals: Totals
-    skipped: Int[Array, ""]
-    skipped_in_row: Int[Array, ""]
-    stop: Float[Array, ""]
-
-
-def ema_name(decay: float) -> str:
-    """Returns the name of an EMA in TrainState.ema_params, in checkpoints and for sample.py --ema: "0.9999"."""
-    return f"{decay:.10g}"
-
-
-def init_state(
-    params: Params, optimizer: optax.GradientTransformation, ema_decays: Sequence[float], teacher: Params | None = None
-) -> TrainState:
-    """Returns the state before the first step; each EMA starts as a copy of params."""
-    ema_params = {ema_name(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays}
-    none = [jnp.zeros((), jnp.int32) for _ in range(3)]
-    totals = Totals(*(jnp.zeros(shape, jnp.float32) for shape in ((), (), (), TENTHS, TENTHS)))
-    return TrainState(none[0], params, ema_params, optimizer.init(params), totals, *none[1:], teacher)
-
-
-def ema_decay_at(step: Int[Array, ""], decay: float) -> Float[Array, ""]:
-    """Returns min(decay, (1 + step) / (10 + step)), so that short runs and first steps forget the random start."""
-    made = jnp.asarray(step, jnp.float32)
-    return jnp.minimum(decay, (1 + made) / (10 + made))
+__all__ = ["TENTHS", "StepOptions", "TrainState", "ema_decay_at", "ema_name", "init_state", "make_train_step"]
 
 
 class StepOptions(NamedTuple):
@@ -109,6 +42,9 @@ class StepOptions(NamedTuple):
       label_dropout: how often a condition is replaced by the one that means "none", which guidance needs.
       promotions: the numbers of steps made after which the student becomes its own teacher, and the optimizer starts
         anew.
+      averaged: the part of the parameters that EMAs are of.
+      learning: the part of the gradient whose norm is logged; the others are no gradients, or of an opponent.
+      curves: the names of what is logged besides the loss, the tenths of the timesteps or an objective's own.
     """
 
     ema_decays: Sequence[float] = (0.9999,)
@@ -116,11 +52,14 @@ class StepOptions(NamedTuple):
     log_every: int = 1
     label_dropout: float = 0.0
     promotions: Sequence[int] = ()
+    averaged: Callable[[Params], Params] = whole
+    learning: Callable[[Params], Params] = whole
+    curves: Sequence[str] = TENTH_NAMES
 
 
 def make_train_step(
-    model: Model,
-    objective: Callable[[Batch], Loss],
+    model: Model | Trainee,
+    objective: Callable[[Batch], Loss | Terms],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     key: jax.Array,
@@ -133,7 +72,7 @@ def make_train_step(
     number of devices, processes or microbatches. A step whose loss or gradient is not finite changes only counters.
 
     Args:
-      model: what is trained; its apply_fn takes dropout_keys [B] besides (params, x, t, cond).
+      model: what is trained; the apply_fn of a Model takes dropout_keys [B] besides (params, x, t, cond).
       objective: a function of one batch, see `diffusion.objectives.losses`.
       optimizer: an optax transformation.
       mesh: from `devices.training_mesh`.
@@ -198,12 +137,21 @@ def _part_loss(model, objective, key, label_dropout):
             teacher=None if teacher is None else partial(model.apply_fn, teacher),
             frozen=frozen,
             step=step,
+            params=params,
         )
         loss = objective(batch)
-        tenth = jax.nn.one_hot((loss.t - 1) * TENTHS // model.schedule.num_timesteps, TENTHS, dtype=jnp.float32)
-        return loss.value.mean(), ((tenth * loss.error[:, None]).mean(0), tenth.mean(0))
+        return loss.value.mean(), _curves(model, loss)
 
     return part_loss
+
+
+def _curves(model, loss):
+    """Returns (sums, counts) of what is logged besides the loss, both divided by the number of samples."""
+    if isinstance(loss, Terms):
+        means = jnp.stack([jnp.asarray(curve, jnp.float32).mean() for curve in loss.curves.values()])
+        return means, jnp.ones_like(means)
+    tenth = jax.nn.one_hot((loss.t - 1) * TENTHS // model.schedule.num_timesteps, TENTHS, dtype=jnp.float32)
+    return (tenth * loss.error[:, None]).mean(0), tenth.mean(0)
 
 
 def _gradient(part_loss, microbatches, unroll):
@@ -269,16 +217,20 @@ def _over_devices(gradient, mesh):
 
 def _update(state, loss, by_tenth, grads, optimizer, options):
     """Returns the state after a step, and the norm of the gradient; a step that is not finite changes only counters."""
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = optax.tree.norm(options.learning(grads))
     # optax raises decay rates to its own int32 counts, which strict promotion of dtypes would not let it do.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = {
-        ema_name(decay): _average(state.ema_params[ema_name(decay)], params, ema_decay_at(state.step, decay))
+        ema_name(decay): _average(
+            state.ema_params[ema_name(decay)], options.averaged(params), ema_decay_at(state.step, decay)
+        )
         for decay in options.ema_decays
     }
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if options.learning is not whole:
+        good &= jnp.isfinite(optax.tree.norm(grads))
     totals = jax.tree.map(lambda x: jnp.where(state.step % options.log_every == 0, 0, x), state.totals)
     added = Totals(*(jnp.asarray(value, jnp.float32) for value in (1, loss, grad_norm, *by_tenth)))
     changed = (params, ema_params, opt_state, jax.tree.map(jnp.add, totals, added))

@@ -1,0 +1,165 @@
+"""Opens autoencoders: runs that trained one, and files of them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from diffusion import keys, sealed
+from diffusion.autoencoder import Autoencoder, TrainedAutoencoder, make_autoencoder
+from diffusion.errors import InputError, nearest
+from diffusion.model import check_finite, config_from_record
+from diffusion.objectives import choice
+from diffusion.pretrained import weights
+from diffusion.training import checkpoints
+from diffusion.training.run_folder import RunFolder, existing
+from diffusion.training.state import ema_name
+from diffusion.types import Params
+
+SCALING = "latents.json"
+"""The file of a run with the scaling of its latents, for one checkpoint."""
+
+
+def load_autoencoder(path: str | os.PathLike, ema: str = "") -> TrainedAutoencoder:
+    """Returns the autoencoder in a run folder or a file, with its parameters and the scaling of its latents.
+
+    Args:
+      path: a run folder, or a file that convert.py wrote.
+      ema: which of a run's EMAs, by decay; "" is the first.
+
+    Raises:
+      InputError: there is no such run or file, it is damaged, or holds something else; or its latents have not been
+        measured yet.
+    """
+    if str(path).endswith(weights.SUFFIX):
+        return _from_file(path, ema)
+    folder = existing(path)
+    with checkpoints.opened(folder.checkpoints) as step:
+        trained = load_unscaled(folder, step, ema)
+    found = read_scaling(folder, trained)
+    if found is None:
+        raise InputError(
+            f"the latents of {folder.path} have not been measured at step {trained.step:,}; let its training come to "
+            f"its end, or run `python evaluate.py --workdir={folder.path}`, which measures them"
+        )
+    return scaled(trained, found)
+
+
+def from_record(saved: Mapping[str, Any], where: str) -> tuple[ConfigDict, Autoencoder]:
+    """Returns the config and the autoencoder that a file or checkpoint describes, which may come from anybody.
+
+    Args:
+      saved: holds "config" and "image_shape".
+      where: what the error calls it.
+
+    Raises:
+      InputError: it describes no autoencoder, or one with a field out of its range.
+    """
+    config = config_from_record(saved, where)
+    if not choice.is_autoencoder(config.train.objective):
+        raise InputError(f"{where} is a model of objective {config.train.objective}, and no autoencoder; name one")
+    try:
+        return config, make_autoencoder(config.autoencoder, tuple(saved["image_shape"]))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except Exception as error:  # what a stranger made up
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{where} describes no autoencoder that this version knows ({reason})") from None
+
+
+def load_unscaled(folder: RunFolder, step: int, ema: str = "") -> TrainedAutoencoder:
+    """Returns the autoencoder of a checkpoint, with latents as the encoder gives them.
+
+    Args:
+      folder: the run.
+      step: a checkpoint that is as it was written.
+      ema: which of its EMAs, by decay; "" is the first.
+
+    Raises:
+      InputError: it is no autoencoder, or there is no such EMA.
+    """
+    where = f"checkpoint {folder.checkpoints / str(step)}"
+    config, autoencoder = from_record(checkpoints.metadata(folder.checkpoints, step), where)
+    names = [ema_name(decay) for decay in config.train.ema_decays]
+    if not names or (ema and ema not in names):
+        raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.eval_shape(autoencoder.init, keys.make(0))
+    scaling = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), like.pop("scaling"))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+    params = checkpoints.load_ema(folder.checkpoints, step, ema or names[0], like)
+    check_finite(params, where)
+    params = {**params, "scaling": {**scaling, "shift": jnp.zeros_like(scaling["shift"])}}
+    return TrainedAutoencoder(autoencoder, params, config, step, ema or names[0], sealed.digest(params))
+
+
+def scaled(trained: TrainedAutoencoder, scaling: Mapping[str, Any]) -> TrainedAutoencoder:
+    """Returns the autoencoder with another scaling of its latents, "shift" and "scale" of each channel."""
+    arrays = {name: jnp.asarray(scaling[name], jnp.float32) for name in ("shift", "scale")}
+    params = {**trained.params, "scaling": arrays}
+    return trained._replace(params=params, sha256=sealed.digest(params))
+
+
+def write_scaling(folder: RunFolder, trained: TrainedAutoencoder, scaling: Mapping[str, Any], count: int) -> None:
+    """Writes the scaling of a checkpoint's latents to the run.
+
+    Args:
+      folder: the run.
+      trained: from `load_unscaled`.
+      scaling: what was measured, see `diffusion.autoencoder.measure_scaling`.
+      count: the number of images that it was measured on.
+    """
+    numbers = {name: [float(x) for x in scaling[name]] for name in ("shift", "scale")}
+    facts = {"step": trained.step, "ema": trained.ema, "weights_sha256": trained.sha256, "images": count}
+    sealed.write(folder.path / SCALING, {**facts, **numbers}, folder.path)
+
+
+def read_scaling(folder: RunFolder, trained: TrainedAutoencoder) -> dict[str, Any] | None:
+    """Returns the scaling that was measured for these parameters of a run, or None if nobody did.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    path = folder.path / SCALING
+    if not path.exists():
+        return None
+    record = sealed.read(path, within=folder.path)
+    if record.get("weights_sha256") != trained.sha256:
+        return None
+    shape = (trained.autoencoder.latent_channels,)
+    try:
+        found = {name: jnp.asarray(record[name], jnp.float32) for name in ("shift", "scale")}
+    except (KeyError, TypeError, ValueError):
+        found = {}
+    if any(x.shape != shape or not jnp.isfinite(x).all() for x in found.values()) or not found:
+        raise InputError(f"{path} is damaged: it holds no shift and scale of {shape[0]} channels; remove it")
+    return found
+
+
+def save(path: str | os.PathLike, trained: TrainedAutoencoder, figures: dict[str, Any] | None = None) -> None:
+    """Writes an autoencoder to a file, from which `load_autoencoder` reads it.
+
+    Args:
+      path: ends in .safetensors; an existing file is replaced.
+      trained: from `load_autoencoder`.
+      figures: what was measured.
+
+    Raises:
+      InputError: a parameter is not finite.
+    """
+    facts = {"config": trained.config.to_dict(), "image_shape": list(trained.autoencoder.image_shape)}
+    facts |= {"class_names": [], "step": trained.step, "ema": trained.ema, "figures": figures or {}}
+    weights.write(path, trained.params, facts)
+
+
+def _from_file(path, ema):
+    header, facts = weights.read_facts(path)
+    config, autoencoder = from_record(facts, str(path))
+    params: Params = weights.read_params(path, header, facts, jax.eval_shape(autoencoder.init, keys.make(0)))
+    if ema and ema != facts["ema"]:
+        raise InputError(f"ema is {ema}; {Path(path).name} holds only that of {facts['ema']}")
+    return TrainedAutoencoder(autoencoder, params, config, facts["step"], facts["ema"], facts["sha256"])
