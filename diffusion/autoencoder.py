@@ -123,6 +123,16 @@ class TrainedAutoencoder(NamedTuple):
     ema: str
     sha256: str
 
+    def facts(self) -> dict[str, Any]:
+        """Returns all but the parameters, for the record of a file."""
+        return {
+            "config": self.config.to_dict(),
+            "image_shape": list(self.autoencoder.image_shape),
+            "step": self.step,
+            "ema": self.ema,
+            "sha256": self.sha256,
+        }
+
 
 def unscaled(channels: int) -> dict[str, Array]:
     """Returns the entry "scaling" of parameters whose latents stay as the encoder gives them."""

@@ -1,6 +1,5 @@
 """A model: a network and what surrounds it, so that whoever holds one needs to know nothing else."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -14,43 +13,18 @@ from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from diffusion import keys, options, schedules
+from diffusion.autoencoder import TrainedAutoencoder
 from diffusion.errors import InputError, require_range, users_code
-from diffusion.images import to_floats, to_uint8
 from diffusion.models import Network, Transformer, UNet, adapt, as_apply_fn
 from diffusion.objectives import choice
 from diffusion.objectives.losses import LEARN_VARIANCE
 from diffusion.predictions import check_known
 from diffusion.schedules import NoiseSchedule
+from diffusion.spaces import Space, latents, pixels
 from diffusion.types import ApplyFn, Params
 
 UNET, TRANSFORMER = "unet", "transformer"
 """What config.network is for the networks that come with the library, `models.UNet` and `models.Transformer`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Space:
-    """Where a model works, and the way there and back.
-
-    Attributes:
-      shape: of one sample, (H, W, C) for pixels.
-      encode: uint8 images [B, H, W, C] -> [B, *shape]; works inside jit.
-      decode: [B, *shape] -> uint8 images.
-      clip: the clip that suits it: "recompute" where clean samples lie in [-1, 1], "none" where they have no bound.
-    """
-
-    shape: tuple[int, ...]
-    encode: Callable[[Any], Any]
-    decode: Callable[[Any], np.ndarray]
-    clip: str
-
-
-def pixels(image_shape: tuple[int, int, int]) -> Space:
-    """Returns the space of the images themselves, scaled to [-1, 1].
-
-    Args:
-      image_shape: (H, W, C).
-    """
-    return Space(tuple(image_shape), to_floats, to_uint8, "recompute")
 
 
 class Conditions(NamedTuple):
@@ -140,44 +114,71 @@ def make_model(
     image_shape: tuple[int, int, int],
     class_names: tuple[str, ...] = (),
     networks: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    autoencoder: TrainedAutoencoder | None = None,
 ) -> Model:
     """Returns the model that the config of a run describes.
 
     Args:
-      config: the whole config; see `current_config` for those of earlier versions.
+      config: the whole config; see `diffusion.records` for those of earlier versions.
       image_shape: (H, W, C) of the images.
       class_names: of the data; numbers if not given.
       networks: functions of the user's own by the names that config.network gives them, as {"mine:net": mine.net}. Each
         takes (image_shape, out_channels, num_classes) and its options, and returns init and apply as `models.adapt`
         takes them. Nothing is imported here, because a config can come from anybody.
+      autoencoder: in whose latents the model works; None for pixels.
 
     Raises:
-      InputError: a field out of its range, or a network that does not fit the images or is not in `networks`.
+      InputError: a field out of its range, a network that does not fit the samples or is not in `networks`, or an
+        autoencoder of images of another size or number of channels.
     """
+    space = _space(config, tuple(image_shape), autoencoder)
+    shape = space.shape
     check_known(config.train.prediction, "config.train.prediction")
     objective = choice.parse(config.train.objective).name
     learned_variance = objective in LEARN_VARIANCE
-    channels = image_shape[-1] * (2 if learned_variance else 1)
+    if learned_variance and autoencoder is not None:
+        raise InputError(f"objective {objective} measures bits of 8-bit pixels, which latents are not; take simple")
+    channels = shape[-1] * (2 if learned_variance else 1)
     name, num_classes = config.get("network", UNET), config.model.num_classes
     if name == UNET:
         _check_size(config.model, config.model.num_blocks * len(config.model.multipliers), "config.model")
-        network = _network(UNet, config.model, image_shape, channels, objective)
+        network = _network(UNet, config.model, shape, channels, objective)
     elif name == TRANSFORMER:
         _check_size(config.transformer, config.transformer.depth, "config.transformer")
         told = {"num_classes": num_classes, "out_channels": config.model.out_channels}
-        network = _network(Transformer, {**config.transformer, **told}, image_shape, channels, objective)
+        network = _network(Transformer, {**config.transformer, **told}, shape, channels, objective)
     else:
-        network = _own_network(name, networks, image_shape, channels, num_classes)
+        network = _own_network(name, networks, shape, channels, num_classes)
     names = tuple(class_names) or tuple(map(str, range(num_classes)))
     return Model(
         apply_fn=network.apply_fn,
         schedule=make_schedule(config.schedule),
-        space=pixels(image_shape),
+        space=space,
         prediction=config.train.prediction,
         conditions=Conditions(names, num_classes) if num_classes else None,
         init=jax.jit(keys.pinned(network.init)),
         learned_variance=learned_variance,
     )
+
+
+def _space(config, image_shape, autoencoder):
+    """Returns where the model of a config works."""
+    if bool(config.latents) != (autoencoder is not None):
+        given = "no autoencoder was given" if autoencoder is None else "an autoencoder was given"
+        raise InputError(f"config.latents is {config.latents!r}, and {given}; a latent model needs both")
+    if autoencoder is None:
+        return pixels(image_shape)
+    theirs = autoencoder.autoencoder.image_shape
+    if theirs != image_shape:
+        raise InputError(
+            f"the images are {_size(image_shape)}, and the autoencoder of config.latents was trained on "
+            f"{_size(theirs)}; give images of that size, or train an autoencoder on these"
+        )
+    return latents(autoencoder)
+
+
+def _size(shape):
+    return "x".join(map(str, shape))
 
 
 def _network(module, fields, shape, channels, objective):
@@ -218,96 +219,11 @@ def _own_network(text, networks, image_shape, channels, num_classes):
     return adapt(*parts, image_shape, out_channels=channels, num_classes=num_classes, what=what)
 
 
-def current_config(saved: Mapping[str, Any]) -> ConfigDict:
-    """Returns the config that a run or a file holds, in today's form.
-
-    Versions before 0.2 had a section for each schedule, and wrote lists of timesteps without "times=".
-    """
-    config = ConfigDict(saved)
-    if "schedule" in config and not isinstance(config.schedule, str):
-        section = config.schedule
-        given = {"num_timesteps": section.num_timesteps, **section[section.name]}
-        choice = options.Choice(section.name, schedules.SCHEDULES[section.name], given)
-        del config["schedule"]
-        config.schedule = options.write(choice, leading=0)
-    for name, option in (("explicit", "times"), ("sections", "counts")):
-        if "sample" not in config or "tau" not in config.sample:
-            break
-        kind, _, rest = config.sample.tau.partition(":")
-        if kind == name and "=" not in rest:
-            config.sample.tau = f"{name}:{option}={rest}"
-    return config
-
-
-_FIELDS = {
-    "data": {"name": str},
-    "model": {},
-    "train": {"prediction": str, "objective": str, "label_dropout": int | float, "ema_decays": list | tuple},
-    "sample": {"sampler": str, "tau": str, "steps": int, "clip": str | None},
-}
-"""The fields of a saved config that programs read before anything checks them, and the types of these."""
-
-MAX_SIDE, MAX_BLOCKS, MAX_NUMBER = 2**16, 1000, 2**20
-"""The largest height or width of images, and number of blocks and any other number of a network, in a file.
+MAX_BLOCKS, MAX_NUMBER = 1000, 2**20
+"""The largest number of blocks and any other number of a network, as a file of a stranger may have any.
 
 Describing a network takes time for each block, and none for its width; a million of anything is no network.
 """
-
-
-def from_record(
-    saved: Mapping[str, Any], where: str, networks: Mapping[str, Callable[..., Any]] = MappingProxyType({})
-) -> tuple[ConfigDict, Model]:
-    """Returns the config and the model that a file or checkpoint describes, which may come from anybody.
-
-    Args:
-      saved: holds "config", "image_shape" and, where there are classes, "class_names".
-      where: what the error calls it, such as "checkpoint runs/digits/checkpoints/5".
-      networks: see `make_model`.
-
-    Raises:
-      InputError: a field is missing, of another type, out of its range, or so large that no network has it.
-    """
-    with _readable(where):
-        config, shape, names = _read_record(saved)
-        return config, make_model(config, shape, names, networks)
-
-
-def config_from_record(saved: Mapping[str, Any], where: str) -> ConfigDict:
-    """Returns the config alone, which needs no network of anybody's own; otherwise as `from_record`."""
-    with _readable(where):
-        return _read_record(saved)[0]
-
-
-def _read_record(saved):
-    """Returns (config, image_shape, class_names) of a file or checkpoint; raises nearly anything if it is no such."""
-    config = current_config(saved["config"])
-    for section, fields in _FIELDS.items():
-        for name, kind in fields.items():
-            if not isinstance(config[section][name], kind):
-                raise TypeError(f"config.{section}.{name} is {config[section][name]!r}"[:100])
-    if not all(isinstance(decay, int | float) for decay in config.train.ema_decays):
-        raise TypeError(f"config.train.ema_decays is {config.train.ema_decays!r}"[:100])
-    shape, names = saved["image_shape"], saved.get("class_names") or ()
-    if len(shape) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in shape):
-        raise ValueError(f"image_shape is {shape!r}"[:100])
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise TypeError("class_names are no list of texts")
-    count = config.model.num_classes
-    if names and count and len(names) != count:
-        raise ValueError(f"it has {len(names)} names for {count} classes")
-    return config, tuple(shape), tuple(names) if count else ()
-
-
-@contextlib.contextmanager
-def _readable(where):
-    """Turns what goes wrong with what a stranger wrote, which can be nearly any exception, into an InputError."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    except Exception as error:
-        reason = " ".join(f"{'no ' * isinstance(error, KeyError)}{error}".split())[:200]
-        raise InputError(f"{where} describes no model that this version knows ({reason})") from None
 
 
 def _check_size(fields, blocks, section):

@@ -35,8 +35,8 @@ from diffusion.errors import InputError
 from diffusion.evaluation import classifier, inception, load_samples
 from diffusion.interop import torch_file
 from diffusion.learning import analytic
-from diffusion.model import from_record
 from diffusion.pretrained import weights
+from diffusion.records import from_record
 from diffusion.solvers import ddim
 from diffusion.training import manifest, run_folder, saving
 from diffusion.training.step import init_state

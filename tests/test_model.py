@@ -9,7 +9,9 @@ from reference import refused
 
 from configs import default
 from diffusion import schedules
-from diffusion.model import current_config, make_model, make_schedule, pixels
+from diffusion.model import make_model, make_schedule
+from diffusion.records import current_config
+from diffusion.spaces import pixels
 
 
 def small(**fields):

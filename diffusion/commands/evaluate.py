@@ -21,7 +21,19 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import __version__, data, devices, files, keys, options
-from diffusion.commands import cli, datasets, own, plots, samplers, shared_flags, sources, students, sweep, usage
+from diffusion.commands import (
+    cli,
+    datasets,
+    latents,
+    own,
+    plots,
+    samplers,
+    shared_flags,
+    sources,
+    students,
+    sweep,
+    usage,
+)
 from diffusion.errors import InputError, nearest
 from diffusion.evaluation import bound, features, likelihood
 
@@ -165,6 +177,7 @@ def measure_bound(source: sources.Source, out: Path) -> None:
     """Prints and writes the variational bound of the data in bits per dimension, with each variance the model has."""
     # What to measure, on which grids.
     students.check_is_denoiser(source.trained.config, "--bound")
+    latents.check_pixels(source.trained.model, "--bound")
     steps = _numbers("bound", _BOUND.value, int)
     images, split = _first_images(source)
     tau = source.trained.config.sample.tau if _TAU.value is None else _TAU.value
@@ -186,6 +199,7 @@ def measure_bound(source: sources.Source, out: Path) -> None:
 def measure_likelihood(source: sources.Source, out: Path) -> None:
     """Prints and writes the likelihood of the data in bits per dimension under the flow that DDIM discretizes."""
     students.check_is_denoiser(source.trained.config, "--likelihood")
+    latents.check_pixels(source.trained.model, "--likelihood")
     steps = _numbers("likelihood", _LIKELIHOOD.value, int)
     images, split = _first_images(source)
     print(f"{_of(source)}: likelihood of {len(images.images):,} images of its data under the probability flow")

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion import denoiser, devices, keys, machine, options, predictions
+from diffusion.autoencoder import TrainedAutoencoder
 from diffusion.commands import config_files, own, samplers, students
 from diffusion.commands.datasets import load_data
 from diffusion.commands.optimizers import learning_rate, make_optimizer
@@ -79,12 +80,15 @@ class Experiment:
         return self.table if steps is None else students.own_table(self.model.schedule, steps)
 
 
-def make_experiment(config: ConfigDict, teacher: Trained | None = None) -> Experiment:
+def make_experiment(
+    config: ConfigDict, teacher: Trained | None = None, autoencoder: TrainedAutoencoder | None = None
+) -> Experiment:
     """Builds everything that a config asks for; finds all that can be wrong with it before anything is written.
 
     Args:
       config: the whole config; that of a student comes from `students.complete`.
       teacher: from `students.open_teacher`.
+      autoencoder: from `latents.open_autoencoder`.
 
     Raises:
       InputError: an unknown name, a value out of its range, choices that do not go together, or unreadable data.
@@ -107,7 +111,8 @@ def make_experiment(config: ConfigDict, teacher: Trained | None = None) -> Exper
     dataset = load_data(config.data)
     config = with_classes(config, dataset.class_names)
     class_names = dataset.class_names if config.model.num_classes else ()
-    model = make_model(config, dataset.images.shape[1:], class_names, own.networks(config.network))
+    shape = dataset.images.shape[1:]
+    model = make_model(config, shape, class_names, own.networks(config.network), autoencoder)
     require_memory(config, model)
     # What fits together.
     denoiser.check_options(settings.prediction, denoiser.Options(sampling_clip(config, model)))

@@ -33,7 +33,7 @@ from diffusion.evaluation.samples import (
     write_ids,
 )
 from diffusion.images import write_png
-from diffusion.model import current_config
+from diffusion.records import current_config
 from diffusion.sealed import digest_of
 
 SHARD = 1000

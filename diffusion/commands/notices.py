@@ -20,7 +20,10 @@ def introduction(experiment: Experiment, state: TrainState, num_steps: int) -> I
     """Yields lines on what is trained on what, and on what a user may not expect of so many steps of it."""
     images, model = experiment.dataset.images, experiment.model
     count = sum(p.size for p in jax.tree.leaves(state.params))
-    yield f"{len(images):,} images {model.image_shape}, {count:,} parameters, {devices.describe(experiment.mesh)}"
+    yield f"{len(images):,} images {images.shape[1:]}, {count:,} parameters, {devices.describe(experiment.mesh)}"
+    if (autoencoder := model.space.autoencoder) is not None:
+        named = f"{printable(experiment.config.latents)}, step {autoencoder.step:,}"
+        yield f"in the latents {model.space.shape} of {named}, SHA-256 {autoencoder.sha256[:8]}"
     if experiment.teacher is not None:
         yield f"a student of {printable(experiment.config.teacher)}, step {experiment.teacher.step:,}"
     if (stages := experiment.stages()) is not None:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from diffusion import keys
-from diffusion.commands import drawing, learned, opening, own, rollouts, samplers, students
+from diffusion.commands import drawing, latents, learned, opening, own, rollouts, samplers, students
 from diffusion.commands.datasets import load_data_of
 from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
 from diffusion.denoiser import Options, check_options
@@ -80,8 +80,10 @@ class Source(NamedTuple):
                 rollouts.asked(self.trained, self.settings, self.guidance), model.schedule, tau, noises
             )
 
-        # Pixels lie in [-1, 1], and so no variance of x_0 exceeds 1.
-        return {"gamma": gamma, "path_costs": path_costs, "max_cov": lambda tau: 1.0}
+        found = {"gamma": gamma, "path_costs": path_costs}
+        if self.trained.model.space.autoencoder is None:
+            found["max_cov"] = lambda tau: 1.0  # pixels lie in [-1, 1], and so no variance of x_0 exceeds 1
+        return found
 
 
 class Sampling(NamedTuple):
@@ -178,6 +180,8 @@ def open_source() -> Source:
     name, home, trained = opening.open_model(given.workdir, given.ema or "")
     clip = trained.clip if given.clip is None else given.clip
     check_options(trained.model.prediction, Options(clip, given.dynamic_threshold))
+    if clip != "none" or given.dynamic_threshold is not None:
+        latents.check_pixels(trained.model, f"clip {clip}" if given.dynamic_threshold is None else "dynamic_threshold")
     labels = _labels(given.labels, trained.model)
     settings = {
         "clip": clip,

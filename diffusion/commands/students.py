@@ -18,7 +18,7 @@ from diffusion.solvers import SamplerTable, ddim
 
 _NETWORKS = ("config.network", "config.model.", "config.transformer.")
 
-_TAKEN = ("config.data.", "config.schedule", *_NETWORKS, "config.train.prediction")
+_TAKEN = ("config.latents", "config.data.", "config.schedule", *_NETWORKS, "config.train.prediction")
 """The fields in which a student is as its teacher, unless the recipe sets them."""
 
 _ITS_OWN = tuple(f"config.{kind}.{name}" for kind in ("model", "transformer") for name in ("dropout", "remat", "dtype"))

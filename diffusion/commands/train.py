@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
 from diffusion import data, devices, keys
-from diffusion.commands import cli, config_files, own, plots, recipes, samplers, students, usage
+from diffusion.commands import cli, config_files, latents, own, plots, recipes, samplers, students, usage
 from diffusion.commands.datasets import check_data, data_fields, load_data
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment, require_levels
@@ -111,7 +111,8 @@ def start(stop: StopRequest) -> int:
     config_files.check(_CONFIG.value)
     teacher = students.open_teacher(_CONFIG.value)
     given = config_flags.get_override_values(flags.FLAGS["config"])
-    experiment = make_experiment(students.complete(_CONFIG.value, teacher, given), teacher)
+    config = students.complete(_CONFIG.value, teacher, given)
+    experiment = make_experiment(config, teacher, latents.open_autoencoder(config, folder, teacher))
     for note in samplers.start_notes(experiment.table, experiment.model.schedule):
         say(f"note: {note}")
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:
@@ -143,7 +144,8 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     parts = (experiment.objective, experiment.optimizer, mesh, step_key, experiment.step_options)
     train_step = make_train_step(model, *parts)
     if jax.process_index() == 0:
-        folder.create(config, environment.describe(mesh, begin))
+        folder.create(config, environment.describe(mesh, begin), model.space.autoencoder)
+    examples = stop.call(latents.examples, model, experiment.dataset, config.data.flip)
     sealed = checkpoints.sealed_record(folder.checkpoints, begin) if begin else {}
     recorder = Recorder(folder.path, begin, sealed) if jax.process_index() == 0 else Silent()
     keep = (config.train.keep, config.train.keep_best)
@@ -151,7 +153,7 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     with writer, recorder:
         work = Run(
             train_step=train_step,
-            batches=placed_batches(experiment, begin, stop),
+            batches=placed_batches(experiment, examples, begin, stop),
             learning_rate=experiment.rate,
             recorder=recorder,
             writer=writer,
@@ -187,6 +189,7 @@ def describe(experiment: Experiment) -> dict:
         "data": data.fingerprint(experiment.dataset),
         "generator": keys.GENERATOR,
         **students.identity(experiment.teacher),
+        **latents.identity(experiment.model.space.autoencoder),
     }
 
 
@@ -228,12 +231,12 @@ def require_agreement(facts: dict, folder: run_folder.RunFolder) -> None:
         )
 
 
-def placed_batches(experiment: Experiment, begin: int, stop: StopRequest):
+def placed_batches(experiment: Experiment, examples: data.Dataset, begin: int, stop: StopRequest):
     """Yields (images, labels or None) of each step on the devices; every process loads its own rows."""
     config, mesh, size = experiment.config, experiment.mesh, experiment.plan.batch_size
     options = {"flip": config.data.flip, "workers": config.data.workers, "rows": devices.local_rows(mesh, size)}
     options["stopping"] = lambda: stop.received
-    local = data.batches(experiment.dataset, batch_size=size, seed=config.seed, start=begin, **options)
+    local = data.batches(examples, batch_size=size, seed=config.seed, start=begin, **options)
     sharding = devices.batch_sharding(mesh)
 
     def place(part):

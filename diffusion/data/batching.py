@@ -9,17 +9,19 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 from diffusion.data import order
 from diffusion.data.dataset import Dataset
+from diffusion.data.image_files import ImageFiles
+from diffusion.data.latents import Latents
 from diffusion.errors import InputError
 
 
 class Batch(NamedTuple):
-    """Holds the examples of one step: images 0..255, and their labels or None where the data has no classes."""
+    """Holds the examples of one step: images 0..255, or moments of latents; labels, None for data without classes."""
 
-    images: UInt8[np.ndarray, "b H W C"]
+    images: UInt8[np.ndarray, "b H W C"] | Float32[np.ndarray, "b h w 2*c"]
     labels: Int32[np.ndarray, "b"] | None
 
 
@@ -59,7 +61,7 @@ def batches(
     if workers < 0:
         raise InputError(f"workers={workers} is out of range; it must be at least 0")
     steps = Steps(dataset, batch_size, seed, start, flip, _rows(rows, batch_size))
-    if isinstance(dataset.images, np.ndarray):
+    if not isinstance(dataset.images, ImageFiles):
         return Batches(map(steps.__getitem__, itertools.count()))
     from diffusion.data import streaming  # slow, and data in memory does not need it
 
@@ -116,9 +118,11 @@ class Steps:
     def __getitem__(self, i: int) -> Batch:
         images, labels, count = self.dataset.images, self.dataset.labels, len(self.dataset.images)
         index, epoch = order.locate(count, self.batch_size, self.seed, self.start + int(i), self.rows)
+        mirrored = order.mirrored(count, self.seed, index, epoch) if self.flip else None
+        if isinstance(images, Latents):
+            return Batch(images.take(index, mirrored), None if labels is None else labels[index])
         chosen = images[index]
-        if self.flip:
-            mirrored = order.mirrored(count, self.seed, index, epoch)
+        if mirrored is not None:
             chosen[mirrored] = chosen[mirrored, :, ::-1]
         return Batch(chosen, None if labels is None else labels[index])
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from diffusion.data.image_files import ImageFiles
+from diffusion.data.latents import Latents
 from diffusion.data.names import some
 from diffusion.errors import InputError
 
@@ -16,7 +17,8 @@ class Dataset(NamedTuple):
     """Holds the images of a data set and their classes.
 
     Attributes:
-      images: pixels 0..255, as an array, or as ImageFiles that are read whenever they are indexed.
+      images: pixels 0..255, as an array, or as ImageFiles that are read whenever they are indexed; in the training of
+        a latent model, the latents in their place.
       labels: 0..len(class_names)-1, or None where the source has no classes.
       class_names: one name per class; () where labels is None.
       files: identity of the image files, which stands in for their pixels (see `fingerprint`); "" for other sources.
@@ -24,7 +26,7 @@ class Dataset(NamedTuple):
       damaged: names of the images that cannot be read and were left out, as the caller asked.
     """
 
-    images: UInt8[np.ndarray, "N H W C"] | ImageFiles
+    images: UInt8[np.ndarray, "N H W C"] | ImageFiles | Latents
     labels: Int32[np.ndarray, "N"] | None
     class_names: tuple[str, ...]
     files: str = ""

@@ -14,16 +14,21 @@ import numpy as np
 import safetensors.numpy
 
 from diffusion import keys
+from diffusion.autoencoder import TrainedAutoencoder
 from diffusion.errors import InputError, is_whole
 from diffusion.files import remove_temporaries, write_atomically
 from diffusion.interop.safetensors_file import Header, read_header, read_tensors
-from diffusion.model import Trained, check_finite, from_record
+from diffusion.model import Trained, check_finite
+from diffusion.records import autoencoder_from_record, config_from_record, from_record, readable
 from diffusion.sealed import digest, digest_of
 from diffusion.types import Params
 
 SUFFIX = ".safetensors"
 _FORMATS, _ENTRY = ("jax-fast-diffusion 1", "jax-fast-diffusion 2"), "model"
 """The first had a digest of the weights and none of the text."""
+
+_NETWORK, _AUTOENCODER = "network", "autoencoder"
+"""The two trees of parameters in the file of a latent model; that of any other has only one, without a name."""
 
 _FACTS = {"config": dict, "image_shape": list, "class_names": list, "step": int, "ema": str, "sha256": str}
 
@@ -41,13 +46,17 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
     """
     facts = {
         "config": trained.config.to_dict(),
-        "image_shape": list(trained.model.image_shape),
+        "image_shape": list(trained.model.space.image_shape),
         "class_names": [] if trained.model.conditions is None else list(trained.model.conditions.names),
         "step": trained.step,
         "ema": trained.ema,
         "figures": figures or {},
     }
-    write(path, trained.params, facts)
+    params, autoencoder = trained.params, trained.model.space.autoencoder
+    if autoencoder is not None:
+        params = {_NETWORK: params, _AUTOENCODER: autoencoder.params}
+        facts[_AUTOENCODER] = autoencoder.facts()
+    write(path, params, facts)
 
 
 def write(path: str | os.PathLike, params: Params, facts: Mapping[str, Any]) -> None:
@@ -79,9 +88,24 @@ def load(path: str | os.PathLike, networks: Mapping[str, Callable[..., Any]] = M
       InputError: there is no such file, it is damaged, or `save` did not write it.
     """
     header, facts = read_facts(path)
-    config, model = from_record(facts, str(path), networks)
-    params = read_params(path, header, facts, jax.eval_shape(model.init, keys.make(0)))
-    return Trained(model, params, config, facts["step"], facts["ema"])
+    if not config_from_record(facts, str(path)).latents:
+        config, model = from_record(facts, str(path), networks)
+        params = read_params(path, header, facts, jax.eval_shape(model.init, keys.make(0)))
+        return Trained(model, params, config, facts["step"], facts["ema"])
+    # The autoencoder comes first, as the shape of its latents is that of the network's samples.
+    with readable(str(path)):
+        theirs = dict(facts[_AUTOENCODER])
+        step, ema, sha256 = theirs["step"], theirs["ema"], theirs["sha256"]
+    autoencoder_config, autoencoder = autoencoder_from_record(theirs, str(path))
+    empty = TrainedAutoencoder(autoencoder, {}, autoencoder_config, step, ema, sha256)
+    like = {_NETWORK: from_record(facts, str(path), networks, empty)[1].init, _AUTOENCODER: autoencoder.init}
+    like = {name: jax.eval_shape(init, keys.make(0)) for name, init in like.items()}
+    params = read_params(path, header, facts, like)
+    found = empty._replace(params=params[_AUTOENCODER])
+    if digest(found.params) != sha256:
+        raise InputError(f"{path} is damaged: its autoencoder is not the one that it names; get it again")
+    config, model = from_record(facts, str(path), networks, found)
+    return Trained(model, params[_NETWORK], config, facts["step"], facts["ema"])
 
 
 def read_params(path: str | os.PathLike, header: Header, facts: Mapping[str, Any], like: Params) -> Params:

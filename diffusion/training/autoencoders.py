@@ -2,23 +2,21 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from diffusion import keys, sealed
-from diffusion.autoencoder import Autoencoder, TrainedAutoencoder, make_autoencoder
+from diffusion.autoencoder import TrainedAutoencoder
 from diffusion.errors import InputError, nearest
-from diffusion.model import check_finite, config_from_record
-from diffusion.objectives import choice
+from diffusion.model import check_finite
+from diffusion.pretrained import autoencoders as files
 from diffusion.pretrained import weights
+from diffusion.records import autoencoder_from_record
 from diffusion.training import checkpoints
 from diffusion.training.run_folder import RunFolder, existing
 from diffusion.training.state import ema_name
-from diffusion.types import Params
 
 SCALING = "latents.json"
 """The file of a run with the scaling of its latents, for one checkpoint."""
@@ -36,7 +34,7 @@ def load_autoencoder(path: str | os.PathLike, ema: str = "") -> TrainedAutoencod
         measured yet.
     """
     if str(path).endswith(weights.SUFFIX):
-        return _from_file(path, ema)
+        return files.load(path, ema)
     folder = existing(path)
     with checkpoints.opened(folder.checkpoints) as step:
         trained = load_unscaled(folder, step, ema)
@@ -47,28 +45,6 @@ def load_autoencoder(path: str | os.PathLike, ema: str = "") -> TrainedAutoencod
             f"its end, or run `python evaluate.py --workdir={folder.path}`, which measures them"
         )
     return scaled(trained, found)
-
-
-def from_record(saved: Mapping[str, Any], where: str) -> tuple[ConfigDict, Autoencoder]:
-    """Returns the config and the autoencoder that a file or checkpoint describes, which may come from anybody.
-
-    Args:
-      saved: holds "config" and "image_shape".
-      where: what the error calls it.
-
-    Raises:
-      InputError: it describes no autoencoder, or one with a field out of its range.
-    """
-    config = config_from_record(saved, where)
-    if not choice.is_autoencoder(config.train.objective):
-        raise InputError(f"{where} is a model of objective {config.train.objective}, and no autoencoder; name one")
-    try:
-        return config, make_autoencoder(config.autoencoder, tuple(saved["image_shape"]))
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    except Exception as error:  # what a stranger made up
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{where} describes no autoencoder that this version knows ({reason})") from None
 
 
 def load_unscaled(folder: RunFolder, step: int, ema: str = "") -> TrainedAutoencoder:
@@ -83,7 +59,7 @@ def load_unscaled(folder: RunFolder, step: int, ema: str = "") -> TrainedAutoenc
       InputError: it is no autoencoder, or there is no such EMA.
     """
     where = f"checkpoint {folder.checkpoints / str(step)}"
-    config, autoencoder = from_record(checkpoints.metadata(folder.checkpoints, step), where)
+    config, autoencoder = autoencoder_from_record(checkpoints.metadata(folder.checkpoints, step), where)
     names = [ema_name(decay) for decay in config.train.ema_decays]
     if not names or (ema and ema not in names):
         raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
@@ -138,28 +114,3 @@ def read_scaling(folder: RunFolder, trained: TrainedAutoencoder) -> dict[str, An
     if any(x.shape != shape or not jnp.isfinite(x).all() for x in found.values()) or not found:
         raise InputError(f"{path} is damaged: it holds no shift and scale of {shape[0]} channels; remove it")
     return found
-
-
-def save(path: str | os.PathLike, trained: TrainedAutoencoder, figures: dict[str, Any] | None = None) -> None:
-    """Writes an autoencoder to a file, from which `load_autoencoder` reads it.
-
-    Args:
-      path: ends in .safetensors; an existing file is replaced.
-      trained: from `load_autoencoder`.
-      figures: what was measured.
-
-    Raises:
-      InputError: a parameter is not finite.
-    """
-    facts = {"config": trained.config.to_dict(), "image_shape": list(trained.autoencoder.image_shape)}
-    facts |= {"class_names": [], "step": trained.step, "ema": trained.ema, "figures": figures or {}}
-    weights.write(path, trained.params, facts)
-
-
-def _from_file(path, ema):
-    header, facts = weights.read_facts(path)
-    config, autoencoder = from_record(facts, str(path))
-    params: Params = weights.read_params(path, header, facts, jax.eval_shape(autoencoder.init, keys.make(0)))
-    if ema and ema != facts["ema"]:
-        raise InputError(f"ema is {ema}; {Path(path).name} holds only that of {facts['ema']}")
-    return TrainedAutoencoder(autoencoder, params, config, facts["step"], facts["ema"], facts["sha256"])

@@ -12,15 +12,19 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion import files, keys
+from diffusion.autoencoder import TrainedAutoencoder
 from diffusion.errors import InputError, nearest
-from diffusion.model import Trained, check_finite, config_from_record, from_record
+from diffusion.model import Trained, check_finite
 from diffusion.objectives import choice
+from diffusion.pretrained import autoencoders, weights
+from diffusion.records import config_from_record, from_record
 from diffusion.training import checkpoints, environment, saving
 from diffusion.training.state import ema_name
 
 # Fields that do not change what is being trained, so a resumed run may have other values.
 _FREE = (
     "config.teacher",  # the record holds the digest of its parameters
+    "config.latents",  # and that of the autoencoder's
     "config.train.num_steps",
     "config.train.log_every",
     "config.train.save_every",
@@ -40,6 +44,10 @@ _FREE = (
 )
 
 
+_WRITTEN = r"(config|environment)\.json|(metrics|speed)\.csv|skipped\.jsonl|loss\.png|autoencoder\.safetensors"
+"""The files of a run that are written whole, as a regular expression."""
+
+
 class RunFolder:
     """Paths of one run.
 
@@ -47,6 +55,7 @@ class RunFolder:
       path: the folder itself.
       checkpoints: one sub-folder for each saved step.
       config: config.json, the config of the newest start; what the program reads is the copy in each checkpoint.
+      autoencoder: autoencoder.safetensors, the copy that a latent model keeps of its autoencoder.
       environment: environment.json, versions and machine of every start.
       grids: sheets of samples drawn in training.
       profile: where --profile writes its trace.
@@ -56,6 +65,7 @@ class RunFolder:
         self.path = Path(path).expanduser()
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.json"
+        self.autoencoder = self.path / f"autoencoder{weights.SUFFIX}"
         self.environment = self.path / "environment.json"
         self.grids = self.path / "grids"
         self.profile = self.path / "profile"
@@ -87,19 +97,34 @@ class RunFolder:
         checkpoints.require_plain_path(self.path)
         return files.locked(self.path, "training in")
 
-    def create(self, config: ConfigDict, start: dict[str, Any]) -> None:
+    def load_autoencoder(self) -> TrainedAutoencoder:
+        """Returns the autoencoder in whose latents the run's model works.
+
+        Raises:
+          InputError: it is gone or damaged.
+        """
+        if not self.autoencoder.exists():
+            raise InputError(
+                f"{self.autoencoder} is gone, the autoencoder of this latent model; put it back, or write it again: "
+                f"`python convert.py --workdir=AUTOENCODER --out={self.autoencoder}`"
+            )
+        return autoencoders.load(self.autoencoder)
+
+    def create(self, config: ConfigDict, start: dict[str, Any], autoencoder: TrainedAutoencoder | None = None) -> None:
         """Clears away what killed starts left, writes config.json, and adds this start to environment.json.
 
-        The caller must hold the lock. Links are refused here, before the training.
+        The caller must hold the lock. Links are refused here, before the training. A latent model gets a copy of its
+        autoencoder.
         """
         for folder in (self.checkpoints, self.grids, self.profile / "plugins" / "profile"):
             files.refuse_links(folder, self.path)
-        files.remove_temporaries(
-            self.path, r"(config|environment)\.json|(metrics|speed)\.csv|skipped\.jsonl|loss\.png", self.path
-        )
+        files.remove_temporaries(self.path, _WRITTEN, self.path)
         files.remove_temporaries(self.grids, r"step_\d+\.png", self.path)
         saving.remove_unfinished(self.checkpoints)
         files.make_folder(self.grids, self.path)
+        if autoencoder is not None and not self.autoencoder.exists():
+            files.refuse_links(self.autoencoder, self.path)
+            autoencoders.save(self.autoencoder, autoencoder)
         environment.append(self.environment, start, within=self.path)
         files.write_atomically(self.config, (config.to_json(indent=2, sort_keys=True) + "\n").encode(), self.path)
 
@@ -150,7 +175,9 @@ def _load(folder, step, ema, networks):
     if step is None:
         raise InputError(f"{folder.path} holds no checkpoint; --workdir names a run folder such as runs/digits")
     where = f"checkpoint {folder.checkpoints / str(step)}"
-    config, model = from_record(checkpoints.metadata(folder.checkpoints, step), where, networks)
+    saved = checkpoints.metadata(folder.checkpoints, step)
+    autoencoder = folder.load_autoencoder() if config_from_record(saved, where).latents else None
+    config, model = from_record(saved, where, networks, autoencoder)
     names = [ema_name(decay) for decay in config.train.ema_decays]
     if not names or (ema and ema not in names):
         raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")

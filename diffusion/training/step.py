@@ -82,8 +82,8 @@ def make_train_step(
         parameters of a network of features.
 
     Returns:
-      The step. It takes images uint8 [B, H, W, C]; cond, a pytree with leading axis B or None; stop, float [number of
-      devices], each above 0 where its process wants to stop.
+      The step. It takes images uint8 [B, H, W, C], or what else the model's space draws its samples from; cond, a
+      pytree with leading axis B or None; stop, float [number of devices], each above 0 where its process wants to stop.
     """
     # XLA's gradient of a convolution to its kernel is many times slower inside a loop on a CPU.
     unroll = mesh.devices.flat[0].platform == "cpu"
@@ -128,7 +128,7 @@ def _part_loss(model, objective, key, label_dropout):
         dropout_keys = jax.vmap(lambda k: jax.random.fold_in(k, 4))(sample_keys)
         batch = Batch(
             network=partial(model.apply_fn, params, dropout_keys=dropout_keys),
-            x_0=model.space.encode(images),
+            x_0=model.space.draw(images, sample_keys),
             cond=cond,
             keys=sample_keys,
             index=index,

@@ -1,0 +1,97 @@
+"""Opens the autoencoder that a latent model works with, and encodes its training set."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import pooch
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion import spaces
+from diffusion.autoencoder import TrainedAutoencoder
+from diffusion.data import Dataset
+from diffusion.errors import InputError
+from diffusion.model import Model, Trained
+from diffusion.objectives import choice
+from diffusion.training.autoencoders import load_autoencoder
+from diffusion.training.latents import encoded
+from diffusion.training.run_folder import RunFolder
+
+
+def open_autoencoder(config: ConfigDict, folder: RunFolder, teacher: Trained | None) -> TrainedAutoencoder | None:
+    """Returns the autoencoder of a run that trains in latents, or None for one that trains in pixels.
+
+    A run keeps a copy of its autoencoder, and goes on with that wherever the original is; so the autoencoder may be
+    trained further meanwhile.
+
+    Args:
+      config: the whole config.
+      folder: of the run, new or not.
+      teacher: of a student, whose latents are those of its teacher.
+
+    Raises:
+      InputError: there is no such autoencoder, it is damaged, or the run cannot work with it.
+    """
+    theirs = None if teacher is None else teacher.model.space.autoencoder
+    if teacher is not None and bool(config.latents) != (theirs is not None):
+        kinds = ("latents", "pixels") if config.latents else ("pixels", "latents")
+        raise InputError(
+            f"config.latents is {config.latents!r}: the student would work in {kinds[0]}, its teacher works in "
+            f"{kinds[1]}; they must be the same"
+        )
+    if theirs is not None or not config.latents:
+        return theirs
+    if choice.is_autoencoder(config.train.objective):
+        raise InputError(f"objective {config.train.objective} trains an autoencoder, on pixels; leave out latents")
+    begin = folder.latest_step()
+    if begin is not None and folder.metadata(begin)["config"]["latents"] == config.latents:
+        return folder.load_autoencoder()
+    try:
+        return load_autoencoder(config.latents)
+    except InputError as error:
+        raise InputError(f"config.latents: {str(error).replace('--workdir', 'it')}") from None
+
+
+def identity(autoencoder: TrainedAutoencoder | None) -> dict[str, Any]:
+    """Returns what the record of a run says of its autoencoder, {} for none; a resumed run must have the same one."""
+    if autoencoder is None:
+        return {}
+    return {"autoencoder": {"sha256": autoencoder.sha256, "step": autoencoder.step, "ema": autoencoder.ema}}
+
+
+def examples(model: Model, dataset: Dataset, flip: bool) -> Dataset:
+    """Returns the images as training reads them: for a latent model, the latents of each, which take a while to make.
+
+    Raises:
+      InputError: an image cannot be read.
+    """
+    autoencoder = model.space.autoencoder
+    if autoencoder is None:
+        return dataset
+    folder, count = Path(pooch.os_cache("diffusion"), "latents"), len(dataset.images)
+    with tqdm(total=count, unit="image", desc="encoding", disable=None, leave=False) as bar:
+
+        def progress(done, total):
+            if not done and jax.process_index() == 0:
+                print(f"encoding {total:,} images into {folder}, once for this autoencoder")
+            bar.update(done - bar.n)
+
+        made = encoded(
+            dataset,
+            lambda images: spaces.moments(autoencoder, images),
+            autoencoder.sha256,
+            folder,
+            flip=flip,
+            progress=progress,
+        )
+    return dataset._replace(images=made)
+
+
+def check_pixels(model: Model, what: str) -> None:
+    """Raises InputError for a latent model, as what is called `what` goes by 8-bit pixels or their bounds."""
+    if model.space.autoencoder is not None:
+        raise InputError(
+            f"{what} is for models of pixels in [-1, 1], and this one works in the latents of an autoencoder, which "
+            "have no bounds: leave it out"
+        )
