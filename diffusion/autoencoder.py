@@ -185,14 +185,14 @@ def _from_network(network, image_shape):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _moments(autoencoder, params, images):
-    shift, scale = params["scaling"]["shift"], params["scaling"]["scale"]
+    shift, scale = (params["scaling"][name][None, None, None] for name in ("shift", "scale"))
     mean, std = autoencoder.encoder(params, images)
     return Moments((mean - shift) * scale, std * scale)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(autoencoder, params, latents):
-    shift, scale = params["scaling"]["shift"], params["scaling"]["scale"]
+    shift, scale = (params["scaling"][name][None, None, None] for name in ("shift", "scale"))
     return autoencoder.decoder(params, latents / scale + shift)
 
 

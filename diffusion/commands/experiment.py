@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from diffusion import denoiser, devices, keys, machine, options, predictions
 from diffusion.autoencoder import TrainedAutoencoder
-from diffusion.commands import config_files, own, samplers, students
+from diffusion.commands import config_files, latents, own, samplers, students
 from diffusion.commands.datasets import load_data
 from diffusion.commands.optimizers import learning_rate, make_optimizer
 from diffusion.data import Dataset
@@ -115,6 +115,8 @@ def make_experiment(
     model = make_model(config, shape, class_names, own.networks(config.network), autoencoder)
     require_memory(config, model)
     # What fits together.
+    if sampling_clip(config, model) != "none":
+        latents.check_pixels(model, f"config.sample.clip={config.sample.clip}")
     denoiser.check_options(settings.prediction, denoiser.Options(sampling_clip(config, model)))
     samplers.check_fits(table, model)
     students.check_sampler(config, None, schedule, table)
