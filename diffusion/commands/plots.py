@@ -47,6 +47,46 @@ def curves(
     _write(figure, path)
 
 
+def panels(
+    path: str | os.PathLike,
+    figures: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    *,
+    xlabel: str,
+    title: str = "",
+) -> None:
+    """Draws a panel for each figure, with a curve for each series, and writes the plot, whole or not at all.
+
+    Args:
+      path: of the PNG file.
+      figures: name of the figure -> label -> (x, y) pairs, drawn in the order of x.
+      xlabel, title: texts below each panel and above the plot.
+    """
+    columns = min(3, len(figures))
+    rows = -(-len(figures) // columns)
+    figure = Figure(figsize=(4 * columns, 3.2 * rows), dpi=120, layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (name, series) in zip(every, figures.items(), strict=False):
+        for number, (label, points) in enumerate(series.items()):
+            axes.plot(*zip(*sorted(points), strict=True), label=label, marker="os^Dv<>P*X"[number % 10], markersize=4)
+        axes.set(xlabel=xlabel, title=long_name(name))
+        axes.title.set_size("medium")
+        axes.grid(alpha=0.3)
+    for axes in list(every)[len(figures) :]:
+        axes.set_axis_off()
+    figure.axes[0].legend(fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    _write(figure, path)
+
+
+def long_name(figure: str) -> str:
+    """Returns how a figure of `evaluation.features` is called on a plot, as "Fréchet distance, pixels"."""
+    if figure in ("fid", "kid", "is"):
+        return {"fid": "FID", "kid": "KID", "is": "Inception Score"}[figure]
+    name, _, space = figure.partition("_")
+    words = {"frechet": "Fréchet distance", "kernel": "kernel distance", "score": "class score"}.get(name, name)
+    return f"{words}, {space}" if space else words
+
+
 def losses(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
     """Draws the record of a training run, the loss and what is logged with it, and writes the plot.
 

@@ -213,6 +213,15 @@ def open_source() -> Source:
     )
 
 
+def at_scale(source: Source, scale: float) -> Source:
+    """Returns the source with another scale of the guidance; raises InputError where the model cannot be guided."""
+    guidance = source.guidance.replace(scale=scale)
+    guidance.check(cond=None, acts=False)
+    if guidance.reference_fn is None:
+        _check_learned(source.trained, "guidance")
+    return source._replace(guidance=guidance, settings={**source.settings, "guidance_scale": scale})
+
+
 def make_sampling(source: Source, sampler: str, steps: int, tau: str, eta: float | None = None) -> Sampling:
     """Returns a source with a sampler by name; eta is short for the option of that name.
 
@@ -275,17 +284,22 @@ def _check_effect(given, trained, guides):
     guiding = [name for name in given if name.startswith("guidance_") and given[name].value != given[name].default]
     others = [name for name in guiding if name != "guidance_scale"]
     if guiding and given.guidance_model is None:
-        if trained.model.conditions is None:
-            raise InputError(f"this model has no classes: leave out --{guiding[0]}")
-        if trained.config.train.label_dropout == 0:
-            raise InputError(
-                "this model was trained with config.train.label_dropout=0 and so has not learned what no class means, "
-                f"which guidance needs: leave out --{guiding[0]}, or train with label_dropout above 0"
-            )
+        _check_learned(trained, guiding[0])
     if others and not guides:
         raise InputError(f"--{others[0]} does nothing at --guidance_scale=1; give a scale, or leave it out")
     if given.clip == "none" and given.dynamic_threshold is not None:
         raise InputError("--clip=none and --dynamic_threshold exclude each other; leave one out")
+
+
+def _check_learned(trained, flag):
+    """Refuses guidance of a model that has not learned what no class means."""
+    if trained.model.conditions is None:
+        raise InputError(f"this model has no classes: leave out --{flag}")
+    if trained.config.train.label_dropout == 0:
+        raise InputError(
+            "this model was trained with config.train.label_dropout=0 and so has not learned what no class means, "
+            f"which guidance needs: leave out --{flag}, or train with label_dropout above 0"
+        )
 
 
 def _labels(texts, model):

@@ -21,19 +21,28 @@ class Entry(NamedTuple):
       sampler: a name with its options, or the file of a table.
       steps: S; 0 for a file, whose table has its own grid.
       eta: None if the sampler has none, or sets it in its own options.
+      guidance: the scale; None for that of the flags.
     """
 
     sampler: str
     steps: int
     eta: float | None
+    guidance: float | None = None
 
     def label(self) -> str:
-        """Returns what the curve of this row is called in a plot: the sampler and its eta."""
-        return self.sampler if self.eta is None else f"{self.sampler} eta={self.eta:g}"
+        """Returns what this row is called in a table: the sampler, its eta and the scale of the guidance."""
+        parts = [self.sampler]
+        parts += [] if self.eta is None else [f"eta={self.eta:g}"]
+        parts += [] if self.guidance is None else [f"scale={self.guidance:g}"]
+        return " ".join(parts)
 
 
-def plan(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -> list[Entry]:
+def plan(
+    samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float], scales: Sequence[float] = ()
+) -> list[Entry]:
     """Returns every sampler with every number of steps, and with every eta unless it has none or sets its own.
+
+    Each of these comes with every scale of the guidance, if any are given.
 
     Raises:
       InputError: an entry comes twice, there are no entries, or etas are given and no sampler takes one.
@@ -45,10 +54,11 @@ def plan(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -
         default = default_eta(sampler)
         for eta in [None] if default is None else etas or [default]:
             entries += [Entry(sampler, count, eta) for count in ([0] if is_file(sampler) else steps)]
+    entries = [entry._replace(guidance=scale) for entry in entries for scale in scales or [None]]
     if etas and all(entry.eta is None for entry in entries):
         raise InputError(f"etas are given, but none of {', '.join(samplers)} takes one; leave them out")
     if len(set(entries)) < len(entries):
-        raise InputError("the sweep names a sampler, a number of steps or an eta twice")
+        raise InputError("the sweep names a sampler, a number of steps, an eta or a scale twice")
     return entries
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from diffusion.data import Dataset, fingerprint
 from diffusion.errors import InputError, is_whole, nearest
@@ -49,7 +49,7 @@ __all__ = [
     "too_few",
 ]
 
-METRICS = ("frechet", "kernel", "score", "prdc")
+METRICS = ("frechet", "kernel", "score", "prdc", "accuracy")
 INCEPTION_NAMES = {"frechet": "fid", "kernel": "kid", "score": "is"}
 """What three of the metrics are called in Inception's space, and in no other."""
 
@@ -140,24 +140,31 @@ def _load(path, facts):
     return found
 
 
-def measure(reference: Reference, features: Features, metrics: Sequence[str] = METRICS) -> dict[str, float]:
+def measure(
+    reference: Reference,
+    features: Features,
+    metrics: Sequence[str] = ("frechet", "kernel", "score", "prdc"),
+    labels: Int32[np.ndarray, "N"] | None = None,
+) -> dict[str, float]:
     """Returns figures of samples measured against the real set.
 
     Args:
       reference: the real set.
       features: of the samples, in the same space; quantise samples to uint8 first, as image files are.
-      metrics: "frechet", "kernel", "score", "prdc"; in Inception's space also "fid", "kid" and "is" for the first
+      metrics: "frechet", "kernel", "score", "prdc", "accuracy"; in Inception's space also "fid", "kid" and "is" for the first
         three. See `metrics` for what each means; kernel and prdc use at most 10,000 vectors of either set, and small
-        sets lower what `settings` says.
+        sets lower what `settings` says. The accuracy is the share of samples that the classifier takes for the class
+        that was asked for.
+      labels: the classes that were asked for, numbered as the classifier's; for the accuracy.
 
     Returns:
       "frechet_<space>", "kernel_<space>", "kernel_<space>_std", "score_<space>", "score_<space>_std" and
-      "precision_<space>", "recall_", "density_", "coverage_"; in Inception's space "fid", "kid", "kid_std", "is",
+      "precision_<space>", "recall_", "density_", "coverage_", "accuracy_<space>"; in Inception's space "fid", "kid", "kid_std", "is",
       "is_std", "precision", "recall", "density" and "coverage".
 
     Raises:
-      InputError: a metric is unknown or needs Inception's space, the score is asked for in a space without classes,
-        features have another size, or are too few for a metric.
+      InputError: a metric is unknown or needs another space, the score is asked for in a space without classes,
+        features have another size, or are too few for a metric; labels are missing.
     """
     space, result = reference.identity["space"], {}
     names = plain_names(metrics, space)
@@ -168,7 +175,11 @@ def measure(reference: Reference, features: Features, metrics: Sequence[str] = M
         )
     chosen = settings(names, reference.identity["count"], len(features.vectors))
     for metric in names:
-        result |= zip(figure_names(metric, space), _figures(metric, reference, features, chosen), strict=True)
+        if metric == "accuracy":
+            values = [_accuracy(features, labels)]
+        else:
+            values = _figures(metric, reference, features, chosen)
+        result |= zip(figure_names(metric, space), values, strict=True)
     return result
 
 
@@ -231,7 +242,7 @@ def figure_names(metric: str, space: str) -> list[str]:
     if metric == "prdc":
         return [name if space == "inception" else f"{name}_{space}" for name in Manifolds._fields]
     name = INCEPTION_NAMES[metric] if space == "inception" else f"{metric}_{space}"
-    return [name] if metric == "frechet" else [name, f"{name}_std"]
+    return [name] if metric in ("frechet", "accuracy") else [name, f"{name}_std"]
 
 
 def _plain_name(name, space):
@@ -244,7 +255,16 @@ def _plain_name(name, space):
         raise InputError(f"unknown metric {name!r}; {nearest(name, (*METRICS, *INCEPTION_NAMES.values()))}")
     if name == "score" and space == "pixels":
         raise InputError("pixels have no classes, which the score needs; use the classifier or Inception")
+    if name == "accuracy" and space != "classifier":
+        raise InputError(f"the space {space!r} does not have the data's classes, which accuracy needs; use classifier")
     return name
+
+
+def _accuracy(features, labels):
+    """Returns the share of samples that the classifier takes for the class that was asked for."""
+    if labels is None or len(labels) != len(features.vectors):
+        raise InputError("accuracy needs the class that was asked for of each sample; give labels, one for each")
+    return float(np.mean(np.argmax(features.probabilities, axis=1) == labels))
 
 
 def _figures(metric, reference, features, chosen):
