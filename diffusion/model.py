@@ -155,7 +155,7 @@ def make_model(
       InputError: a field out of its range, or a network that does not fit the images or is not in `networks`.
     """
     check_known(config.train.prediction, "config.train.prediction")
-    objective = choice.parse(config.train.objective).name
+    objective = choice.name_of_sampler(config.train.objective)
     learned_variance = objective in LEARN_VARIANCE
     channels = image_shape[-1] * (2 if learned_variance else 1)
     name, num_classes = config.get("network", UNET), config.model.num_classes

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pooch
 from absl import flags
 from tqdm import tqdm
 
@@ -105,7 +104,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     with files.locked(out, "measuring into", ".evaluation.lock"):
         files.remove_temporaries(out, r"evaluation\.(json|csv|png)", out)
         results = sweep.Results(out)
-        reference = features.make_reference(space, real, _cache(), split=split)
+        reference = features.make_reference(space, real, datasets.cache_folder(), split=split)
         # Print the table; figures that the files have from an earlier start are not measured again.
         print(f"{_of(source)}: {num:,} samples against {len(real.images):,} real images")
         _say_what_to_expect(space, reference, settings, metrics, num)
@@ -250,12 +249,7 @@ def _space(name, real):
             raise InputError(
                 f"{error}; --inception=FILE names the file, and --features=classifier needs none"
             ) from None
-    return features.classifier(real, _cache()) if name == "classifier" else features.pixels()
-
-
-def _cache():
-    """Returns the folder that keeps statistics of real images, and classifiers, for all runs of this user."""
-    return Path(pooch.os_cache("diffusion"), "evaluation")
+    return features.classifier(real, datasets.cache_folder()) if name == "classifier" else features.pixels()
 
 
 def _numbers(flag, texts, kind):

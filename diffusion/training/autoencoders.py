@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion import keys, sealed
-from diffusion.autoencoder import Autoencoder, TrainedAutoencoder, make_autoencoder
+from diffusion.autoencoder import Autoencoder, TrainedAutoencoder, make_autoencoder, unscaled
 from diffusion.errors import InputError, nearest
 from diffusion.model import check_finite, config_from_record
 from diffusion.objectives import choice
@@ -89,11 +89,11 @@ def load_unscaled(folder: RunFolder, step: int, ema: str = "") -> TrainedAutoenc
         raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.eval_shape(autoencoder.init, keys.make(0))
-    scaling = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), like.pop("scaling"))
+    del like["scaling"]
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
     params = checkpoints.load_ema(folder.checkpoints, step, ema or names[0], like)
     check_finite(params, where)
-    params = {**params, "scaling": {**scaling, "shift": jnp.zeros_like(scaling["shift"])}}
+    params = {**params, "scaling": unscaled(autoencoder.latent_channels)}
     return TrainedAutoencoder(autoencoder, params, config, step, ema or names[0], sealed.digest(params))
 
 
