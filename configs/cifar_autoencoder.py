@@ -1,7 +1,7 @@
 """An autoencoder of CIFAR-10: 32x32 colour pixels become latents of 8x8 places with 4 numbers each, and come back.
 
-    python train.py --config=configs/cifar_autoencoder.py [--config.data.path=cifar-10-binary.tar.gz]
-    python evaluate.py --workdir=runs/cifar_autoencoder --split=test
+python train.py --config=configs/cifar_autoencoder.py [--config.data.path=cifar-10-binary.tar.gz]
+python evaluate.py --workdir=runs/cifar_autoencoder --split=test
 """
 
 from configs import default

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from diffusion import keys
 from diffusion.errors import InputError, require_range
-from diffusion.models.autoencoder import AutoencoderNetwork
+from diffusion.models.autoencoder import AutoencoderNetwork, nearest_codes
 from diffusion.types import Images, Params
 
 MAX_PIXELS = 2**18
@@ -204,6 +204,19 @@ def measure_scaling(
     mean = sums[0] / count
     std = np.sqrt(np.maximum(sums[1] / count - np.square(mean), 0))
     return {"shift": mean, "scale": 1 / np.where(std > 1e-6, std, 1)}
+
+
+def code_numbers(autoencoder: Autoencoder, params: Params, images: Images) -> Int[Array, "B h w"]:
+    """Returns which code of its codebook an autoencoder takes for each place of images in [-1, 1].
+
+    Raises:
+      InputError: it has no codebook, or as `Autoencoder.encode`.
+    """
+    if "quantizer" not in params:
+        raise InputError("this autoencoder has no codebook; its latents are Gaussian")
+    scaling = params["scaling"]
+    z = autoencoder.encode(params, images) / scaling["scale"] + scaling["shift"]
+    return nearest_codes(z, params["quantizer"]["embedding"])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -28,11 +28,12 @@ from diffusion.evaluation.metrics import (
     moments,
     prdc,
 )
-from diffusion.evaluation.spaces import Features, FeatureSpace, classifier, inception, pixels
+from diffusion.evaluation.spaces import MAX_PIXELS, Features, FeatureSpace, classifier, inception, pixels
 from diffusion.files import write_atomically
 
 __all__ = [
     "INCEPTION_NAMES",
+    "MAX_PIXELS",
     "METRICS",
     "FeatureSpace",
     "Features",

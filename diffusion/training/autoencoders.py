@@ -24,12 +24,13 @@ SCALING = "latents.json"
 """The file of a run with the scaling of its latents, for one checkpoint."""
 
 
-def load_autoencoder(path: str | os.PathLike, ema: str = "") -> TrainedAutoencoder:
+def load_autoencoder(path: str | os.PathLike, ema: str = "", step: int | None = None) -> TrainedAutoencoder:
     """Returns the autoencoder in a run folder or a file, with its parameters and the scaling of its latents.
 
     Args:
       path: a run folder, or a file that convert.py wrote.
       ema: which of a run's EMAs, by decay; "" is the first.
+      step: which of a run's checkpoints; None is the newest good one.
 
     Raises:
       InputError: there is no such run or file, it is damaged, or holds something else; or its latents have not been
@@ -38,15 +39,15 @@ def load_autoencoder(path: str | os.PathLike, ema: str = "") -> TrainedAutoencod
     if str(path).endswith(weights.SUFFIX):
         return _from_file(path, ema)
     folder = existing(path)
-    with checkpoints.opened(folder.checkpoints) as step:
-        trained = load_unscaled(folder, step, ema)
-    found = read_scaling(folder, trained)
-    if found is None:
+    with checkpoints.opened(folder.checkpoints, step) as found:
+        trained = load_unscaled(folder, found, ema)
+    scaling = read_scaling(folder, trained)
+    if scaling is None:
         raise InputError(
             f"the latents of {folder.path} have not been measured at step {trained.step:,}; let its training come to "
             f"its end, or run `python evaluate.py --workdir={folder.path}`, which measures them"
         )
-    return scaled(trained, found)
+    return scaled(trained, scaling)
 
 
 def from_record(saved: Mapping[str, Any], where: str) -> tuple[ConfigDict, Autoencoder]:
