@@ -2,18 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from diffusion import keys
 from diffusion.errors import InputError, require_range
-from diffusion.models.autoencoder import AutoencoderNetwork
+from diffusion.models.autoencoder import AutoencoderNetwork, nearest_codes
 from diffusion.types import Images, Params
 
 MAX_PIXELS = 2**18
@@ -149,17 +149,21 @@ def make_autoencoder(fields: Mapping[str, Any], image_shape: tuple[int, int, int
     Raises:
       InputError: a field out of its range, or images that cannot be halved so often.
     """
-    shape = tuple(map(int, image_shape))
+    return from_network(make_network(fields, image_shape), tuple(map(int, image_shape)))
+
+
+def make_network(fields: Mapping[str, Any], image_shape: tuple[int, int, int]) -> AutoencoderNetwork:
+    """Returns the network alone; takes the arguments of `make_autoencoder`, and raises as it does."""
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    network = AutoencoderNetwork(**fields, image_channels=shape[-1])
-    made = _from_network(network, shape)
-    jax.eval_shape(made.init, keys.make(0))  # raises what is wrong with the fields before anything is computed
-    return made
+    network = AutoencoderNetwork(**fields, image_channels=int(image_shape[-1]))
+    # Raises what is wrong with the fields before anything is computed.
+    jax.eval_shape(network.init, keys.make(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return network
 
 
 @functools.lru_cache
-def _from_network(network, image_shape):
-    """Equal networks give the same functions, so nothing recompiles."""
+def from_network(network: AutoencoderNetwork, image_shape: tuple[int, int, int]) -> Autoencoder:
+    """Returns a network as the rest of the library sees it; equal ones give the same functions, so none recompiles."""
 
     def call(params, method, x):
         own = {name: part for name, part in params.items() if name != "scaling"}
@@ -181,6 +185,48 @@ def _from_network(network, image_shape):
         decoder=lambda params, z: call(params, "decode", z),
         init=jax.jit(keys.pinned(init)),
     )
+
+
+def measure_scaling(
+    autoencoder: Autoencoder, params: Params, batches: Iterable[Images]
+) -> dict[str, Float[np.ndarray, "C"]]:
+    """Returns the scaling with which the latents of all images together have mean 0 and variance 1 in each channel.
+
+    Args:
+      autoencoder: whose latents.
+      params: its parameters, whatever their scaling is now.
+      batches: images in [-1, 1], batch by batch; of one size, so that one compilation serves them, but for the last.
+
+    Returns:
+      "shift" and "scale"; a channel that is the same everywhere keeps scale 1.
+
+    Raises:
+      InputError: there is no image, or a latent that is not finite.
+    """
+    plain = {**params, "scaling": unscaled(autoencoder.latent_channels)}
+    count, sums = 0, np.zeros((2, autoencoder.latent_channels))
+    for images in batches:
+        z = np.asarray(autoencoder.encode(plain, images), np.float64).reshape(-1, autoencoder.latent_channels)
+        count += len(z)
+        sums += np.stack([z.sum(axis=0), np.square(z).sum(axis=0)])
+    if not count or not np.isfinite(sums).all():
+        raise InputError("the latents cannot be measured: there are none, or they are not finite; train again")
+    mean = sums[0] / count
+    std = np.sqrt(np.maximum(sums[1] / count - np.square(mean), 0))
+    return {"shift": mean, "scale": 1 / np.where(std > 1e-6, std, 1)}
+
+
+def code_numbers(autoencoder: Autoencoder, params: Params, images: Images) -> Int[Array, "B h w"]:
+    """Returns which code of its codebook an autoencoder takes for each place of images in [-1, 1].
+
+    Raises:
+      InputError: it has no codebook, or as `Autoencoder.encode`.
+    """
+    if "quantizer" not in params:
+        raise InputError("this autoencoder has no codebook; its latents are Gaussian")
+    scaling = params["scaling"]
+    z = autoencoder.encode(params, images) / scaling["scale"] + scaling["shift"]
+    return nearest_codes(z, params["quantizer"]["embedding"])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -134,7 +134,7 @@ def make_model(
     space = _space(config, tuple(image_shape), autoencoder)
     shape = space.shape
     check_known(config.train.prediction, "config.train.prediction")
-    objective = choice.parse(config.train.objective).name
+    objective = choice.name_of_sampler(config.train.objective)
     learned_variance = objective in LEARN_VARIANCE
     if learned_variance and autoencoder is not None:
         raise InputError(f"objective {objective} measures bits of 8-bit pixels, which latents are not; take simple")

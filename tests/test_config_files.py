@@ -10,7 +10,7 @@ from commands import ROOT, error_line, run, train
 
 from configs import cifar, default, digits, digits_classes, digits_edm, images, images_small, small
 from diffusion.commands import config_files, forecast
-from diffusion.commands.experiment import _check_numbers, require_levels, with_classes
+from diffusion.commands.experiment import check_numbers, require_levels, with_classes
 from diffusion.devices import training_mesh
 from diffusion.errors import InputError
 from diffusion.model import make_model
@@ -97,7 +97,7 @@ def test_numbers_out_of_any_range_are_refused():
             section, _, last = name.removeprefix("config.").rpartition(".")
             (config[section] if section else config)[last] = 2**40 if isinstance(value, int) else math.nan
             with pytest.raises(InputError, match=f"{name} is"):
-                _check_numbers(config)
+                check_numbers(config)
 
 
 def test_attention_at_a_height_that_no_level_has_is_refused():

@@ -4,7 +4,9 @@ import contextlib
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
+import pooch
 from ml_collections import ConfigDict
 
 from diffusion import data
@@ -46,6 +48,16 @@ def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
             f"{some(conditions.names, 5)}; give the data that has the model's classes"
         )
     return found
+
+
+def cache_folder() -> Path:
+    """Returns the folder that keeps statistics of real images, and classifiers, for all runs of this user."""
+    return Path(pooch.os_cache("diffusion"), "evaluation")
+
+
+def latents_folder() -> Path:
+    """Returns the folder that keeps the latents of data sets for all runs of this user."""
+    return Path(pooch.os_cache("diffusion"), "latents")
 
 
 def check_data(config: ConfigDict) -> tuple[list[data.Damaged], int]:

@@ -5,6 +5,9 @@ with the real ones in a space of features: pixels, a classifier trained on the d
 Inception's space is called FID. Writes evaluation.csv, evaluation.json (everything needed to repeat a row) and
 evaluation.png; the same command goes on with the row where it was stopped.
 
+Of an autoencoder's run it measures how near the images that it gives back come to those it was given: their PSNR, SSIM
+and distance in the space of features, in reconstruction.csv, .json and .png.
+
 `python evaluate.py --bound=10,25` prints the variational bound of the data in bits per dimension instead, for each
 variance and number of steps, and writes bound.json with the part of every step. `--likelihood=25,50` prints the data's
 likelihood under the probability flow, solved in 25 and in 50 steps, and writes likelihood.json.
@@ -16,7 +19,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pooch
 from absl import flags
 from tqdm import tqdm
 
@@ -26,7 +28,7 @@ from diffusion.commands import (
     datasets,
     latents,
     own,
-    plots,
+    reconstructions,
     samplers,
     shared_flags,
     sources,
@@ -38,13 +40,6 @@ from diffusion.errors import InputError, nearest
 from diffusion.evaluation import bound, features, likelihood
 
 SPACES = ("classifier", "inception", "pixels")
-LONG_NAMES = {
-    "frechet": "Fréchet distance, {}",
-    "kernel": "kernel distance, {}",
-    "score": "class score, {}",
-    "prdc": "precision, {}",
-}
-
 shared_flags.define_source_flags()
 usage.group("The samples")
 _SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, with commas. Default: the run's.")
@@ -64,7 +59,9 @@ _NUM = flags.DEFINE_integer(
     "num", None, "Number of samples. Default: as many as real images.", lower_bound=2, upper_bound=10**6
 )
 usage.group("Bounds and likelihoods, in place of samples")
-_FIRST = flags.DEFINE_integer("first", None, "Images that --bound and --likelihood take. Default: all.", lower_bound=1)
+_FIRST = flags.DEFINE_integer(
+    "first", None, "Images that --bound and --likelihood take, or an autoencoder. Default: all.", lower_bound=1
+)
 _BOUND = flags.DEFINE_list("bound", None, "Print the variational bound with each of these numbers of steps, as 10,25.")
 _LIKELIHOOD = flags.DEFINE_list(
     "likelihood", None, "Print the likelihood under the probability flow with each of these numbers of steps, as 25,50."
@@ -72,19 +69,26 @@ _LIKELIHOOD = flags.DEFINE_list(
 usage.group("Where the figures go")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
-OF_SAMPLES = ("samplers", "steps", "etas", "features", "metrics", "inception", "num", "labels", "dynamic_threshold")
-OF_SAMPLES += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
+OF_DRAWING = ("samplers", "steps", "etas", "metrics", "num", "labels", "dynamic_threshold")
+OF_DRAWING += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
 """The flags that only matter if samples are drawn."""
+
+OF_SAMPLES = (*OF_DRAWING, "features", "inception")
+"""The flags that only matter where samples, or what an autoencoder gives back, are measured."""
 
 
 def main() -> None:
     devices.prepare()
-    if _BOUND.value is None and _LIKELIHOOD.value is None:
-        _refuse(["first"], "goes with --bound and --likelihood")
-    else:
+    if _BOUND.value is not None or _LIKELIHOOD.value is not None:
         _refuse(OF_SAMPLES, "is for samples, which --bound and --likelihood do not draw")
     if _BOUND.value is None and _LIKELIHOOD.value is not None:
         _refuse(["tau", "clip"], "goes with --bound or samples, not with --likelihood alone")
+    found = reconstructions.open_autoencoder(flags.FLAGS.workdir, flags.FLAGS.ema or "")
+    if found is not None:
+        measure_autoencoder(found)
+        return
+    if _BOUND.value is None and _LIKELIHOOD.value is None:
+        _refuse(["first"], "goes with --bound and --likelihood, or an autoencoder")
     source = sources.open_source()
     out = Path(_OUT.value or source.home).expanduser()
     if _BOUND.value is None and _LIKELIHOOD.value is None:
@@ -93,6 +97,23 @@ def main() -> None:
         measure_bound(source, out)
     if _LIKELIHOOD.value is not None:
         measure_likelihood(source, out)
+
+
+def measure_autoencoder(found: reconstructions.Source) -> None:
+    """Measures how near what an autoencoder gives back comes to the images of its data."""
+    _refuse([*OF_DRAWING, "tau", "clip", "bound", "likelihood"], f"does nothing for {found.name}, an autoencoder")
+    section = found.trained.config.data.copy_and_resolve_references()
+    own = datasets.load_data(section)
+    if _SPLIT.value is not None:
+        section.split = _SPLIT.value
+    real = _first(own if _SPLIT.value is None else datasets.load_data(section))
+    # The classifier is that of the data it was trained on, also where another part is given back.
+    name = _FEATURES.value or ("pixels" if max(real.images.shape[1:3]) <= features.MAX_PIXELS else "")
+    space = _space(name, own) if name else None
+    if space is None:
+        print("note: --features=classifier or inception also measures the distance in features")
+    out = Path(_OUT.value or found.home).expanduser()
+    reconstructions.measure(found, real, section.split, space, out, flags.FLAGS.batch_size)
 
 
 def measure_samples(source: sources.Source, out: Path) -> None:
@@ -117,7 +138,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     with files.locked(out, "measuring into", ".evaluation.lock"):
         files.remove_temporaries(out, r"evaluation\.(json|csv|png)", out)
         results = sweep.Results(out)
-        reference = features.make_reference(space, real, _cache(), split=split)
+        reference = features.make_reference(space, real, datasets.cache_folder(), split=split)
         # Print the table; figures that the files have from an earlier start are not measured again.
         print(f"{_of(source)}: {num:,} samples against {len(real.images):,} real images")
         _say_what_to_expect(space, reference, settings, metrics, num)
@@ -135,7 +156,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
             values = [known[figure] for figure in shown]
             print(_line(entry, sampling, values), flush=True)
             rows.append((entry.label(), sampling.table.nfe, values[0]))
-    _plot(out, source, rows, metrics[0], space.name)
+    sweep.plot(out / "evaluation.png", _of(source), rows, metrics[0], space.name)
     print(f"wrote evaluation.csv, evaluation.json and evaluation.png in {out}")
 
 
@@ -231,13 +252,19 @@ def _real_images(source):
 
 def _first_images(source):
     """Returns (data, split) as `_real_images` does; with --first only so many images."""
-    (real, split), first = _real_images(source), _FIRST.value
+    real, split = _real_images(source)
+    return _first(real), split
+
+
+def _first(real):
+    """Returns the data; with --first only so many images of it."""
+    first = _FIRST.value
     if first is None:
-        return real, split
+        return real
     if first > len(real.images):
         raise InputError(f"--first={first} is more than the {len(real.images)} images of the data")
     labels = None if real.labels is None else real.labels[:first]
-    return real._replace(images=real.images[np.arange(first)], labels=labels), split
+    return real._replace(images=real.images[np.arange(first)], labels=labels)
 
 
 def _write_bits(source, path, images, rows, **facts):
@@ -264,12 +291,7 @@ def _space(name, real):
             raise InputError(
                 f"{error}; --inception=FILE names the file, and --features=classifier needs none"
             ) from None
-    return features.classifier(real, _cache()) if name == "classifier" else features.pixels()
-
-
-def _cache():
-    """Returns the folder that keeps statistics of real images, and classifiers, for all runs of this user."""
-    return Path(pooch.os_cache("diffusion"), "evaluation")
+    return features.classifier(real, datasets.cache_folder()) if name == "classifier" else features.pixels()
 
 
 def _numbers(flag, texts, kind):
@@ -287,17 +309,6 @@ def _line(entry, sampling, values):
     """Returns a row of the printed table."""
     steps = len(sampling.table.tau) - 1
     return f"{entry.label():32} {steps:5} {sampling.table.nfe:5} " + " ".join(f"{value:18.4f}" for value in values)
-
-
-def _plot(out, source, rows, metric, space):
-    """Plots the first figure of each row against its network calls, with a curve for each sampler."""
-    series: dict[str, list[tuple[float, float]]] = {}
-    for label, calls, value in rows:
-        series.setdefault(label, []).append((calls, value))
-    name = LONG_NAMES[metric].format(space)
-    if space == "inception":
-        name = {"frechet": "FID", "kernel": "KID", "score": "Inception Score"}.get(metric, "precision")
-    plots.curves(out / "evaluation.png", series, xlabel="network calls", ylabel=name, title=_of(source))
 
 
 def launch() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion import denoiser, devices, keys, machine, options, predictions
-from diffusion.autoencoder import TrainedAutoencoder
+from diffusion.autoencoder import Autoencoder, TrainedAutoencoder
 from diffusion.commands import config_files, latents, own, samplers, students
 from diffusion.commands.datasets import load_data
 from diffusion.commands.optimizers import learning_rate, make_optimizer
@@ -22,13 +23,13 @@ from diffusion.errors import InputError, require_range
 from diffusion.model import UNET, Model, Trained, make_model, make_schedule, sampling_clip
 from diffusion.objectives import choice, progressive
 from diffusion.objectives.bound import bound_steps
-from diffusion.objectives.losses import LEARN_VARIANCE, Batch, Loss
+from diffusion.objectives.losses import LEARN_VARIANCE, Batch, Loss, Terms
 from diffusion.objectives.teaching import Course
 from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import SamplerTable
 from diffusion.training.loop import Plan
-from diffusion.training.state import TrainState, ema_name, init_state
+from diffusion.training.state import Trainee, TrainState, ema_name, init_state
 from diffusion.training.step import StepOptions
 from diffusion.types import Params
 
@@ -41,34 +42,40 @@ class Experiment:
       config: the whole config.
       plan: how long to train, and how often to do what.
       dataset: the images.
-      model: what is trained on them.
+      model: what is trained on them; a Trainee where it is an autoencoder.
       objective: what training minimises.
       rate: number of updates -> learning rate.
       optimizer: moves the parameters.
       mesh: the devices.
       step_options: of the train step.
-      table: draws the samples shown while training; those of a progressive student see `table_at`.
+      table: draws the samples shown while training; those of a progressive student see `table_at`. None for an
+        autoencoder, which draws none.
       teacher: whose parameters a student starts from; None for any other run.
+      frozen: what the objective needs besides the state, see `make_train_step`.
+      autoencoder: what is trained, as the rest of the library sees it; None for a model.
     """
 
     config: ConfigDict
     plan: Plan
     dataset: Dataset
-    model: Model
-    objective: Callable[[Batch], Loss]
+    model: Model | Trainee
+    objective: Callable[[Batch], Loss | Terms]
     rate: optax.Schedule
     optimizer: optax.GradientTransformation
     mesh: Mesh
     step_options: StepOptions
-    table: SamplerTable
+    table: SamplerTable | None
     teacher: Trained | None = None
+    frozen: Any = None
+    autoencoder: Autoencoder | None = None
 
     def make_state(self, key: jax.Array, taught: Params | None = None) -> TrainState:
         """Returns the state before the first step; a student begins with its teacher's parameters, `taught`."""
         params = self.model.init(key) if taught is None else jax.tree.map(jnp.copy, taught)
         needed = choice.parse(self.config.train.objective).name in choice.TAUGHT
         teacher = jax.tree.map(jnp.copy, taught) if needed else None
-        return init_state(params, self.optimizer, self.step_options.ema_decays, teacher)
+        asked = self.step_options
+        return init_state(params, self.optimizer, asked.ema_decays, teacher, asked.averaged, asked.curves)
 
     def stages(self) -> progressive.Stages | None:
         """Returns the stages of a progressive run, or None for any other."""
@@ -97,7 +104,7 @@ def make_experiment(
     settings = config.train
     # Numbers first, then what takes time.
     plan = Plan(*(settings[name] for name in ("num_steps", "batch_size", "log_every", "save_every", "grid_every")))
-    _check_numbers(config)
+    check_numbers(config)
     mesh = devices.training_mesh(plan.batch_size, settings.fsdp, settings.microbatches)
     stages = progressive_stages(settings)
     rate = learning_rate(config.optimizer, plan.num_steps, () if stages is None else stages.begins[1:])
@@ -141,7 +148,7 @@ def _check_same_images(model: Model, teacher: Model) -> None:
             raise InputError(f"config.data has {what} {shown[0]}, config.teacher {shown[1]}; they must be the same")
 
 
-def require_memory(config: ConfigDict, model: Model) -> None:
+def require_memory(config: ConfigDict, model: Model | Trainee) -> None:
     """Raises InputError if parameters, averages, optimizer and gradient or the images of a batch exceed this machine.
 
     Only a CPU's memory is known beforehand; a GPU that is full says so itself.
@@ -161,7 +168,7 @@ def require_memory(config: ConfigDict, model: Model) -> None:
         if size > machine.memory():
             raise InputError(
                 f"{what} take {size / 2**30:,.0f} GiB; this machine has {machine.memory() / 2**30:,.0f} GiB. Take "
-                "smaller config.model.width, model.multipliers, train.batch_size or data.size"
+                "a smaller network, config.train.batch_size or data.size"
             )
 
 
@@ -202,7 +209,8 @@ def require_levels(config: ConfigDict, image_shape: Sequence[int]) -> None:
             )
 
 
-def _check_numbers(config):
+def check_numbers(config: ConfigDict) -> None:
+    """Raises InputError for a number of any run that is out of its range."""
     for name, value in config_files.leaves(config):
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, int) and name != "config.seed":

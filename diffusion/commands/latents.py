@@ -1,19 +1,17 @@
 """Opens the autoencoder that a latent model works with, and encodes its training set."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
-import pooch
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffusion import spaces
 from diffusion.autoencoder import TrainedAutoencoder
+from diffusion.commands.datasets import latents_folder
 from diffusion.data import Dataset
 from diffusion.errors import InputError
 from diffusion.model import Model, Trained
-from diffusion.objectives import choice
 from diffusion.training.autoencoders import load_autoencoder
 from diffusion.training.latents import encoded
 from diffusion.training.run_folder import RunFolder
@@ -42,8 +40,6 @@ def open_autoencoder(config: ConfigDict, folder: RunFolder, teacher: Trained | N
         )
     if theirs is not None or not config.latents:
         return theirs
-    if choice.is_autoencoder(config.train.objective):
-        raise InputError(f"objective {config.train.objective} trains an autoencoder, on pixels; leave out latents")
     begin = folder.latest_step()
     if begin is not None and folder.metadata(begin)["config"]["latents"] == config.latents:
         return folder.load_autoencoder()
@@ -69,7 +65,7 @@ def examples(model: Model, dataset: Dataset, flip: bool) -> Dataset:
     autoencoder = model.space.autoencoder
     if autoencoder is None:
         return dataset
-    folder, count = Path(pooch.os_cache("diffusion"), "latents"), len(dataset.images)
+    folder, count = latents_folder(), len(dataset.images)
     with tqdm(total=count, unit="image", desc="encoding", disable=None, leave=False) as bar:
 
         def progress(done, total):

@@ -54,11 +54,14 @@ def describe_classes(dataset: data.Dataset, told: bool) -> list[str]:
 
 
 def next_command(experiment: Experiment, folder: run_folder.RunFolder) -> str:
-    """Returns the command that draws samples from the run, as the user would start it."""
+    """Says which command draws samples from the run, or measures an autoencoder, as the user would start it."""
     config = experiment.config
+    if experiment.autoencoder is not None:
+        called = f"python {usage.called('evaluate')} --workdir={shlex.quote(str(folder.path))}"
+        return f"measure what it gives back with: {called}"
     named = f"--workdir={shlex.quote(str(folder.path))}{own.flag(config.network)}"
     if options.own_name(config.sample.sampler):
         named += f" --sampler={shlex.quote(config.sample.sampler)}"
     if experiment.model.conditions is not None and config.train.label_dropout > 0:
         named += f" --labels={shlex.quote(experiment.model.conditions.names[0])} --guidance_scale=2"
-    return f"python {usage.called('sample')} {named}"
+    return f"draw pictures with: python {usage.called('sample')} {named}"

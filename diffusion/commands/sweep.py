@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion import sealed
+from diffusion.commands import plots
 from diffusion.commands.jobs import identity_of
 from diffusion.commands.samplers import default_eta, is_file
 from diffusion.errors import InputError
@@ -63,6 +64,14 @@ def plan(
 
 
 _ROW = {"identity": str, "metrics": dict, "record": dict}
+LONG_NAMES = {
+    "frechet": "Fréchet distance, {}",
+    "kernel": "kernel distance, {}",
+    "score": "class score, {}",
+    "prdc": "precision, {}",
+}
+"""What the axis of a plot is called."""
+
 _COLUMNS = ("run", "checkpoint_step", "ema", "sampler", "eta", "grid", "steps", "nfe", "clip", "dynamic_threshold")
 _COLUMNS += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model_sha256")
 _COLUMNS += ("labels", "features", "split", "num", "seed")
@@ -163,3 +172,22 @@ def _read_rows(path, folder):
         return list(rows)
     except (InputError, KeyError, TypeError):
         raise InputError(f"{path} is damaged; delete it, or name another folder with --out") from None
+
+
+def plot(path: Path, title: str, rows: Sequence[tuple[str, int, float]], metric: str, space: str) -> None:
+    """Plots a figure of each row against its network calls, with a curve for each sampler.
+
+    Args:
+      path: of the PNG file.
+      title: above the plot.
+      rows: label, network calls and value of each.
+      metric: of `features.METRICS`.
+      space: the name of the space that it was measured in.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for label, calls, value in rows:
+        series.setdefault(label, []).append((calls, value))
+    name = LONG_NAMES[metric].format(space)
+    if space == "inception":
+        name = {"frechet": "FID", "kernel": "KID", "score": "Inception Score"}.get(metric, "precision")
+    plots.curves(path, series, xlabel="network calls", ylabel=name, title=title)

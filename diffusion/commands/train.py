@@ -22,10 +22,11 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import UInt8
 from ml_collections import ConfigDict, config_flags
 
 from diffusion import data, devices, keys
-from diffusion.commands import cli, config_files, latents, own, plots, recipes, samplers, students, usage
+from diffusion.commands import autoencoders, cli, config_files, latents, own, plots, recipes, samplers, students, usage
 from diffusion.commands.datasets import check_data, data_fields, load_data
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment, require_levels
@@ -33,6 +34,7 @@ from diffusion.commands.notices import describe_classes, introduction, next_comm
 from diffusion.errors import InputError, printable
 from diffusion.images import sheet, write_png
 from diffusion.model import sampling_clip
+from diffusion.objectives import choice
 from diffusion.process import PREEMPTED
 from diffusion.training import checkpoints, environment, run_folder
 from diffusion.training.loop import Run, train
@@ -41,6 +43,7 @@ from diffusion.training.saving import CheckpointWriter
 from diffusion.training.state import TrainState, ema_name
 from diffusion.training.step import make_train_step
 from diffusion.training.stop import Stopped, StopRequest
+from diffusion.types import Params
 
 DEFAULT_CONFIG = recipes.FOLDER / "digits.py"
 
@@ -111,9 +114,13 @@ def start(stop: StopRequest) -> int:
     config_files.check(_CONFIG.value)
     teacher = students.open_teacher(_CONFIG.value)
     given = config_flags.get_override_values(flags.FLAGS["config"])
-    config = students.complete(_CONFIG.value, teacher, given)
-    experiment = make_experiment(config, teacher, latents.open_autoencoder(config, folder, teacher))
-    for note in samplers.start_notes(experiment.table, experiment.model.schedule):
+    if choice.is_autoencoder(_CONFIG.value.train.objective):
+        experiment = autoencoders.make_experiment(_CONFIG.value)
+    else:
+        autoencoders.check_fields(_CONFIG.value)
+        config = students.complete(_CONFIG.value, teacher, given)
+        experiment = make_experiment(config, teacher, latents.open_autoencoder(config, folder, teacher))
+    for note in [] if experiment.table is None else samplers.start_notes(experiment.table, experiment.model.schedule):
         say(f"note: {note}")
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:
         return run(experiment, folder, stop, (lambda: True) if lock is None else lock.is_ours)
@@ -132,6 +139,7 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     begin = begin or 0
     # A run stopped while it drew its last sheet still has that to do.
     if begin >= plan.num_steps and (begin > plan.num_steps or folder.sheet(begin).exists()):
+        finish(experiment, folder, begin)
         say(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
         return 0
     goal = f"{plan.num_steps:,} steps of {plan.batch_size:,} images"
@@ -142,12 +150,13 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     # What the loop works with.
     step_key = jax.random.fold_in(key, 1)
     parts = (experiment.objective, experiment.optimizer, mesh, step_key, experiment.step_options)
-    train_step = make_train_step(model, *parts)
+    train_step = make_train_step(model, *parts, experiment.frozen)
     if jax.process_index() == 0:
         folder.create(config, environment.describe(mesh, begin), model.space.autoencoder)
     examples = stop.call(latents.examples, model, experiment.dataset, config.data.flip)
     sealed = checkpoints.sealed_record(folder.checkpoints, begin) if begin else {}
-    recorder = Recorder(folder.path, begin, sealed) if jax.process_index() == 0 else Silent()
+    curves = experiment.step_options.curves
+    recorder = Recorder(folder.path, begin, sealed, curves) if jax.process_index() == 0 else Silent()
     keep = (config.train.keep, config.train.keep_best)
     writer = CheckpointWriter(folder.checkpoints, *keep, begin=begin, is_ours=is_ours)
     with writer, recorder:
@@ -165,11 +174,18 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
         )
         state, finished = train(state, plan, work)
 
-    if not finished:
-        say(f"stopped; saved step {int(state.step):,} in {folder.path}; the same command goes on from there")
-        return stop.exit_code
-    say(f"done: {folder.path}; draw pictures with: {next_command(experiment, folder)}; see also {folder.grids}")
-    return 0
+    return conclude(experiment, folder, int(state.step), finished, stop)
+
+
+def conclude(experiment: Experiment, folder: run_folder.RunFolder, step: int, finished: bool, stop: StopRequest) -> int:
+    """Does what is left after the last step, and says how the run ended; returns the exit code."""
+    if finished:
+        with contextlib.suppress(Stopped):
+            stop.call(finish, experiment, folder, step)
+            say(f"done: {folder.path}; {next_command(experiment, folder)}; see also {folder.grids}")
+            return 0
+    say(f"stopped; saved step {step:,} in {folder.path}; the same command goes on from there")
+    return stop.exit_code
 
 
 def say(line: str) -> None:
@@ -190,6 +206,7 @@ def describe(experiment: Experiment) -> dict:
         "generator": keys.GENERATOR,
         **students.identity(experiment.teacher),
         **latents.identity(experiment.model.space.autoencoder),
+        **autoencoders.identity(experiment),
     }
 
 
@@ -205,7 +222,8 @@ def open_state(experiment: Experiment, folder: run_folder.RunFolder, begin: int 
     shapes = jax.eval_shape(experiment.make_state, key, taught)
     shardings = devices.state_sharding(experiment.mesh, shapes)
     if begin is None:
-        require_levels(experiment.config, experiment.model.image_shape)
+        if experiment.autoencoder is None:
+            require_levels(experiment.config, experiment.model.image_shape)
         return jax.jit(experiment.make_state, out_shardings=shardings)(jax.random.fold_in(key, 0), taught)
     defaults = {"config": recipes.defaults().to_dict(), "damaged": [], "generator": keys.GENERATOR}
     run_folder.check_resumable(folder.metadata(begin), metadata, folder, defaults)
@@ -251,8 +269,7 @@ def placed_batches(experiment: Experiment, examples: data.Dataset, begin: int, s
 def sheet_drawer(
     experiment: Experiment, folder: run_folder.RunFolder, recorder: Recorder | Silent
 ) -> Callable[[TrainState], None]:
-    """Returns state -> None: the first process draws the loss, and samples of the first EMA. No picture ends a run."""
-    model, config = experiment.model, experiment.config
+    """Returns state -> None: the first process draws the loss, and what the first EMA does. No picture ends a run."""
     ema = ema_name(experiment.step_options.ema_decays[0])
     gather = jax.jit(lambda params: params, out_shardings=NamedSharding(experiment.mesh, PartitionSpec()))
 
@@ -263,12 +280,8 @@ def sheet_drawer(
         if jax.process_index() > 0 or path.exists():
             return
         plots.losses(folder.path / "metrics.csv", folder.path / "loss.png")
-        labels = () if model.conditions is None else range(model.conditions.null)
-        shared = {"seed": config.seed, "labels": labels, "clip": sampling_clip(config, model)}
-        ids = range(config.sample.num)
-        drawn = generate(model, params, experiment.table_at(step), ids, mesh=devices.data_mesh(), **shared)
         try:
-            picture = sheet(np.concatenate(list(drawn)))
+            picture = draw_picture(experiment, params, step)
         except (InputError, jax.errors.JaxRuntimeError) as error:  # weights gone astray for a while, or no memory
             warnings.warn(f"no sheet of step {step:,}: {str(error).splitlines()[0][:200]}", stacklevel=2)
             return
@@ -279,6 +292,24 @@ def sheet_drawer(
         recorder.image("samples", picture, step)
 
     return draw
+
+
+def draw_picture(experiment: Experiment, params: Params, step: int) -> UInt8[np.ndarray, "H W C"]:
+    """Returns a sheet of samples, or of what an autoencoder gives back, with the parameters after a training step."""
+    if experiment.autoencoder is not None:
+        return autoencoders.draw(experiment, params)
+    model, config = experiment.model, experiment.config
+    labels = () if model.conditions is None else range(model.conditions.null)
+    shared = {"seed": config.seed, "labels": labels, "clip": sampling_clip(config, model)}
+    ids = range(config.sample.num)
+    drawn = generate(model, params, experiment.table_at(step), ids, mesh=devices.data_mesh(), **shared)
+    return sheet(np.concatenate(list(drawn)))
+
+
+def finish(experiment: Experiment, folder: run_folder.RunFolder, step: int) -> None:
+    """Does what is left to do after the last step: the latents of an autoencoder are measured, by the first process."""
+    if experiment.autoencoder is not None and jax.process_index() == 0:
+        autoencoders.measure_latents(folder, experiment.dataset, step)
 
 
 def launch() -> None:

@@ -135,6 +135,15 @@ def apply(params: dict[str, Any], images: UInt8[Array, "N H W C"], num_classes: 
     return Network(num_classes).apply({"params": params}, to_floats(images))
 
 
+def activations(params: dict[str, Any], images: Float[Array, "N H W C"], num_classes: int) -> tuple[Array, ...]:
+    """Returns what each convolution makes of images in [-1, 1], [N, h, w, c] from the first to the last; for losses."""
+    _, found = Network(num_classes).apply(
+        {"params": params}, images, capture_intermediates=lambda module, _: isinstance(module, nn.GroupNorm)
+    )
+    kept = found["intermediates"]
+    return tuple(nn.relu(kept[name]["__call__"][0]) for name in sorted(kept, key=lambda n: int(n.rpartition("_")[2])))
+
+
 def train(dataset: Dataset, *, epochs: int = 20, seed: int = 0) -> Classifier:
     """Trains a classifier on four fifths of the data, and measures its accuracy on the rest.
 

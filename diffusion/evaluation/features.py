@@ -28,11 +28,12 @@ from diffusion.evaluation.metrics import (
     moments,
     prdc,
 )
-from diffusion.evaluation.spaces import Features, FeatureSpace, classifier, inception, pixels
+from diffusion.evaluation.spaces import MAX_PIXELS, Features, FeatureSpace, classifier, inception, pixels
 from diffusion.files import write_atomically
 
 __all__ = [
     "INCEPTION_NAMES",
+    "MAX_PIXELS",
     "METRICS",
     "FeatureSpace",
     "Features",
@@ -151,16 +152,16 @@ def measure(
     Args:
       reference: the real set.
       features: of the samples, in the same space; quantise samples to uint8 first, as image files are.
-      metrics: "frechet", "kernel", "score", "prdc", "accuracy"; in Inception's space also "fid", "kid" and "is" for the first
-        three. See `metrics` for what each means; kernel and prdc use at most 10,000 vectors of either set, and small
+      metrics: "frechet", "kernel", "score", "prdc", "accuracy"; in Inception's space also "fid", "kid" and "is" for
+        the first three. See `metrics` for what each means; kernel and prdc use at most 10,000 vectors of either set, and small
         sets lower what `settings` says. The accuracy is the share of samples that the classifier takes for the class
         that was asked for.
       labels: the classes that were asked for, numbered as the classifier's; for the accuracy.
 
     Returns:
       "frechet_<space>", "kernel_<space>", "kernel_<space>_std", "score_<space>", "score_<space>_std" and
-      "precision_<space>", "recall_", "density_", "coverage_", "accuracy_<space>"; in Inception's space "fid", "kid", "kid_std", "is",
-      "is_std", "precision", "recall", "density" and "coverage".
+      "precision_<space>", "recall_", "density_", "coverage_", "accuracy_<space>"; in Inception's space "fid",
+      "kid", "kid_std", "is", "is_std", "precision", "recall", "density" and "coverage".
 
     Raises:
       InputError: a metric is unknown or needs another space, the score is asked for in a space without classes,

@@ -88,16 +88,7 @@ def classifier(
     Raises:
       InputError: the data cannot train a classifier.
     """
-    wanted = fingerprint(dataset), epochs, seed
-
-    def load(path):
-        found = classifiers.load(path)
-        if (found.data, found.epochs, found.seed) != wanted:
-            raise InputError("it is of other data")
-        return found
-
-    path = Path(cache_folder, f"classifier-{wanted[0][:16]}-{epochs}-{seed}.safetensors")
-    trained = cached(path, load, lambda: classifiers.train(dataset, epochs=epochs, seed=seed), classifiers.save)
+    trained = trained_classifier(dataset, cache_folder, epochs=epochs, seed=seed)
 
     def extract(images):
         _check_images(images)
@@ -108,6 +99,22 @@ def classifier(
     facts = {name: value for name, value in trained._asdict().items() if name not in ("params", "image_shape")}
     facts["doubts"] = trained.doubts()
     return FeatureSpace("classifier", trained.sha256(), extract, facts)
+
+
+def trained_classifier(
+    dataset: Dataset, cache_folder: str | os.PathLike, *, epochs: int = 20, seed: int = 0
+) -> classifiers.Classifier:
+    """Returns the classifier of that space itself; takes the arguments of `classifier`, and raises as it does."""
+    wanted = fingerprint(dataset), epochs, seed
+
+    def load(path):
+        found = classifiers.load(path)
+        if (found.data, found.epochs, found.seed) != wanted:
+            raise InputError("it is of other data")
+        return found
+
+    path = Path(cache_folder, f"classifier-{wanted[0][:16]}-{epochs}-{seed}.safetensors")
+    return cached(path, load, lambda: classifiers.train(dataset, epochs=epochs, seed=seed), classifiers.save)
 
 
 def inception(path: str | os.PathLike | None = None, *, batch_size: int = 32) -> FeatureSpace:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from diffusion import options
+from diffusion.errors import InputError
 from diffusion.objectives.autoencoding import kl_terms, vq_terms
 from diffusion.objectives.consistency import consistency_distillation_loss, consistency_loss
 from diffusion.objectives.losses import OBJECTIVES, Loss, Terms
@@ -30,6 +31,21 @@ def parse(text: str) -> options.Choice:
     """
     leading = 2 if is_autoencoder(text) else 5 if is_student(text) else 4
     return options.parse("config.train.objective", text, OBJECTIVES | STUDENTS | AUTOENCODERS, leading)
+
+
+def name_of_sampler(text: str) -> str:
+    """Returns the name of an objective whose models draw samples.
+
+    Raises:
+      InputError: an unknown name or option, or the objective of an autoencoder.
+    """
+    name = parse(text).name
+    if name in AUTOENCODERS:
+        raise InputError(
+            "this is an autoencoder, which draws no samples: evaluate.py measures what it gives back, and a model of "
+            "its latents is trained by itself"
+        )
+    return name
 
 
 def is_student(text: str) -> bool:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion import keys, sealed
-from diffusion.autoencoder import TrainedAutoencoder
+from diffusion.autoencoder import TrainedAutoencoder, unscaled
 from diffusion.errors import InputError, nearest
 from diffusion.model import check_finite
 from diffusion.pretrained import autoencoders as files
@@ -22,12 +22,13 @@ SCALING = "latents.json"
 """The file of a run with the scaling of its latents, for one checkpoint."""
 
 
-def load_autoencoder(path: str | os.PathLike, ema: str = "") -> TrainedAutoencoder:
+def load_autoencoder(path: str | os.PathLike, ema: str = "", step: int | None = None) -> TrainedAutoencoder:
     """Returns the autoencoder in a run folder or a file, with its parameters and the scaling of its latents.
 
     Args:
       path: a run folder, or a file that convert.py wrote.
       ema: which of a run's EMAs, by decay; "" is the first.
+      step: which of a run's checkpoints; None is the newest good one.
 
     Raises:
       InputError: there is no such run or file, it is damaged, or holds something else; or its latents have not been
@@ -36,15 +37,15 @@ def load_autoencoder(path: str | os.PathLike, ema: str = "") -> TrainedAutoencod
     if str(path).endswith(weights.SUFFIX):
         return files.load(path, ema)
     folder = existing(path)
-    with checkpoints.opened(folder.checkpoints) as step:
-        trained = load_unscaled(folder, step, ema)
-    found = read_scaling(folder, trained)
-    if found is None:
+    with checkpoints.opened(folder.checkpoints, step) as found:
+        trained = load_unscaled(folder, found, ema)
+    scaling = read_scaling(folder, trained)
+    if scaling is None:
         raise InputError(
             f"the latents of {folder.path} have not been measured at step {trained.step:,}; let its training come to "
             f"its end, or run `python evaluate.py --workdir={folder.path}`, which measures them"
         )
-    return scaled(trained, found)
+    return scaled(trained, scaling)
 
 
 def load_unscaled(folder: RunFolder, step: int, ema: str = "") -> TrainedAutoencoder:
@@ -65,11 +66,11 @@ def load_unscaled(folder: RunFolder, step: int, ema: str = "") -> TrainedAutoenc
         raise InputError(f"{folder.path} has no EMA of {ema}; {nearest(ema, names)}")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.eval_shape(autoencoder.init, keys.make(0))
-    scaling = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), like.pop("scaling"))
+    del like["scaling"]
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
     params = checkpoints.load_ema(folder.checkpoints, step, ema or names[0], like)
     check_finite(params, where)
-    params = {**params, "scaling": {**scaling, "shift": jnp.zeros_like(scaling["shift"])}}
+    params = {**params, "scaling": unscaled(autoencoder.latent_channels)}
     return TrainedAutoencoder(autoencoder, params, config, step, ema or names[0], sealed.digest(params))
 
 
