@@ -9,13 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from diffusion.errors import InputError
 from diffusion.files import write_atomically
 
 LARGEST = 32.0
 """No clean sample is that large, be it of pixels or of latents scaled to a variance near 1; 8-bit pixels are."""
+
+LONGEST_NAME = 24
+"""The most characters of a name beside a row of pictures."""
 
 HALF_BIN = 1 / 255
 """Half the distance between neighbouring values of an 8-bit pixel in [-1, 1]."""
@@ -82,6 +85,33 @@ def sheet(
         top, left = i // columns * cell_height + 1, i % columns * cell_width + 1
         canvas[top : top + height * factor, left : left + width * factor] = image
     return canvas
+
+
+def labelled_sheet(
+    images: UInt8[np.ndarray, "N H W C"], names: Sequence[str], *, min_height: int = 64
+) -> UInt8[np.ndarray, "H W C"]:
+    """Lays images out in a row for each name, which stands before it; rows come in the order of their first image.
+
+    Args:
+      images: NHWC with 1 or 3 channels.
+      names: of the images, one for each.
+      min_height: as for `sheet`.
+    """
+    rows = {name: images[[other == name for other in names]] for name in dict.fromkeys(names)}
+    columns = max(map(len, rows.values()))
+    empty = np.full_like(images[:1], 255)
+    cells = [np.concatenate([row, *[empty] * (columns - len(row))]) for row in rows.values()]
+    picture = sheet(np.concatenate(cells), columns=columns, min_height=min_height)
+    # The names, each in the middle of its row, in a margin that fits the longest.
+    step = (len(picture) - 1) / len(rows)
+    font = ImageFont.load_default(min(20, max(10, step / 4)))
+    texts = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in rows]
+    width = 12 + math.ceil(max(font.getlength(text) for text in texts))
+    margin = Image.new("L", (width, len(picture)), 255)
+    for i, text in enumerate(texts):
+        ImageDraw.Draw(margin).text((width - 6, (i + 0.5) * step), text, fill=0, font=font, anchor="rm")
+    named = np.repeat(np.asarray(margin)[:, :, None], picture.shape[-1], axis=2)
+    return np.concatenate([named, picture], axis=1)
 
 
 def write_png(

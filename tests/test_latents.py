@@ -275,7 +275,10 @@ def test_a_latent_run_without_its_autoencoder_or_with_another_is_refused_by_name
             ["--config.latents=FILE", "--config.train.objective=hybrid"],
             "objective hybrid measures bits of 8-bit pixels",
         ),
-        (["--config.latents=FILE", "--config.train.objective=kl_autoencoder"], "config.latents is .*, which does nothing for an autoencoder"),
+        (
+            ["--config.latents=FILE", "--config.train.objective=kl_autoencoder"],
+            "config.latents is .*, which does nothing for an autoencoder",
+        ),
         (["--config.latents=FILE", "--config.sample.clip=recompute"], "clip=recompute is for models of pixels"),
         (["--config.latents=FILE", "--config=IMAGES"], "images are 4x4x1, and the autoencoder .* was trained on 8x8x1"),
     ],

@@ -9,11 +9,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, UInt8
 
 from diffusion import keys
-from diffusion.errors import InputError
-from diffusion.model import Model
+from diffusion.errors import InputError, printable
+from diffusion.images import labelled_sheet, sheet
+from diffusion.model import Conditions, Model
 from diffusion.sampling import sample
 from diffusion.solvers import SamplerTable
 from diffusion.types import Params
+
+MAX_ROWS = 16
+"""A sheet of images of more classes has no row for each."""
 
 
 def generate(
@@ -99,6 +103,23 @@ def _sample(model, params, table, key, *, sample_ids, null_cond=None, guidance=N
 def labels_of(sample_ids: Sequence[int], labels: Sequence[int]) -> Int32[np.ndarray, "N"]:
     """Returns the class of each image: number i has labels[i % len(labels)]; there must be at least one label."""
     return np.asarray(labels, np.int32)[np.asarray(sample_ids) % len(labels)]
+
+
+def picture(
+    images: UInt8[np.ndarray, "N H W C"], ids: Sequence[int], conditions: Conditions | None, labels: Sequence[int]
+) -> UInt8[np.ndarray, "H W C"]:
+    """Returns a sheet of images, which has a row with the name of each class where these are not too many.
+
+    Args:
+      images: the images.
+      ids: their numbers.
+      conditions: of the model.
+      labels: classes that the images take in turn; () for none.
+    """
+    chosen = labels_of(ids, labels).tolist() if labels else []
+    if not 1 <= len(set(chosen)) <= MAX_ROWS:
+        return sheet(images)
+    return labelled_sheet(images, [printable(conditions.names[label]) for label in chosen])
 
 
 def _classes(model, ids, labels):

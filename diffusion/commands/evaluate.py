@@ -3,7 +3,8 @@
 Draws as many samples as there are real images (or --num) with every sampler, number of steps and eta, and compares them
 with the real ones in a space of features: pixels, a classifier trained on the data, or Inception. Only the distance in
 Inception's space is called FID. Writes evaluation.csv, evaluation.json (everything needed to repeat a row) and
-evaluation.png; the same command goes on with the row where it was stopped.
+evaluation.png; the same command goes on with the row where it was stopped. `--guidance=1,1.5,2,3,4` measures every row
+at these scales, and draws guidance.png.
 
 Of an autoencoder's run it measures how near the images that it gives back come to those it was given: their PSNR, SSIM
 and distance in the space of features, in reconstruction.csv, .json and .png.
@@ -22,11 +23,12 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from diffusion import __version__, data, devices, files, keys, options
+from diffusion import __version__, data, devices, files, options
 from diffusion.commands import (
+    bits,
     cli,
     datasets,
-    latents,
+    drawing,
     own,
     reconstructions,
     samplers,
@@ -37,7 +39,7 @@ from diffusion.commands import (
     usage,
 )
 from diffusion.errors import InputError, nearest
-from diffusion.evaluation import bound, features, likelihood
+from diffusion.evaluation import features
 
 SPACES = ("classifier", "inception", "pixels")
 shared_flags.define_source_flags()
@@ -45,13 +47,14 @@ usage.group("The samples")
 _SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, with commas. Default: the run's.")
 _STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default: the run's config.sample.steps (25).")
 _ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
+_GUIDANCE = flags.DEFINE_list("guidance", None, "Scales of the guidance, each in a row of its own, as 1,1.5,2,3,4.")
 _TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as sample.py's --tau. Default: config.sample.tau.")
 usage.group("What they are compared with, and how")
 _FEATURES = flags.DEFINE_string("features", None, "pixels, classifier or inception. Default: pixels for digits.")
 _METRICS = flags.DEFINE_list(
     "metrics",
     ["frechet", "prdc"],
-    "frechet, kernel, score, prdc; in Inception's space the first three are fid, kid, is.",
+    "frechet, kernel, score, prdc, accuracy; in Inception's space the first three are fid, kid, is.",
 )
 _INCEPTION = flags.DEFINE_string("inception", None, "File of the standard Inception weights. Default: downloaded.")
 _SPLIT = flags.DEFINE_string("split", None, "Part of the data to measure or compare with, as test. Default: the run's.")
@@ -70,7 +73,7 @@ usage.group("Where the figures go")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
 OF_DRAWING = ("samplers", "steps", "etas", "metrics", "num", "labels", "dynamic_threshold")
-OF_DRAWING += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
+OF_DRAWING += ("guidance", "guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
 """The flags that only matter if samples are drawn."""
 
 OF_SAMPLES = (*OF_DRAWING, "features", "inception")
@@ -94,9 +97,11 @@ def main() -> None:
     if _BOUND.value is None and _LIKELIHOOD.value is None:
         measure_samples(source, out)
     if _BOUND.value is not None:
-        measure_bound(source, out)
+        tau = source.trained.config.sample.tau if _TAU.value is None else _TAU.value
+        bits.measure_bound(source, out, _numbers("bound", _BOUND.value, int), tau, lambda: _first_images(source))
     if _LIKELIHOOD.value is not None:
-        measure_likelihood(source, out)
+        steps = _numbers("likelihood", _LIKELIHOOD.value, int)
+        bits.measure_likelihood(source, out, steps, lambda: _first_images(source))
 
 
 def measure_autoencoder(found: reconstructions.Source) -> None:
@@ -124,23 +129,29 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     names = options.split(own.stored("sampler", "samplers", _SAMPLERS.value, config.sample.sampler))
     steps = None if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
     steps = samplers.chosen_steps(tau, steps, [students.default_steps(source.trained)])
-    entries = sweep.plan(names, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [])
+    if _GUIDANCE.value is not None:
+        _refuse(["guidance_scale"], "is one scale, and --guidance gives several")
+    scales = [] if _GUIDANCE.value is None else _numbers("guidance", _GUIDANCE.value, float)
+    entries = sweep.plan(names, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [], scales)
     # What the samples are compared with, and by which figures.
     name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
     metrics = features.plain_names(_METRICS.value, name)
+    if "accuracy" in metrics and not source.labels:
+        raise InputError("accuracy is of the class that was asked for, and this model has no classes; leave it out")
     if all(samplers.is_file(name) for name in names):
         _refuse(["steps", "tau"], "does nothing for tables in files, which have their own grid")
-    samplings = [sources.make_sampling(source, entry.sampler, entry.steps, tau, entry.eta) for entry in entries]
+    asked = {scale: source if scale is None else sources.at_scale(source, scale) for scale in scales or [None]}
+    samplings = [sources.make_sampling(asked[e.guidance], e.sampler, e.steps, tau, e.eta) for e in entries]
     real, split = _real_images(source)
     num = _NUM.value or len(real.images)
     settings = features.settings(metrics, len(real.images), num)
     space = _space(name, real)
     with files.locked(out, "measuring into", ".evaluation.lock"):
-        files.remove_temporaries(out, r"evaluation\.(json|csv|png)", out)
+        files.remove_temporaries(out, r"evaluation\.(json|csv|png)|guidance\.png", out)
         results = sweep.Results(out)
         reference = features.make_reference(space, real, datasets.cache_folder(), split=split)
         # Print the table; figures that the files have from an earlier start are not measured again.
-        print(f"{_of(source)}: {num:,} samples against {len(real.images):,} real images")
+        print(f"{source.title()}: {num:,} samples against {len(real.images):,} real images")
         _say_what_to_expect(space, reference, settings, metrics, num)
         shown = [figure for metric in metrics for figure in features.figure_names(metric, space.name)]
         print(f"{'sampler':32} {'steps':>5} {'calls':>5} " + " ".join(f"{figure:>18}" for figure in shown))
@@ -155,9 +166,10 @@ def measure_samples(source: sources.Source, out: Path) -> None:
                 known = results.figures(record)
             values = [known[figure] for figure in shown]
             print(_line(entry, sampling, values), flush=True)
-            rows.append((entry.label(), sampling.table.nfe, values[0]))
-    sweep.plot(out / "evaluation.png", _of(source), rows, metrics[0], space.name)
-    print(f"wrote evaluation.csv, evaluation.json and evaluation.png in {out}")
+            rows.append(sweep.Row(entry, sampling.table.nfe, values))
+    drawn = "evaluation.png" if _GUIDANCE.value is None else "guidance.png"
+    sweep.plot(out / drawn, source.title(), rows, shown)
+    print(f"wrote evaluation.csv, evaluation.json and {drawn} in {out}")
 
 
 def _say_what_to_expect(space, reference, settings, metrics, num):
@@ -190,50 +202,10 @@ def _measure(sampling, num, space, reference, metrics, results, record):
     found = space.extract(np.concatenate(batches))
     versions = {"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__}
     facts = {"seconds": round(seconds, 3), "versions": versions, "space": {"name": space.name, **space.facts}}
+    labels = sampling.source.labels
+    asked = drawing.labels_of(range(num), labels) if labels else None
     for metric in metrics:
-        results.add(record, features.measure(reference, found, [metric]), facts)
-
-
-def measure_bound(source: sources.Source, out: Path) -> None:
-    """Prints and writes the variational bound of the data in bits per dimension, with each variance the model has."""
-    # What to measure, on which grids.
-    students.check_is_denoiser(source.trained.config, "--bound")
-    latents.check_pixels(source.trained.model, "--bound")
-    steps = _numbers("bound", _BOUND.value, int)
-    images, split = _first_images(source)
-    tau = source.trained.config.sample.tau if _TAU.value is None else _TAU.value
-    clip = source.settings["clip"]
-    schedule = source.trained.model.schedule
-    if tau.partition(":")[0] in samplers.OWN_LENGTH:
-        raise InputError(f"--bound gives the number of steps, and tau {tau} has its own; name a grid, as uniform")
-    grids = [samplers.make_tau(schedule, tau, count) for count in steps]
-    # A row for each variance and number of steps.
-    print(f"{_of(source)}: variational bound of {len(images.images):,} images of its data on {tau}, clip {clip}")
-    key = keys.make(source.seed)
-    rows = bound.bits_table(source.trained, images, key, grids=grids, clip=clip)
-    print(f"{'variance':10} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
-    for row in rows:
-        print(f"{row.variance:10} {row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
-    _write_bits(source, out / "bound.json", images, rows, split=split, grid=tau, clip=clip)
-
-
-def measure_likelihood(source: sources.Source, out: Path) -> None:
-    """Prints and writes the likelihood of the data in bits per dimension under the flow that DDIM discretizes."""
-    students.check_is_denoiser(source.trained.config, "--likelihood")
-    latents.check_pixels(source.trained.model, "--likelihood")
-    steps = _numbers("likelihood", _LIKELIHOOD.value, int)
-    images, split = _first_images(source)
-    print(f"{_of(source)}: likelihood of {len(images.images):,} images of its data under the probability flow")
-    rows = likelihood.bits_table(source.trained, images, keys.make(source.seed), steps=steps)
-    print(f"{'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
-    for row in rows:
-        print(f"{row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
-    _write_bits(source, out / "likelihood.json", images, rows, split=split)
-
-
-def _of(source):
-    """Says which model is measured."""
-    return f"{source.name}, step {source.trained.step:,}"
+        results.add(record, features.measure(reference, found, [metric], asked), facts)
 
 
 def _refuse(names, why):
@@ -265,17 +237,6 @@ def _first(real):
         raise InputError(f"--first={first} is more than the {len(real.images)} images of the data")
     labels = None if real.labels is None else real.labels[:first]
     return real._replace(images=real.images[np.arange(first)], labels=labels)
-
-
-def _write_bits(source, path, images, rows, **facts):
-    """Writes the rows to a JSON file, with everything that is needed to repeat them."""
-    trained = source.trained
-    record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "weights_sha256": source.sha256}
-    record |= {"seed": source.seed, "num": len(images.images), **facts, "rows": [row._asdict() for row in rows]}
-    files.make_folder(path.parent)
-    files.remove_temporaries(path.parent, r"(bound|likelihood)\.json", path.parent)
-    files.write_json(path, record, path.parent)
-    print(f"wrote {path}")
 
 
 def _space(name, real):

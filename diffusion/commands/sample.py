@@ -80,7 +80,7 @@ def _sample_into(out, ids, sampling):
         job.remove_pictures()
 
     # Pictures, then the record, which says that the job is complete.
-    write_png(out / "grid.png", sheet(job.images(0)[:64]))
+    write_png(out / "grid.png", sampling.picture(job.images(0)[:64], ids[:64]))
     if _PNG.value:
         job.write_pngs()
     if _NPZ.value:

@@ -55,6 +55,10 @@ class Source(NamedTuple):
     seed: int
     shipped: bool = False
 
+    def title(self) -> str:
+        """Says which model this is."""
+        return f"{self.name}, step {self.trained.step:,}"
+
     def sampling_options(self) -> dict[str, Any]:
         """Returns what goes to `diffusion.sample` besides the table."""
         asked = {name: self.settings[name] for name in ("clip", "dynamic_threshold")}
@@ -104,11 +108,8 @@ class Sampling(NamedTuple):
 
     def title(self, num: int) -> str:
         """Says in one line which model draws how many images with what."""
-        source = f"{self.source.name}, step {self.source.trained.step:,}"
         on = f" on {self.tau}" if self.tau else ""
-        return (
-            f"{source}: {num:,} images{self._of_classes()} with {self.table.name}{on}, {self.table.nfe} network calls"
-        )
+        return f"{self.source.title()}: {num:,} images{self._of_classes()} with {self.table.name}{on}, {self.table.nfe} network calls"
 
     def _of_classes(self):
         """Says which classes the images take in turn, or nothing for a model without classes."""
@@ -162,6 +163,10 @@ class Sampling(NamedTuple):
         (model, params, *_), source = self.source.trained, self.source
         shared = {"seed": source.seed, "labels": source.labels, "mesh": mesh, "batch_size": batch_size}
         return drawing.generate(model, params, self.table, ids, **shared, **source.sampling_options())
+
+    def picture(self, images: UInt8[np.ndarray, "N H W C"], ids: Sequence[int]) -> UInt8[np.ndarray, "H W C"]:
+        """Returns a sheet of images with these numbers, see `drawing.picture`."""
+        return drawing.picture(images, ids, self.source.trained.model.conditions, self.source.labels)
 
     def frames(self, ids: Sequence[int]) -> UInt8[np.ndarray, "stages+1 N H W C"]:
         """Returns what these images look like before each network call, and at the end."""

@@ -64,13 +64,6 @@ def plan(
 
 
 _ROW = {"identity": str, "metrics": dict, "record": dict}
-LONG_NAMES = {
-    "frechet": "Fréchet distance, {}",
-    "kernel": "kernel distance, {}",
-    "score": "class score, {}",
-    "prdc": "precision, {}",
-}
-"""What the axis of a plot is called."""
 
 _COLUMNS = ("run", "checkpoint_step", "ema", "sampler", "eta", "grid", "steps", "nfe", "clip", "dynamic_threshold")
 _COLUMNS += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model_sha256")
@@ -174,20 +167,33 @@ def _read_rows(path, folder):
         raise InputError(f"{path} is damaged; delete it, or name another folder with --out") from None
 
 
-def plot(path: Path, title: str, rows: Sequence[tuple[str, int, float]], metric: str, space: str) -> None:
-    """Plots a figure of each row against its network calls, with a curve for each sampler.
+class Row(NamedTuple):
+    """What was measured for an entry: its network calls, and the value of each figure."""
+
+    entry: Entry
+    calls: int
+    values: Sequence[float]
+
+
+def plot(path: Path, title: str, rows: Sequence[Row], figures: Sequence[str]) -> None:
+    """Plots figures against the scale of the guidance where that was swept, or else the first against network calls.
 
     Args:
       path: of the PNG file.
       title: above the plot.
-      rows: label, network calls and value of each.
-      metric: of `features.METRICS`.
-      space: the name of the space that it was measured in.
+      rows: what was measured.
+      figures: the names of the values in each row, as `features.figure_names` has them.
     """
-    series: dict[str, list[tuple[float, float]]] = {}
-    for label, calls, value in rows:
-        series.setdefault(label, []).append((calls, value))
-    name = LONG_NAMES[metric].format(space)
-    if space == "inception":
-        name = {"frechet": "FID", "kernel": "KID", "score": "Inception Score"}.get(metric, "precision")
-    plots.curves(path, series, xlabel="network calls", ylabel=name, title=title)
+    if rows[0].entry.guidance is None:
+        series: dict[str, list[tuple[float, float]]] = {}
+        for entry, calls, values in rows:
+            series.setdefault(entry.label(), []).append((calls, values[0]))
+        plots.curves(path, series, xlabel="network calls", ylabel=plots.long_name(figures[0]), title=title)
+        return
+    panels = {figure: {} for figure in figures if not figure.endswith("_std")}
+    for entry, calls, values in rows:
+        label = f"{entry._replace(guidance=None).label()}, {calls} calls"
+        for figure, value in zip(figures, values, strict=True):
+            if figure in panels:
+                panels[figure].setdefault(label, []).append((entry.guidance, value))
+    plots.panels(path, panels, xlabel="guidance scale", title=title)
