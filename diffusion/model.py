@@ -10,16 +10,16 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from diffusion import keys, options, schedules
+from diffusion.conditions import Conditions
 from diffusion.errors import InputError, require_range, users_code
 from diffusion.images import to_floats, to_uint8
 from diffusion.models import Network, UNet, adapt, as_apply_fn
 from diffusion.objectives import choice
 from diffusion.objectives.losses import LEARN_VARIANCE
-from diffusion.predictions import check_known
+from diffusion.predictions import check_known, sees_end
 from diffusion.schedules import NoiseSchedule
 from diffusion.types import ApplyFn, Params
 
@@ -51,22 +51,6 @@ def pixels(image_shape: tuple[int, int, int]) -> Space:
       image_shape: (H, W, C).
     """
     return Space(tuple(image_shape), to_floats, to_uint8, "recompute")
-
-
-class Conditions(NamedTuple):
-    """What a model is told besides x and t: one of some classes, as an int label.
-
-    Attributes:
-      names: of the classes 0, 1, ....
-      null: the label that means "no class".
-    """
-
-    names: tuple[str, ...]
-    null: int
-
-    def nulls(self, count: int) -> Int32[np.ndarray, "count"]:
-        """Returns "no class" for so many samples."""
-        return np.full(count, self.null, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +105,8 @@ class Trained(NamedTuple):
 
 
 def sampling_clip(config: ConfigDict, model: Model) -> str:
-    """Returns the clip that a config asks for, or else the one that suits the model's space."""
-    return config.sample.clip or model.space.clip
+    """Returns the clip that a config asks for, or else the one that suits the model's prediction and space."""
+    return config.sample.clip or ("none" if sees_end(model.prediction) else model.space.clip)
 
 
 def make_schedule(text: str) -> NoiseSchedule:
@@ -155,33 +139,35 @@ def make_model(
       InputError: a field out of its range, or a network that does not fit the images or is not in `networks`.
     """
     check_known(config.train.prediction, "config.train.prediction")
-    objective = choice.parse(config.train.objective).name
-    learned_variance = objective in LEARN_VARIANCE
+    objective = choice.parse(config.train.objective)
+    learned_variance, scales = objective.name in LEARN_VARIANCE, choice.scales(objective)
+    sees = {"sees_end": sees_end(config.train.prediction), "sees_scale": scales is not None}
     channels = image_shape[-1] * (2 if learned_variance else 1)
     name, num_classes = config.get("network", UNET), config.model.num_classes
     if name == UNET:
-        network = _unet(config.model, image_shape, channels, objective)
+        network = _unet(config.model, image_shape, channels, objective.name, sees)
     else:
-        network = _own_network(name, networks, image_shape, channels, num_classes)
+        network = _own_network(name, networks, image_shape, channels, num_classes, sees)
     names = tuple(class_names) or tuple(map(str, range(num_classes)))
     return Model(
         apply_fn=network.apply_fn,
         schedule=make_schedule(config.schedule),
         space=pixels(image_shape),
         prediction=config.train.prediction,
-        conditions=Conditions(names, num_classes) if num_classes else None,
+        conditions=Conditions(names, num_classes, scales) if num_classes else None,
         init=jax.jit(keys.pinned(network.init)),
         learned_variance=learned_variance,
     )
 
 
-def _unet(config, image_shape, channels, objective):
+def _unet(config, image_shape, channels, objective, sees):
     """Returns the UNet of the section config.model."""
     _check_size(config)
-    module = UNet(**{**config, "out_channels": config.out_channels or channels})
+    module = UNet(**{**config, **sees, "out_channels": config.out_channels or channels})
+    t = jnp.ones((1, 2) if module.sees_end else (1,))
 
     def init(key):
-        return module.init(keys.threefry(key), jnp.zeros((1, *image_shape)), jnp.ones((1,)))["params"]
+        return module.init(keys.threefry(key), jnp.zeros((1, *image_shape)), t)["params"]
 
     jax.eval_shape(init, keys.make(0))  # raises what is wrong with the fields before anything is computed
     if module.out_channels != channels:
@@ -192,7 +178,7 @@ def _unet(config, image_shape, channels, objective):
     return Network(init, as_apply_fn(module))
 
 
-def _own_network(text, networks, image_shape, channels, num_classes):
+def _own_network(text, networks, image_shape, channels, num_classes, sees):
     """Returns the network that a function of the user's own makes."""
     name = options.own_name(text)
     if not name:
@@ -209,7 +195,7 @@ def _own_network(text, networks, image_shape, channels, num_classes):
         parts = choice.function(tuple(image_shape), channels, num_classes, **choice.options)
     if not isinstance(parts, tuple | list) or len(parts) != 2:
         raise InputError(f"{what} returns a {type(parts).__name__}; it must return two functions, init and apply")
-    return adapt(*parts, image_shape, out_channels=channels, num_classes=num_classes, what=what)
+    return adapt(*parts, image_shape, out_channels=channels, num_classes=num_classes, what=what, **sees)
 
 
 def current_config(saved: Mapping[str, Any]) -> ConfigDict:

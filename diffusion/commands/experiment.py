@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,9 +64,12 @@ class Experiment:
 
     def make_state(self, key: jax.Array, taught: Params | None = None) -> TrainState:
         """Returns the state before the first step; a student begins with its teacher's parameters, `taught`."""
-        params = self.model.init(key) if taught is None else jax.tree.map(jnp.copy, taught)
+        params = self.model.init(key)
+        if taught is not None:  # what the student's network takes besides, it begins by leaving out of account
+            flat = flax.traverse_util.flatten_dict(params) | flax.traverse_util.flatten_dict(taught)
+            params = flax.traverse_util.unflatten_dict(jax.tree.map(jnp.copy, flat))
         needed = choice.parse(self.config.train.objective).name in choice.TAUGHT
-        teacher = jax.tree.map(jnp.copy, taught) if needed else None
+        teacher = jax.tree.map(jnp.copy, params) if needed else None
         return init_state(params, self.optimizer, self.step_options.ema_decays, teacher)
 
     def stages(self) -> progressive.Stages | None:
@@ -98,9 +102,7 @@ def make_experiment(config: ConfigDict, teacher: Trained | None = None) -> Exper
     rate = learning_rate(config.optimizer, plan.num_steps, () if stages is None else stages.begins[1:])
     optimizer = make_optimizer(config.optimizer, rate)
     schedule = make_schedule(config.schedule)
-    taught_by = None if teacher is None else teacher.model.prediction
-    course = Course(plan.num_steps, taught_by, config.sample.clip != "none")
-    objective = make_objective(settings, schedule, course)
+    objective = make_objective(settings, schedule, students.course(config, teacher))
     table = samplers.make_table(schedule, config.sample.sampler, config.sample.steps, config.sample.tau)
     # The data and the network.
     dataset = load_data(config.data)
@@ -126,11 +128,11 @@ def make_experiment(config: ConfigDict, teacher: Trained | None = None) -> Exper
 
 def _check_same_images(model: Model, teacher: Model) -> None:
     """Raises InputError if a student is to learn other images or classes than its teacher's."""
-    facts = {"images of": (model.image_shape, teacher.image_shape), "classes": (model.conditions, teacher.conditions)}
+    names = [getattr(found.conditions, "names", "none") for found in (model, teacher)]
+    facts = {"images of": [model.image_shape, teacher.image_shape], "classes": names}
     for what, (ours, theirs) in facts.items():
         if ours != theirs:
-            shown = [found if what == "images of" else getattr(found, "names", "none") for found in (ours, theirs)]
-            raise InputError(f"config.data has {what} {shown[0]}, config.teacher {shown[1]}; they must be the same")
+            raise InputError(f"config.data has {what} {ours}, config.teacher {theirs}; they must be the same")
 
 
 def require_memory(config: ConfigDict, model: Model) -> None:
@@ -270,7 +272,13 @@ def make_objective(
             f"config.train.prediction is {config.prediction}, whose network is given log(noise / signal), and the "
             "schedule has no signal at T; take another prediction, or a schedule such as edm"
         )
-    weighs_itself = objective.name == "vlb" or choice.is_student(objective.name)
+    student = choice.is_student(objective.name)
+    if predictions.sees_end(config.prediction) and objective.name not in choice.MEAN_FLOW:
+        raise InputError(
+            f"config.train.prediction is {config.prediction}, which objective {objective.name} does not learn; set "
+            "config.train.objective=mean_flow"
+        )
+    weighs_itself = objective.name == "vlb" or (student and objective.name != choice.GUIDED)
     if weighs_itself and weighting.name != "simple":
         raise InputError(
             f"config.train.weighting is {weighting.name!r}, but objective {objective.name} has its own weights; set it "
@@ -283,19 +291,21 @@ def make_objective(
     if weighting.name != "simple":
         weights = loss_weights(schedule, config.prediction, weighting.name, **weighting.options)
     bound = {"schedule": schedule, "prediction": config.prediction, "weights": weights}
-    if choice.is_student(objective.name):
+    if student:
         bound["course"] = course or Course(config.num_steps)
-        _try_out(partial(objective.function, **bound, **objective.options))
+        _try_out(partial(objective.function, **bound, **objective.options), bound["course"].null)
     return partial(objective.function, **bound, **objective.options)
 
 
-def _try_out(objective: Callable[[Batch], Loss]) -> None:
+def _try_out(objective: Callable[[Batch], Loss], null: int | None) -> None:
     """Calls an objective on one pixel without computing anything, which raises what is wrong with its options."""
 
     def network(x, time, cond):
         return x
 
+    cond = None if null is None else jnp.full(1, null)
+
     def loss(x_0, sample_keys):
-        return objective(Batch(network, x_0, None, sample_keys, jnp.arange(1), 1, average=network, teacher=network))
+        return objective(Batch(network, x_0, cond, sample_keys, jnp.arange(1), 1, average=network, teacher=network))
 
     jax.eval_shape(loss, jnp.zeros((1, 1, 1, 1)), jax.random.split(keys.make(0), 1))

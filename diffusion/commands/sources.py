@@ -19,6 +19,7 @@ from diffusion.errors import InputError, nearest, printable
 from diffusion.guidance import Guidance
 from diffusion.learning import analytic, paths
 from diffusion.model import Trained
+from diffusion.sampling import check_rule
 from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable
 from diffusion.timesteps import GRIDS
@@ -69,10 +70,12 @@ class Source(NamedTuple):
         """Returns what samplers may need that is estimated on the model and its data."""
 
         def gamma(tau):
+            students.check_is_denoiser(self.trained.config, "analytic_dpm")
             data = load_data_of(self.trained)
             return analytic.cached_gamma(self.home, self.trained, self.sha256, data, tau, say=print)
 
         def path_costs(tau):
+            students.check_is_denoiser(self.trained.config, "tau found on the model")
             print(f"following {PATHS} paths through {len(tau) - 1} network calls")
             model, key = self.trained.model, rollouts.key_of(self.seed, "path")
             (noises,) = rollouts.batches(model, self.guidance, self.labels, key, range(PATHS), PATHS)
@@ -194,6 +197,7 @@ def open_source() -> Source:
         rule=given.guidance_rule,
     )
     guide.check(cond=None, acts=False)
+    check_rule(trained.model.prediction, guide if guide.acts() else None)
     _check_effect(given, trained, guide.acts())
     sha256, configs = digest(trained.params), [trained.config]
     if given.guidance_model is not None:
@@ -270,8 +274,17 @@ def _check_effect(given, trained, guides):
     """Refuses flags that would have no effect, and guidance that the model has not learned."""
     guiding = [name for name in given if name.startswith("guidance_") and given[name].value != given[name].default]
     others = [name for name in guiding if name != "guidance_scale"]
+    conditions = trained.model.conditions
+    if conditions is not None and conditions.scales is not None:
+        if others:
+            raise InputError(
+                f"--{others[0]} is for guidance in two calls, and this student takes the scale as an input; leave it "
+                "out"
+            )
+        conditions.check_scale(given.guidance_scale)
+        guiding = []
     if guiding and given.guidance_model is None:
-        if trained.model.conditions is None:
+        if conditions is None:
             raise InputError(f"this model has no classes: leave out --{guiding[0]}")
         if trained.config.train.label_dropout == 0:
             raise InputError(

@@ -3,19 +3,34 @@
 from collections.abc import Callable
 
 from diffusion import options
+from diffusion.conditions import known_scales
 from diffusion.objectives.consistency import consistency_distillation_loss, consistency_loss
+from diffusion.objectives.guided import guidance_distillation_loss
 from diffusion.objectives.losses import OBJECTIVES, Loss
+from diffusion.objectives.mean_flow import mean_flow_distillation_loss, mean_flow_loss
 from diffusion.objectives.progressive import progressive_loss
 
 STUDENTS: dict[str, Callable[..., Loss]] = {
     "progressive": progressive_loss,
     "consistency": consistency_loss,
     "consistency_distillation": consistency_distillation_loss,
+    "mean_flow": mean_flow_loss,
+    "mean_flow_distillation": mean_flow_distillation_loss,
+    "guidance_distillation": guidance_distillation_loss,
 }
 """Functions (batch, schedule, prediction, weights, course, options) -> Loss, which make networks for few calls."""
 
-TAUGHT = ("progressive", "consistency_distillation")
+TAUGHT = ("progressive", "consistency_distillation", "mean_flow_distillation", "guidance_distillation")
 """The objectives that need a teacher."""
+
+MEAN_FLOW = ("mean_flow", "mean_flow_distillation")
+"""Those whose network predicts mean velocities."""
+
+GUIDED = "guidance_distillation"
+"""The one whose network takes the guidance scale as an input."""
+
+BY_SHARE = ("progressive", "consistency", "consistency_distillation")
+"""Those that go by the share of the run that is done, so that its length shapes each of its steps."""
 
 
 def parse(text: str) -> options.Choice:
@@ -28,6 +43,22 @@ def parse(text: str) -> options.Choice:
     return options.parse("config.train.objective", text, OBJECTIVES | STUDENTS, leading)
 
 
+def scales(objective: options.Choice) -> tuple[float, float] | None:
+    """Returns the lowest and highest guidance scale that a network takes as an input, or None where it takes none.
+
+    Raises:
+      InputError: they are no range that holds 1.
+    """
+    if objective.name != GUIDED:
+        return None
+    return known_scales(objective.options.get("scales", options.defaults(objective.function, 5)["scales"]))
+
+
 def is_student(text: str) -> bool:
     """Tells whether an objective makes a network for few calls, which is no denoiser any more."""
     return str(text).partition(":")[0] in STUDENTS
+
+
+def goes_by_share(text: str) -> bool:
+    """Tells whether the length of a run shapes each of its steps, whatever the learning rate does."""
+    return str(text).partition(":")[0] in BY_SHARE
