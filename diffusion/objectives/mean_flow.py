@@ -111,6 +111,7 @@ def _check(schedule, prediction, weights, same, times, power):
 def _draw_times(batch: Batch, same: float, times: Sequence[float]) -> tuple[Times, Times]:
     """Draws t >= s for each sample; the first of the two numbers is spread evenly over the batch."""
     uniforms = jax.vmap(lambda k: keys.uniform(jax.random.fold_in(k, 0), (3,)))(batch.keys)
+    uniforms = uniforms.astype(jnp.result_type(float))
     even = (jnp.asarray(batch.index, uniforms.dtype) + uniforms[:, 0]) / batch.size
     drawn = jnp.stack([even, uniforms[:, 1]])
     if len(times):
