@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from diffusion.errors import InputError, nearest
 from diffusion.guidance import Now, Pair, guide
-from diffusion.predictions import Reading, check_known
+from diffusion.predictions import Reading, check_known, sees_end
 from diffusion.types import Images
 
 CLIPS = ("none", "recompute", "keep_eps")
@@ -56,6 +56,11 @@ def check_options(prediction: str, options: Options) -> None:
         raise InputError(f"clip is {options.clip!r}; {nearest(str(options.clip), CLIPS)}")
     if options.dynamic_threshold is not None and not 0 < options.dynamic_threshold <= 1:
         raise InputError(f"dynamic_threshold is {options.dynamic_threshold}; it is a share of the pixels in 0..1")
+    if sees_end(prediction) and (options.clip != "none" or options.dynamic_threshold is not None):
+        raise InputError(
+            f"a network that predicts {prediction} says where a step ends and makes no estimate of x_0 on the way, so "
+            'there is nothing to clip; take clip "none" and no dynamic_threshold'
+        )
 
 
 def denoise(
@@ -108,7 +113,8 @@ def denoise(
 def _ask(network, x, cond, reading, options):
     """Returns the output, in x's dtype, and the variance channels, or None where options do not ask for them."""
     inputs = reading.input_scale * x
-    output = network(inputs, jnp.broadcast_to(reading.time, inputs.shape[:1]), cond)
+    times = [jnp.broadcast_to(time, inputs.shape[:1]) for time in (reading.time, reading.end) if time is not None]
+    output = network(inputs, times[0] if len(times) == 1 else jnp.stack(times, axis=-1), cond)
     output, share = split_variance(output.astype(x.dtype), inputs.shape)
     if options.learned_variance and share is None:
         raise InputError(

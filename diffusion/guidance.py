@@ -145,8 +145,12 @@ class Guided(NamedTuple):
 
 def cfg(pair: Pair, scale: Scalar) -> Guided:
     """Classifier-free guidance (arXiv:2207.12598, whose w is ours less 1): from the reference past the output."""
-    guided = pair.reference + scale * (pair.output - pair.reference)
-    return Guided(guided)
+    return Guided(mix(pair.output, pair.reference, scale))
+
+
+def mix(output: Images, reference: Images, scale: Scalar | Images) -> Images:
+    """Returns the guided output, past the reference by the scale; one for all samples, or one that broadcasts to x."""
+    return reference + scale * (output - reference)
 
 
 def cfg_plus_plus(pair: Pair, scale: Scalar) -> Guided:

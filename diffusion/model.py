@@ -9,38 +9,22 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from diffusion import keys, options, schedules
 from diffusion.autoencoder import TrainedAutoencoder
+from diffusion.conditions import Conditions
 from diffusion.errors import InputError, require_range, users_code
 from diffusion.models import Network, Transformer, UNet, adapt, as_apply_fn
 from diffusion.objectives import choice
 from diffusion.objectives.losses import LEARN_VARIANCE
-from diffusion.predictions import check_known
+from diffusion.predictions import check_known, sees_end
 from diffusion.schedules import NoiseSchedule
 from diffusion.spaces import Space, latents, pixels
 from diffusion.types import ApplyFn, Params
 
 UNET, TRANSFORMER = "unet", "transformer"
 """What config.network is for the networks that come with the library, `models.UNet` and `models.Transformer`."""
-
-
-class Conditions(NamedTuple):
-    """What a model is told besides x and t: one of some classes, as an int label.
-
-    Attributes:
-      names: of the classes 0, 1, ....
-      null: the label that means "no class".
-    """
-
-    names: tuple[str, ...]
-    null: int
-
-    def nulls(self, count: int) -> Int32[np.ndarray, "count"]:
-        """Returns "no class" for so many samples."""
-        return np.full(count, self.null, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +79,8 @@ class Trained(NamedTuple):
 
 
 def sampling_clip(config: ConfigDict, model: Model) -> str:
-    """Returns the clip that a config asks for, or else the one that suits the model's space."""
-    return config.sample.clip or model.space.clip
+    """Returns the clip that a config asks for, or else the one that suits the model's prediction and space."""
+    return config.sample.clip or ("none" if sees_end(model.prediction) else model.space.clip)
 
 
 def make_schedule(text: str) -> NoiseSchedule:
@@ -134,28 +118,31 @@ def make_model(
     space = _space(config, tuple(image_shape), autoencoder)
     shape = space.shape
     check_known(config.train.prediction, "config.train.prediction")
-    objective = choice.name_of_sampler(config.train.objective)
-    learned_variance = objective in LEARN_VARIANCE
+    objective = choice.sampling_objective(config.train.objective)
+    learned_variance, scales = objective.name in LEARN_VARIANCE, choice.scales(objective)
     if learned_variance and autoencoder is not None:
-        raise InputError(f"objective {objective} measures bits of 8-bit pixels, which latents are not; take simple")
+        raise InputError(
+            f"objective {objective.name} measures bits of 8-bit pixels, which latents are not; take simple"
+        )
+    sees = {"sees_end": sees_end(config.train.prediction), "sees_scale": scales is not None}
     channels = shape[-1] * (2 if learned_variance else 1)
     name, num_classes = config.get("network", UNET), config.model.num_classes
     if name == UNET:
         _check_size(config.model, config.model.num_blocks * len(config.model.multipliers), "config.model")
-        network = _network(UNet, config.model, shape, channels, objective)
+        network = _network(UNet, {**config.model, **sees}, shape, channels, objective.name)
     elif name == TRANSFORMER:
         _check_size(config.transformer, config.transformer.depth, "config.transformer")
-        told = {"num_classes": num_classes, "out_channels": config.model.out_channels}
-        network = _network(Transformer, {**config.transformer, **told}, shape, channels, objective)
+        told = {"num_classes": num_classes, "out_channels": config.model.out_channels, **sees}
+        network = _network(Transformer, {**config.transformer, **told}, shape, channels, objective.name)
     else:
-        network = _own_network(name, networks, shape, channels, num_classes)
+        network = _own_network(name, networks, shape, channels, num_classes, sees)
     names = tuple(class_names) or tuple(map(str, range(num_classes)))
     return Model(
         apply_fn=network.apply_fn,
         schedule=make_schedule(config.schedule),
         space=space,
         prediction=config.train.prediction,
-        conditions=Conditions(names, num_classes) if num_classes else None,
+        conditions=Conditions(names, num_classes, scales) if num_classes else None,
         init=jax.jit(keys.pinned(network.init)),
         learned_variance=learned_variance,
     )
@@ -184,9 +171,10 @@ def _size(shape):
 def _network(module, fields, shape, channels, objective):
     """Returns a network that comes with the library, with these fields."""
     module = module(**{**fields, "out_channels": fields["out_channels"] or channels})
+    t = jnp.ones((1, 2) if module.sees_end else (1,))
 
     def init(key):
-        return module.init(keys.threefry(key), jnp.zeros((1, *shape)), jnp.ones((1,)))["params"]
+        return module.init(keys.threefry(key), jnp.zeros((1, *shape)), t)["params"]
 
     jax.eval_shape(init, keys.make(0))  # raises what is wrong with the fields before anything is computed
     if module.out_channels != channels:
@@ -197,7 +185,7 @@ def _network(module, fields, shape, channels, objective):
     return Network(init, as_apply_fn(module))
 
 
-def _own_network(text, networks, image_shape, channels, num_classes):
+def _own_network(text, networks, image_shape, channels, num_classes, sees):
     """Returns the network that a function of the user's own makes."""
     name = options.own_name(text)
     if not name:
@@ -216,7 +204,7 @@ def _own_network(text, networks, image_shape, channels, num_classes):
         parts = choice.function(tuple(image_shape), channels, num_classes, **choice.options)
     if not isinstance(parts, tuple | list) or len(parts) != 2:
         raise InputError(f"{what} returns a {type(parts).__name__}; it must return two functions, init and apply")
-    return adapt(*parts, image_shape, out_channels=channels, num_classes=num_classes, what=what)
+    return adapt(*parts, image_shape, out_channels=channels, num_classes=num_classes, what=what, **sees)
 
 
 MAX_BLOCKS, MAX_NUMBER = 1000, 2**20

@@ -34,11 +34,13 @@ class Prediction(NamedTuple):
         floats, NumPy or JAX arrays; a coefficient that is always 0 is best written as 0.0, which drops its term.
       input_scale: (a, n) -> what x is multiplied by before the network sees it; None for 1.
       sees_log_sigma: whether the network is given log(n / a) / 4 for its time, as EDM's is, and not t.
+      sees_end: whether the network is also given the time s that a step goes to; its time is then [B, 2], t and s.
     """
 
     pair: Callable[[Level, Level], tuple[Level, Level]]
     input_scale: Callable[[Level, Level], Level] | None = None
     sees_log_sigma: bool = False
+    sees_end: bool = False
 
 
 def _edm_spread(a, n):
@@ -58,8 +60,10 @@ PREDICTIONS: dict[str, Prediction] = {
     "v": Prediction(lambda a, n: (-n, a)),
     "flow": Prediction(lambda a, n: (-1.0, 1.0)),
     "edm": Prediction(_edm_pair, input_scale=lambda a, n: 1 / _edm_spread(a, n), sees_log_sigma=True),
+    "mean_flow": Prediction(lambda a, n: (-1.0, 1.0), sees_end=True),
 }
-"""The noise; the image; v = a eps - n x_0; the velocity eps - x_0 of a rectified flow; and EDM's F."""
+"""The noise; the image; v = a eps - n x_0; the velocity eps - x_0 of a rectified flow; EDM's F; and that velocity's
+mean over the times from t down to s, with which a DDIM step goes from x_t to x_s exactly (arXiv:2505.13447)."""
 
 
 class Reading(NamedTuple):
@@ -71,6 +75,7 @@ class Reading(NamedTuple):
       signal, noise: a and n.
       from_x, from_output, input_scale: as in the formula.
       time: what the network is given for its time.
+      end: the time that the step goes to, for a network that sees it; None for any other.
     """
 
     signal: Float[Array, "*levels"]
@@ -79,10 +84,20 @@ class Reading(NamedTuple):
     from_output: Float[Array, "*levels"]
     input_scale: Float[Array, "*levels"]
     time: Float[Array, "*levels"]
+    end: Float[Array, "*levels"] | None = None
 
     def astype(self, dtype: Any) -> "Reading":
-        """Casts every field but the time, which keeps its precision: bfloat16 cannot tell t = 857 from 856."""
-        return Reading(*(jnp.asarray(field, dtype) for field in self[:-1]), self.time)
+        """Casts every field but the times, which keep their precision: bfloat16 cannot tell t = 857 from 856."""
+        return self.with_levels(lambda field: jnp.asarray(field, dtype))
+
+    def with_levels(self, change: Callable[[Any], Any]) -> "Reading":
+        """Changes every field but the times."""
+        return Reading(*map(change, self[:5]), self.time, self.end)
+
+
+def sees_end(prediction: str) -> bool:
+    """Tells whether a network of this prediction is told the time that a step goes to, besides that where it begins."""
+    return PREDICTIONS[prediction].sees_end
 
 
 def check_known(prediction: str, what: str = "prediction") -> None:
@@ -91,12 +106,13 @@ def check_known(prediction: str, what: str = "prediction") -> None:
         raise InputError(f"{what} is {prediction!r}; {nearest(str(prediction), PREDICTIONS)}")
 
 
-def reading(prediction: str, t: Level, a: Level, n: Level) -> Reading:
+def reading(prediction: str, t: Level, a: Level, n: Level, end: Level | None = None) -> Reading:
     """Says how to ask and read a network at noise levels; NumPy in, NumPy out, and JAX likewise.
 
     Args:
       prediction: a key of `PREDICTIONS`.
       t, a, n: time, signal and noise, of one shape.
+      end: the time that the step goes to, for a prediction that sees it.
 
     Returns:
       The reading; not finite where the prediction says nothing about x_0, as that of eps where a = 0.
@@ -111,7 +127,7 @@ def reading(prediction: str, t: Level, a: Level, n: Level) -> Reading:
         from_output = xp.where(alone, 1 / xp.where(alone, c, 1), -n / determinant)
         time = _time(kind, t, a, n)
     scale = 1 + 0 * a if kind.input_scale is None else kind.input_scale(a, n)
-    return Reading(a, n, from_x, from_output, scale, time)
+    return Reading(a, n, from_x, from_output, scale, time, end if kind.sees_end else None)
 
 
 def inputs(prediction: str, t: Level, a: Level, n: Level, x: Images) -> tuple[Images, Level]:
@@ -144,10 +160,10 @@ def check_signal(name: str, prediction: str, t: Level, a: Level, n: Level) -> No
     """
 
     def useful(kind):
-        return all(np.all(np.isfinite(field)) for field in reading(kind, *map(np.asarray, (t, a, n))))
+        return all(np.all(np.isfinite(field)) for field in reading(kind, *map(np.asarray, (t, a, n)))[:6])
 
     if not useful(prediction):
-        others = ", ".join(kind for kind in PREDICTIONS if useful(kind))
+        others = ", ".join(kind for kind in PREDICTIONS if useful(kind) and not sees_end(kind))
         raise InputError(
             f"{name} starts at zero signal, where {prediction} says nothing about x_0; use a model that predicts one "
             f"of {others}, or start lower"

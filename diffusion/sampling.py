@@ -15,6 +15,7 @@ from diffusion.errors import InputError, nearest
 from diffusion.guidance import Guidance, Now
 from diffusion.images import check_floats
 from diffusion.predictions import Reading
+from diffusion.solvers.steps import check_ends, ends
 from diffusion.solvers.table import SamplerTable
 from diffusion.types import ApplyFn, Images, Params
 
@@ -138,9 +139,15 @@ def sample(  # noqa: PLR0913
     known = _check_known(known, (num_samples, *sample_shape))
     _check_conditions(num_samples, cond)
     guidance = _check_guidance(guidance, short, cond)
+    check_rule(prediction, guidance)
+    if known is not None and predictions.sees_end(prediction):
+        raise InputError(
+            f"known pixels go into estimates of x_0, which a network that predicts {prediction} makes none of"
+        )
 
     # Lay out what each stage reads, and what all share.
-    reading = predictions.reading(prediction, table.t, table.signal, table.noise)
+    end = ends(table) if predictions.sees_end(prediction) else None
+    reading = predictions.reading(prediction, table.t, table.signal, table.noise, end)
     scales = None if guidance is None else guidance.scales(table.t)
     stages = _Stage(np.arange(table.nfe), reading, table.update, table.log_variance, scales)
     shared = None if guidance is None else guidance.replace(scale=None, interval=None, rescale=1.0 * guidance.rescale)
@@ -211,9 +218,20 @@ def _check_guidance(guidance, short, cond):
 
 
 def check_prediction(table: SamplerTable, prediction: str) -> None:
-    """Raises InputError if the prediction says nothing about x_0 at one of the table's times."""
+    """Raises InputError if a prediction says nothing about x_0 at one of a table's times, or suits no such table."""
     if all(map(_is_concrete, (table.t, table.signal, table.noise))):
         predictions.check_signal(table.name, prediction, table.t, table.signal, table.noise)
+        if predictions.sees_end(prediction):
+            check_ends(table)
+
+
+def check_rule(prediction: str, guidance: Guidance | None) -> None:
+    """Raises InputError if a rule of guidance measures or moves estimates of x_0 where a network makes none."""
+    if guidance is not None and predictions.sees_end(prediction) and guidance.rule.partition(":")[0] != "cfg":
+        raise InputError(
+            f"guidance_rule is {guidance.rule!r}, which works on estimates of x_0; a network that predicts "
+            f"{prediction} makes none on the way: take cfg"
+        )
 
 
 def check_variance(table: SamplerTable, learned_variance: bool) -> None:

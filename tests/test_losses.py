@@ -13,7 +13,6 @@ from scipy.stats import norm
 
 from configs.default import get_config
 from diffusion import devices, gaussian, predictions, schedules
-from diffusion.commands import experiment
 from diffusion.model import make_model
 from diffusion.objectives import losses
 from diffusion.objectives.losses import LEARN_VARIANCE, Batch, stratified_timesteps
@@ -385,7 +384,7 @@ def train_section(**fields):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_config_names_an_objective(objective):
     prediction, args = "v", (pixels(20), batch_keys(20), jnp.arange(20), 20)
-    got = experiment.make_objective(train_section(objective=objective, prediction=prediction), SHORT)
+    got = objectives.make_objective(train_section(objective=objective, prediction=prediction), SHORT)
     network = two_headed if objective in LEARN_VARIANCE else one_headed
     got = got(Batch(network, args[0], COND, *args[1:]))
     wanted = call(objective, *args, prediction=prediction)
@@ -405,7 +404,7 @@ def test_a_config_names_an_objective(objective):
 @pytest.mark.parametrize("objective", ["simple", "hybrid"])
 def test_a_config_names_a_weighting_with_options(text, name, options, objective):
     args = (pixels(20), batch_keys(20), jnp.arange(20), 20)
-    got = experiment.make_objective(train_section(objective=objective, prediction="v", weighting=text), SHORT)
+    got = objectives.make_objective(train_section(objective=objective, prediction="v", weighting=text), SHORT)
     network = two_headed if objective == "hybrid" else one_headed
     weights = loss_weights(SHORT, "v", name, **options)
     wanted = call(objective, *args, prediction="v", weights=weights)
@@ -432,17 +431,17 @@ def test_a_config_names_a_weighting_with_options(text, name, options, objective)
 )
 def test_a_wrong_choice_in_the_config_is_refused(fields, message):
     with refused(message):
-        experiment.make_objective(train_section(**fields), SHORT)
+        objectives.make_objective(train_section(**fields), SHORT)
 
 
 @pytest.mark.parametrize("fields", [{"objective": "hybrid"}, {"objective": "vlb"}, {"weighting": "snr"}], ids=str)
 def test_eps_where_there_is_no_signal_is_refused_when_the_objective_is_made(fields):
     with refused("signal|SNR is 0"):
-        experiment.make_objective(train_section(**fields), schedules.zero_terminal_snr(SHORT))
+        objectives.make_objective(train_section(**fields), schedules.zero_terminal_snr(SHORT))
     for prediction in ("x0", "v", "flow"):
-        experiment.make_objective(train_section(prediction=prediction, **fields), schedules.zero_terminal_snr(SHORT))
+        objectives.make_objective(train_section(prediction=prediction, **fields), schedules.zero_terminal_snr(SHORT))
     with refused("prediction is edm, whose network is given log"):
-        experiment.make_objective(train_section(prediction="edm", **fields), schedules.zero_terminal_snr(SHORT))
+        objectives.make_objective(train_section(prediction="edm", **fields), schedules.zero_terminal_snr(SHORT))
 
 
 def model_config(objective, out_channels):

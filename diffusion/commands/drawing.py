@@ -46,7 +46,7 @@ def generate(
       mesh: each batch is split over its "data" axis.
       labels: classes; image i has labels[i % len(labels)]. () for none.
       batch_size: images at a time.
-      options: go to `diffusion.sample`.
+      options: go to `diffusion.sample`. A model that takes the guidance scale as an input is told that of `guidance`.
     """
     ids = np.asarray(sample_ids, np.uint32)
     devices = mesh.shape["data"]
@@ -60,7 +60,8 @@ def generate(
     for start in range(0, len(ids), size):
         batch = ids[start : start + size]
         padded = np.pad(batch, (0, size - len(batch)), mode="edge")
-        placed = jax.device_put({"sample_ids": padded, **_classes(model, padded, labels)}, split)
+        placed = {"sample_ids": padded, **_classes(model, padded, labels, options.get("guidance"))}
+        placed = jax.device_put(placed, split)
         images = _sample(model, params, table, key, **placed, **options)
         # Only real images count from here, not what filled the batch up.
         images = np.asarray(images)[: len(batch)]
@@ -82,13 +83,15 @@ def frames(
 ) -> UInt8[np.ndarray, "stages+1 N H W C"]:
     """Returns what the images look like before each network call, and at the end; takes the arguments of `generate`."""
     ids = np.asarray(sample_ids, np.uint32)
-    options |= {"sample_ids": ids, **_classes(model, ids, labels), "return_trajectory": True}
+    options |= {"sample_ids": ids, **_classes(model, ids, labels, options.get("guidance")), "return_trajectory": True}
     _, passed = _sample(model, params, table, keys.make(seed), **options)
     return np.stack([model.space.decode(x) for x in passed.x])
 
 
 def _sample(model, params, table, key, *, sample_ids, null_cond=None, guidance=None, **options):
     """Calls `sample`; guidance without a second network gets the null condition it needs from the model."""
+    if model.conditions is not None and model.conditions.scales is not None:
+        null_cond = guidance = None  # the network has been told the scale, and guides itself
     if guidance is None:
         options |= {} if null_cond is None else {"null_cond": null_cond}
     else:
@@ -122,8 +125,9 @@ def picture(
     return labelled_sheet(images, [printable(conditions.names[label]) for label in chosen])
 
 
-def _classes(model, ids, labels):
+def _classes(model, ids, labels, guidance):
     """Returns cond and null_cond of these images, or nothing if there are no labels."""
     if not labels:
         return {}
-    return {"cond": labels_of(ids, labels), "null_cond": model.conditions.nulls(len(ids))}
+    cond = model.conditions.told(labels_of(ids, labels), 1.0 if guidance is None else guidance.scale)
+    return {"cond": cond, "null_cond": model.conditions.nulls(len(ids))}

@@ -3,30 +3,25 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion import denoiser, devices, keys, machine, options, predictions
+from diffusion import denoiser, devices, keys, machine
 from diffusion.autoencoder import Autoencoder, TrainedAutoencoder
-from diffusion.commands import config_files, latents, own, samplers, students
+from diffusion.commands import config_files, latents, objectives, own, samplers, students
 from diffusion.commands.datasets import load_data
 from diffusion.commands.optimizers import learning_rate, make_optimizer
 from diffusion.data import Dataset
 from diffusion.errors import InputError, require_range
 from diffusion.model import UNET, Model, Trained, make_model, make_schedule, sampling_clip
 from diffusion.objectives import choice, progressive
-from diffusion.objectives.bound import bound_steps
-from diffusion.objectives.losses import LEARN_VARIANCE, Batch, Loss, Terms
-from diffusion.objectives.teaching import Course
-from diffusion.objectives.weightings import WEIGHTINGS, loss_weights
-from diffusion.schedules import NoiseSchedule
+from diffusion.objectives.losses import Batch, Loss, Terms
 from diffusion.solvers import SamplerTable
 from diffusion.training.loop import Plan
 from diffusion.training.state import Trainee, TrainState, ema_name, init_state
@@ -71,15 +66,18 @@ class Experiment:
 
     def make_state(self, key: jax.Array, taught: Params | None = None) -> TrainState:
         """Returns the state before the first step; a student begins with its teacher's parameters, `taught`."""
-        params = self.model.init(key) if taught is None else jax.tree.map(jnp.copy, taught)
+        params = self.model.init(key)
+        if taught is not None:  # what the student's network takes besides, it begins by leaving out of account
+            flat = flax.traverse_util.flatten_dict(params) | flax.traverse_util.flatten_dict(taught)
+            params = flax.traverse_util.unflatten_dict(jax.tree.map(jnp.copy, flat))
         needed = choice.parse(self.config.train.objective).name in choice.TAUGHT
-        teacher = jax.tree.map(jnp.copy, taught) if needed else None
+        teacher = jax.tree.map(jnp.copy, params) if needed else None
         asked = self.step_options
         return init_state(params, self.optimizer, asked.ema_decays, teacher, asked.averaged, asked.curves)
 
     def stages(self) -> progressive.Stages | None:
         """Returns the stages of a progressive run, or None for any other."""
-        return progressive_stages(self.config.train)
+        return objectives.progressive_stages(self.config.train)
 
     def table_at(self, step: int) -> SamplerTable:
         """Returns what draws the samples shown after a training step."""
@@ -106,13 +104,11 @@ def make_experiment(
     plan = Plan(*(settings[name] for name in ("num_steps", "batch_size", "log_every", "save_every", "grid_every")))
     check_numbers(config)
     mesh = devices.training_mesh(plan.batch_size, settings.fsdp, settings.microbatches)
-    stages = progressive_stages(settings)
+    stages = objectives.progressive_stages(settings)
     rate = learning_rate(config.optimizer, plan.num_steps, () if stages is None else stages.begins[1:])
     optimizer = make_optimizer(config.optimizer, rate)
     schedule = make_schedule(config.schedule)
-    taught_by = None if teacher is None else teacher.model.prediction
-    course = Course(plan.num_steps, taught_by, config.sample.clip != "none")
-    objective = make_objective(settings, schedule, course)
+    objective = objectives.make_objective(settings, schedule, students.course(config, teacher))
     table = samplers.make_table(schedule, config.sample.sampler, config.sample.steps, config.sample.tau)
     # The data and the network.
     dataset = load_data(config.data)
@@ -141,11 +137,11 @@ def make_experiment(
 
 def _check_same_images(model: Model, teacher: Model) -> None:
     """Raises InputError if a student is to learn other images or classes than its teacher's."""
-    facts = {"images of": (model.image_shape, teacher.image_shape), "classes": (model.conditions, teacher.conditions)}
+    names = [getattr(found.conditions, "names", "none") for found in (model, teacher)]
+    facts = {"images of": [model.image_shape, teacher.image_shape], "classes": names}
     for what, (ours, theirs) in facts.items():
         if ours != theirs:
-            shown = [found if what == "images of" else getattr(found, "names", "none") for found in (ours, theirs)]
-            raise InputError(f"config.data has {what} {shown[0]}, config.teacher {shown[1]}; they must be the same")
+            raise InputError(f"config.data has {what} {ours}, config.teacher {theirs}; they must be the same")
 
 
 def require_memory(config: ConfigDict, model: Model | Trainee) -> None:
@@ -250,68 +246,3 @@ def ema_decays(config: ConfigDict) -> tuple[float, ...]:
     if not decays or len(set(map(ema_name, decays))) < len(decays):
         raise InputError(f"config.train.ema_decays are {decays}; give at least one, and none twice")
     return decays
-
-
-def progressive_stages(config: ConfigDict) -> progressive.Stages | None:
-    """Returns the stages of a progressive run, or None for any other; config is the section config.train."""
-    objective = choice.parse(config.objective)
-    if objective.name != "progressive":
-        return None
-    if config.keep_best:
-        raise InputError("config.train.keep_best compares losses, which differ from stage to stage; set it to 0")
-    return progressive.stages(config.num_steps, **objective.options)
-
-
-def make_objective(
-    config: ConfigDict, schedule: NoiseSchedule, course: Course | None = None
-) -> Callable[[Batch], Loss]:
-    """Returns the function of a batch that training minimises.
-
-    Args:
-      config: the section config.train.
-      schedule: the noise schedule.
-      course: what the objectives of students know of the run; None for one without a teacher.
-
-    Raises:
-      InputError: an unknown name or option, or choices that do not go together.
-    """
-    predictions.check_known(config.prediction, "config.train.prediction")
-    objective = choice.parse(config.objective)
-    weighting = options.parse("config.train.weighting", config.weighting, WEIGHTINGS, leading=2)
-    if "vlb_weight" in objective.options:
-        require_range("vlb_weight of objective hybrid", objective.options["vlb_weight"], 0, open_ends="high")
-    last = schedule.num_timesteps
-    if not np.isfinite(predictions.reading(config.prediction, float(last), *schedule.at(last)).time):
-        raise InputError(
-            f"config.train.prediction is {config.prediction}, whose network is given log(noise / signal), and the "
-            "schedule has no signal at T; take another prediction, or a schedule such as edm"
-        )
-    weighs_itself = objective.name == "vlb" or choice.is_student(objective.name)
-    if weighs_itself and weighting.name != "simple":
-        raise InputError(
-            f"config.train.weighting is {weighting.name!r}, but objective {objective.name} has its own weights; set it "
-            "to simple"
-        )
-    if objective.name in LEARN_VARIANCE:
-        # Refuses a prediction that says nothing about x_0 at T, where the bound needs it.
-        bound_steps(schedule, range(schedule.num_timesteps, -1, -1), config.prediction)
-    weights = None
-    if weighting.name != "simple":
-        weights = loss_weights(schedule, config.prediction, weighting.name, **weighting.options)
-    bound = {"schedule": schedule, "prediction": config.prediction, "weights": weights}
-    if choice.is_student(objective.name):
-        bound["course"] = course or Course(config.num_steps)
-        _try_out(partial(objective.function, **bound, **objective.options))
-    return partial(objective.function, **bound, **objective.options)
-
-
-def _try_out(objective: Callable[[Batch], Loss]) -> None:
-    """Calls an objective on one pixel without computing anything, which raises what is wrong with its options."""
-
-    def network(x, time, cond):
-        return x
-
-    def loss(x_0, sample_keys):
-        return objective(Batch(network, x_0, None, sample_keys, jnp.arange(1), 1, average=network, teacher=network))
-
-    jax.eval_shape(loss, jnp.zeros((1, 1, 1, 1)), jax.random.split(keys.make(0), 1))

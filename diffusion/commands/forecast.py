@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion import keys
+from diffusion import keys, predictions
 from diffusion.devices import batch_sharding
 from diffusion.model import Model
 
@@ -38,9 +38,8 @@ def training_seconds(model: Model, batch_size: int, num_steps: int, mesh: Mesh) 
     if most < LONG * _SLOWEST:
         return 0.0
     x = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.float32)
-    cond = None if model.conditions is None else jax.ShapeDtypeStruct((1,), jnp.int32)
-    cost = jax.jit(model.apply_fn).lower(params, x, t, cond).cost_analysis() or {}
+    t = jax.ShapeDtypeStruct((1, 2) if predictions.sees_end(model.prediction) else (1,), jnp.float32)
+    cost = jax.jit(model.apply_fn).lower(params, x, t).cost_analysis() or {}
     return cost.get("flops", 0.0) * images / (_SHARE * _product_speed(mesh))
 
 

@@ -62,6 +62,8 @@ def next_command(experiment: Experiment, folder: run_folder.RunFolder) -> str:
     named = f"--workdir={shlex.quote(str(folder.path))}{own.flag(config.network)}"
     if options.own_name(config.sample.sampler):
         named += f" --sampler={shlex.quote(config.sample.sampler)}"
-    if experiment.model.conditions is not None and config.train.label_dropout > 0:
-        named += f" --labels={shlex.quote(experiment.model.conditions.names[0])} --guidance_scale=2"
+    conditions = experiment.model.conditions
+    if conditions is not None and (config.train.label_dropout > 0 or conditions.scales is not None):
+        scale = 2 if conditions.scales is None else min(2, conditions.scales[1])
+        named += f" --labels={shlex.quote(conditions.names[0])} --guidance_scale={scale:g}"
     return f"draw pictures with: python {usage.called('sample')} {named}"

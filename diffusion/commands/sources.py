@@ -11,14 +11,15 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from diffusion import keys
-from diffusion.commands import drawing, latents, learned, opening, own, rollouts, samplers, students
+from diffusion.commands import drawing, guiding, latents, learned, opening, own, rollouts, samplers, students
 from diffusion.commands.datasets import load_data_of
 from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
 from diffusion.denoiser import Options, check_options
-from diffusion.errors import InputError, nearest, printable
+from diffusion.errors import InputError, printable
 from diffusion.guidance import Guidance
 from diffusion.learning import analytic, paths
 from diffusion.model import Trained
+from diffusion.sampling import check_rule
 from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable
 from diffusion.timesteps import GRIDS
@@ -73,10 +74,12 @@ class Source(NamedTuple):
         """Returns what samplers may need that is estimated on the model and its data."""
 
         def gamma(tau):
+            students.check_is_denoiser(self.trained.config, "analytic_dpm")
             data = load_data_of(self.trained)
             return analytic.cached_gamma(self.home, self.trained, self.sha256, data, tau, say=print)
 
         def path_costs(tau):
+            students.check_is_denoiser(self.trained.config, "tau found on the model")
             print(f"following {PATHS} paths through {len(tau) - 1} network calls")
             model, key = self.trained.model, rollouts.key_of(self.seed, "path")
             (noises,) = rollouts.batches(model, self.guidance, self.labels, key, range(PATHS), PATHS)
@@ -109,7 +112,8 @@ class Sampling(NamedTuple):
     def title(self, num: int) -> str:
         """Says in one line which model draws how many images with what."""
         on = f" on {self.tau}" if self.tau else ""
-        return f"{self.source.title()}: {num:,} images{self._of_classes()} with {self.table.name}{on}, {self.table.nfe} network calls"
+        drawn = f"{num:,} images{self._of_classes()} with {self.table.name}{on}"
+        return f"{self.source.title()}: {drawn}, {self.table.nfe} network calls"
 
     def _of_classes(self):
         """Says which classes the images take in turn, or nothing for a model without classes."""
@@ -187,12 +191,12 @@ def open_source() -> Source:
     check_options(trained.model.prediction, Options(clip, given.dynamic_threshold))
     if clip != "none" or given.dynamic_threshold is not None:
         latents.check_pixels(trained.model, f"clip {clip}" if given.dynamic_threshold is None else "dynamic_threshold")
-    labels = _labels(given.labels, trained.model)
+    labels = guiding.labels(given.labels, trained.model)
     settings = {
         "clip": clip,
         "dynamic_threshold": given.dynamic_threshold,
         "guidance_scale": given.guidance_scale,
-        "guidance_interval": _interval(given.guidance_interval),
+        "guidance_interval": guiding.interval(given.guidance_interval),
         "guidance_rescale": given.guidance_rescale,
         "guidance_rule": given.guidance_rule,
     }
@@ -203,7 +207,8 @@ def open_source() -> Source:
         rule=given.guidance_rule,
     )
     guide.check(cond=None, acts=False)
-    _check_effect(given, trained, guide.acts())
+    check_rule(trained.model.prediction, guide if guide.acts() else None)
+    guiding.check_effect(given, trained, guide.acts())
     sha256, configs = digest(trained.params), [trained.config]
     if given.guidance_model is not None:
         weaker = opening.open_weaker(given.guidance_model, trained.model)
@@ -222,8 +227,11 @@ def at_scale(source: Source, scale: float) -> Source:
     """Returns the source with another scale of the guidance; raises InputError where the model cannot be guided."""
     guidance = source.guidance.replace(scale=scale)
     guidance.check(cond=None, acts=False)
-    if guidance.reference_fn is None:
-        _check_learned(source.trained, "guidance")
+    conditions = source.trained.model.conditions
+    if conditions is not None and conditions.scales is not None:
+        conditions.check_scale(scale)
+    elif guidance.reference_fn is None:
+        guiding.check_learned(source.trained, "guidance")
     return source._replace(guidance=guidance, settings={**source.settings, "guidance_scale": scale})
 
 
@@ -272,56 +280,3 @@ def open_sampling() -> Sampling:
     return make_sampling(
         source, sampler, samplers.chosen_steps(tau, given.steps, students.default_steps(source.trained)), tau, given.eta
     )
-
-
-def _interval(texts):
-    if texts is None:
-        return None
-    try:
-        low, high = map(float, texts)
-    except ValueError:
-        raise InputError(f"guidance_interval is {','.join(texts)!r}; write LOW,HIGH as 100,700") from None
-    return low, high
-
-
-def _check_effect(given, trained, guides):
-    """Refuses flags that would have no effect, and guidance that the model has not learned."""
-    guiding = [name for name in given if name.startswith("guidance_") and given[name].value != given[name].default]
-    others = [name for name in guiding if name != "guidance_scale"]
-    if guiding and given.guidance_model is None:
-        _check_learned(trained, guiding[0])
-    if others and not guides:
-        raise InputError(f"--{others[0]} does nothing at --guidance_scale=1; give a scale, or leave it out")
-    if given.clip == "none" and given.dynamic_threshold is not None:
-        raise InputError("--clip=none and --dynamic_threshold exclude each other; leave one out")
-
-
-def _check_learned(trained, flag):
-    """Refuses guidance of a model that has not learned what no class means."""
-    if trained.model.conditions is None:
-        raise InputError(f"this model has no classes: leave out --{flag}")
-    if trained.config.train.label_dropout == 0:
-        raise InputError(
-            "this model was trained with config.train.label_dropout=0 and so has not learned what no class means, "
-            f"which guidance needs: leave out --{flag}, or train with label_dropout above 0"
-        )
-
-
-def _labels(texts, model):
-    """Returns the classes that --labels names, by their names or, where no class is called that, their numbers."""
-    if model.conditions is None:
-        if texts:
-            raise InputError("this model has no classes: leave out --labels")
-        return ()
-    names = list(model.conditions.names)
-    numbers = {str(number): number for number in range(len(names))} | {name: i for i, name in enumerate(names)}
-    if texts is None:
-        return tuple(range(len(names)))
-    if not texts:
-        raise InputError("--labels is empty; name classes, or leave it out for all")
-    if unknown := [text for text in texts if text.strip() not in numbers]:
-        shown = names if names != list(numbers) else [f"0..{len(names) - 1}"]
-        raise InputError(
-            f"labels are {','.join(texts)!r}; there is no class {unknown[0]!r}; {nearest(unknown[0], shown)}"
-        )
-    return tuple(numbers[text.strip()] for text in texts)

@@ -10,8 +10,9 @@ from diffusion import timesteps
 from diffusion.commands import config_files, opening, own, recipes
 from diffusion.commands.shared_flags import SHIPPED_NAME
 from diffusion.errors import InputError
-from diffusion.model import Trained
+from diffusion.model import UNET, Trained
 from diffusion.objectives import choice, progressive
+from diffusion.objectives.teaching import Course
 from diffusion.schedules import NoiseSchedule
 from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable, ddim
@@ -117,8 +118,11 @@ def own_sampler(config: ConfigDict, step: int | None = None) -> Sampler:
     """
     if progressive_steps(config, step) is not None:
         return Sampler("ddim", progressive_steps(config, step), "uniform")
-    if choice.is_student(config.train.objective):
+    objective = choice.parse(config.train.objective).name
+    if objective in ("consistency", "consistency_distillation"):
         return Sampler("consistency", 2, "uniform")
+    if objective in choice.MEAN_FLOW:
+        return Sampler("ddim", 2, "uniform")
     return Sampler(config.sample.sampler, config.sample.steps, config.sample.tau)
 
 
@@ -131,6 +135,16 @@ def progressive_steps(config: ConfigDict, step: int | None = None) -> int | None
     return progressive.stages(num_steps, **chosen.options).at(num_steps if step is None else step)
 
 
+def course(config: ConfigDict, teacher: Trained | None) -> Course:
+    """Returns what the objective of a student knows of the run and of its teacher."""
+    clip = config.sample.clip != "none"
+    if teacher is None:
+        return Course(config.train.num_steps, clip=clip)
+    conditions = teacher.model.conditions
+    null = None if conditions is None else conditions.null
+    return Course(config.train.num_steps, teacher.model.prediction, clip, null)
+
+
 def default_steps(trained: Trained) -> int:
     """Returns how many steps a model makes unless something else is asked for."""
     steps = progressive_steps(trained.config, trained.step)
@@ -138,8 +152,13 @@ def default_steps(trained: Trained) -> int:
 
 
 def check_sampler(config: ConfigDict, step: int | None, schedule: NoiseSchedule, table: SamplerTable) -> None:
-    """Raises InputError if a table asks for what a student cannot do; step is as for `own_sampler`."""
-    if not choice.is_student(config.train.objective):
+    """Raises InputError if a table asks for what a student cannot do; step is as for `own_sampler`.
+
+    What a network of mean velocities can do follows from its prediction, see `sampling.check_prediction`, and a student
+    that takes the guidance scale is sampled as its teacher is.
+    """
+    objective = choice.parse(config.train.objective).name
+    if not choice.is_student(objective) or objective in (*choice.MEAN_FLOW, choice.GUIDED):
         return
     steps = progressive_steps(config, step)
     given = "config.sample" if step is None else "--sampler, --steps, --tau and --eta"
@@ -161,7 +180,7 @@ def check_is_denoiser(config: ConfigDict, what: str) -> None:
     if choice.is_student(config.train.objective):
         raise InputError(
             f"{what} needs a network that estimates the mean of x_0, and this is a student for few calls; name its "
-            "teacher"
+            "teacher, or a model of objective simple"
         )
 
 
@@ -177,9 +196,10 @@ def _check_lesson(config, teacher):
         raise InputError(
             "config.teacher predicts its variance, which students do not; take a teacher of objective simple"
         )
-    if known is None and not choice.is_student(teacher.config.train.objective):
-        return
     chosen = choice.parse(config.train.objective)
+    if known is None and not choice.is_student(teacher.config.train.objective):
+        _check_inputs(config, teacher, chosen.name)
+        return
     start = progressive.stages(config.train.num_steps, **chosen.options).steps[0] if chosen.name == "progressive" else 0
     if known is None or chosen.name != "progressive":
         raise InputError(
@@ -191,6 +211,28 @@ def _check_lesson(config, teacher):
         raise InputError(
             f"config.teacher is a progressive student of {known} steps, and objective progressive with start={start} "
             f"needs a teacher of {2 * start}; take {remedy}"
+        )
+
+
+def _check_inputs(config, teacher, objective):
+    """Refuses a teacher that does not begin as a student whose network takes more than its own."""
+    if objective in choice.MEAN_FLOW and teacher.model.prediction != "flow":
+        raise InputError(
+            f"config.teacher predicts {teacher.model.prediction}; objective {objective} begins with a network of the "
+            "velocity: take a teacher of config.train.prediction=flow on config.schedule=rectified_flow"
+        )
+    if objective == choice.GUIDED:
+        if teacher.model.conditions is None:
+            raise InputError(f"config.teacher has no classes; objective {objective} needs them, as guidance does")
+        if teacher.config.train.label_dropout == 0:
+            raise InputError(
+                "config.teacher was trained with config.train.label_dropout=0 and so has not learned what no class "
+                "means, which guidance needs; take one of label_dropout above 0"
+            )
+    if objective in (*choice.MEAN_FLOW, choice.GUIDED) and config.network != UNET:
+        raise InputError(
+            f"config.network is {config.network!r}; with objective {objective} and a teacher it must be {UNET}, as a "
+            "student's network takes more than its teacher's"
         )
 
 

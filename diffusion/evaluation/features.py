@@ -153,9 +153,9 @@ def measure(
       reference: the real set.
       features: of the samples, in the same space; quantise samples to uint8 first, as image files are.
       metrics: "frechet", "kernel", "score", "prdc", "accuracy"; in Inception's space also "fid", "kid" and "is" for
-        the first three. See `metrics` for what each means; kernel and prdc use at most 10,000 vectors of either set, and small
-        sets lower what `settings` says. The accuracy is the share of samples that the classifier takes for the class
-        that was asked for.
+        the first three. See `metrics` for what each means; kernel and prdc use at most 10,000 vectors of either set,
+        and small sets lower what `settings` says. The accuracy is the share of samples that the classifier takes for
+        the class that was asked for.
       labels: the classes that were asked for, numbered as the classifier's; for the accuracy.
 
     Returns:

@@ -1,12 +1,14 @@
 """Defines the UNet's layers: group norm, dropout, residual block, self-attention, resampling, time embedding."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
+from diffusion.errors import InputError
 from diffusion.keys import bernoulli
 from diffusion.types import Timesteps
 
@@ -31,6 +33,57 @@ def sinusoidal_embedding(t: Float[Array, "B"] | Timesteps, dim: int) -> Float[Ar
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def embed_told(
+    t: Float[Array, "B"] | Float[Array, "B 2"],
+    cond: Any,
+    *,
+    network: nn.Module,
+    features: int,
+    width: int,
+    dtype: jnp.dtype,
+    init: Callable,
+    class_init: Callable,
+) -> Float[Array, "B width"]:
+    """Returns the embedding of all that a network is told besides x; its layers become the calling module's.
+
+    Args:
+      t, cond: as the network takes them.
+      network: the calling module, with num_classes, sees_end and sees_scale as in `UNet`.
+      features: sines and cosines of a number.
+      width: of the embedding.
+      dtype: of the arithmetic.
+      init, class_init: of the layers, and of the embedding of classes.
+    """
+
+    def embed(number, name, last=init):
+        hidden = nn.Dense(width, dtype=dtype, kernel_init=init, name=f"{name}_1")
+        out = nn.Dense(width, dtype=dtype, kernel_init=last, name=f"{name}_2")
+        return out(nn.swish(hidden(sinusoidal_embedding(number, features))))
+
+    labels, scales = cond if network.sees_scale and cond is not None else (cond, None)
+    embedding = embed(t[:, 0] if network.sees_end else t, "time")
+    if network.sees_end:
+        embedding += embed(t[:, 0] - t[:, 1], "span", ZERO)
+    if network.sees_scale:
+        embedding += embed(jnp.ones(t.shape[0]) if scales is None else scales, "scale", ZERO)
+    if network.num_classes:
+        labels = jnp.full(t.shape[:1], network.num_classes) if labels is None else labels  # this means "no class"
+        table = nn.Embed(network.num_classes + 1, width, dtype=dtype, embedding_init=class_init, name="class")
+        embedding += table(labels)
+    return embedding
+
+
+def check_told(t: Any, cond: Any, network: nn.Module) -> None:
+    """Raises InputError unless t and cond suit a network with num_classes, sees_end and sees_scale as in `UNet`."""
+    if cond is not None and not network.num_classes:
+        raise InputError("class labels were given to an unconditional model; set model.num_classes")
+    if t.ndim != 1 + network.sees_end:
+        wanted = "[B, 2], where a step begins and where it ends" if network.sees_end else "[B]"
+        raise InputError(f"t has shape {t.shape}; this network takes {wanted}")
+    if network.sees_scale and cond is not None and not isinstance(cond, tuple):
+        raise InputError("this network takes the guidance scale as an input; give cond as (labels, scales)")
 
 
 def num_groups(channels: int, max_groups: int = 32) -> int:

@@ -32,6 +32,8 @@ def adapt(
     *,
     out_channels: int = 0,
     num_classes: int = 0,
+    sees_end: bool = False,
+    sees_scale: bool = False,
     what: str = "the network",
 ) -> Network:
     """Returns a network of one's own as the library takes it, after checking its shapes without computing anything.
@@ -46,6 +48,10 @@ def adapt(
       image_shape: (H, W, C) of x.
       out_channels: of the prediction; 0 for as many as x has.
       num_classes: 0 for an unconditional network.
+      sees_end: whether t is [B, 2], times in 1..T and the times in 0..T that the steps go to, as for prediction
+        mean_flow.
+      sees_scale: whether cond is (labels, scales), with guidance scales float32 [B], as for objective
+        guidance_distillation.
       what: what to call it in errors.
 
     Raises:
@@ -58,6 +64,7 @@ def adapt(
     def apply_fn(params, x, t, cond=None, *, dropout_keys=None):
         if num_classes and cond is None:
             cond = jnp.full(x.shape[:1], num_classes, jnp.int32)
+            cond = (cond, jnp.ones(x.shape[:1])) if sees_scale else cond
         dropout = {"dropout_keys": dropout_keys} if takes_keys else {}
         return apply(from_dicts(params), x, t.astype(jnp.float32), cond, **dropout).astype(x.dtype)
 
@@ -65,7 +72,9 @@ def adapt(
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), like)
     x = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     t, labels = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    arguments = (like, x, t, labels if num_classes else None)
+    told = (labels, t) if sees_scale else labels
+    t = jax.ShapeDtypeStruct((2, 2), jnp.float32) if sees_end else t
+    arguments = (like, x, t, told if num_classes else None)
     dropout = {"dropout_keys": jax.eval_shape(lambda: jax.random.split(keys.make(0), 2))} if takes_keys else {}
     out = _call(what, "apply", apply, *arguments, **dropout)
     wanted = (2, *image_shape[:-1], out_channels or image_shape[-1])

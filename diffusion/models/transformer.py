@@ -7,7 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion.errors import InputError, require_range
-from diffusion.models.layers import DTYPES, ZERO, dropout, sinusoidal_embedding
+from diffusion.models.layers import DTYPES, ZERO, check_told, dropout, embed_told
 
 TIME_FEATURES = 256
 """Sines and cosines of the timestep."""
@@ -35,6 +35,7 @@ class Transformer(nn.Module):
       dropout: rate after attention and perceptron, in training.
       dtype: of the arithmetic; parameters and normalisation are float32.
       remat: whether the gradient computes the blocks again instead of keeping what they compute.
+      sees_end, sees_scale: as those of `UNet`.
     """
 
     out_channels: int = 0
@@ -48,18 +49,20 @@ class Transformer(nn.Module):
     dropout: float = 0.0
     dtype: str = "float32"
     remat: bool = False
+    sees_end: bool = False
+    sees_scale: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        t: Float[Array, "B"] | Int[Array, "B"],
-        cond: Int[Array, "B"] | None = None,
+        t: Float[Array, "B"] | Int[Array, "B"] | Float[Array, "B 2"],
+        cond: Int[Array, "B"] | tuple[Int[Array, "B"], Float[Array, "B"]] | None = None,
         *,
         dropout_keys: Key[Array, "B"] | None = None,
     ) -> Float[Array, "B H W out_channels"]:
         """Returns the prediction in float32; the arguments are those of `UNet`."""
-        self._check(x, cond)
+        self._check(x, t, cond)
         dtype, (_, height, width, channels) = DTYPES[self.dtype], x.shape
         rows, columns = height // self.patch, width // self.patch
 
@@ -83,17 +86,11 @@ class Transformer(nn.Module):
 
     def _embed(self, t, cond, dtype):
         """Returns the embedding of the timestep, to which a class adds its own, [B, width]."""
-        h = sinusoidal_embedding(t, TIME_FEATURES).astype(dtype)
-        h = nn.swish(nn.Dense(self.width, dtype=dtype, kernel_init=_NORMAL, name="time_1")(h))
-        h = nn.Dense(self.width, dtype=dtype, kernel_init=_NORMAL, name="time_2")(h)
-        if self.num_classes:
-            labels = jnp.full(t.shape, self.num_classes) if cond is None else cond  # num_classes means "no class"
-            table = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=_NORMAL, name="class")
-            h += table(labels)
-        return h
+        inits = {"init": _NORMAL, "class_init": _NORMAL}
+        return embed_told(t, cond, network=self, features=TIME_FEATURES, width=self.width, dtype=dtype, **inits)
 
-    def _check(self, x, cond):
-        """Raises InputError if the fields allow no network, or x or cond do not suit it."""
+    def _check(self, x, t, cond):
+        """Raises InputError if the fields allow no network, or x, t or cond do not suit it."""
         if self.dtype not in DTYPES:
             raise InputError(f"transformer.dtype is {self.dtype!r}; valid: {', '.join(DTYPES)}")
         for name in ("patch", "width", "depth", "num_heads"):
@@ -109,8 +106,7 @@ class Transformer(nn.Module):
                 f"samples of {x.shape[1]}x{x.shape[2]} cannot be cut into patches of {self.patch}; take another "
                 "transformer.patch, one that divides both"
             )
-        if cond is not None and not self.num_classes:
-            raise InputError("class labels were given to an unconditional model; set model.num_classes")
+        check_told(t, cond, self)
 
 
 class Block(nn.Module):

@@ -17,7 +17,8 @@ from diffusion.models.layers import (
     ResidualBlock,
     SelfAttention,
     Upsample,
-    sinusoidal_embedding,
+    check_told,
+    embed_told,
 )
 
 
@@ -38,6 +39,10 @@ class UNet(nn.Module):
       num_classes: 0 for an unconditional model; otherwise cond holds labels, and num_classes itself means "no class".
       out_channels: channels of the prediction; 0 for as many as the input has.
       dtype: "float32" or "bfloat16" for the arithmetic; parameters and normalisation stay in float32.
+      sees_end: whether t is [B, 2], with the time in 1..T and the one in 0..T that the step goes to; where both are the
+        same, a new network is as one without this.
+      sees_scale: whether cond is (labels, scales), with the guidance scale that the answer is for, a real [B]; a new
+        network gives the same answer for each.
       remat: whether to keep only the inputs of each residual and attention block for the backward pass, and to compute
         the rest again there: less memory for about a third more time. The parameters and gradients are the same.
     """
@@ -52,13 +57,15 @@ class UNet(nn.Module):
     out_channels: int = 0
     dtype: str = "float32"
     remat: bool = False
+    sees_end: bool = False
+    sees_scale: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        t: Float[Array, "B"] | Int[Array, "B"],
-        cond: Int[Array, "B"] | None = None,
+        t: Float[Array, "B"] | Int[Array, "B"] | Float[Array, "B 2"],
+        cond: Int[Array, "B"] | tuple[Int[Array, "B"], Float[Array, "B"]] | None = None,
         *,
         dropout_keys: Key[Array, "B"] | None = None,
     ) -> Float[Array, "B H W out_channels"]:
@@ -66,11 +73,11 @@ class UNet(nn.Module):
 
         Args:
           x: noisy images.
-          t: timesteps in 1..T, whole or real.
-          cond: labels in 0..num_classes, or None.
+          t: timesteps in 1..T, whole or real; see `sees_end`.
+          cond: labels in 0..num_classes, or None; see `sees_scale`.
           dropout_keys: typed JAX keys in training, one for each sample; None for no dropout.
         """
-        self._check(x, cond)
+        self._check(x, t, cond)
         dtype = DTYPES[self.dtype]
         levels = [self.width * m for m in self.multipliers]
         residual, attention = self._layers(self._embed(t, cond, dtype), dropout_keys, dtype)
@@ -127,16 +134,11 @@ class UNet(nn.Module):
 
     def _embed(self, t, cond, dtype):
         """Returns the embedding of the timestep, to which a class adds its own, [B, 4 * width]."""
-        embedding = sinusoidal_embedding(t, self.width)
-        embedding = nn.Dense(4 * self.width, dtype=dtype, kernel_init=INIT, name="time_1")(embedding)
-        embedding = nn.Dense(4 * self.width, dtype=dtype, kernel_init=INIT, name="time_2")(nn.swish(embedding))
-        if self.num_classes:
-            labels = jnp.full(t.shape, self.num_classes) if cond is None else cond  # num_classes means "no class"
-            embedding += nn.Embed(self.num_classes + 1, 4 * self.width, dtype=dtype, name="class")(labels)
-        return embedding
+        inits = {"init": INIT, "class_init": nn.linear.default_embed_init}
+        return embed_told(t, cond, network=self, features=self.width, width=4 * self.width, dtype=dtype, **inits)
 
-    def _check(self, x, cond):
-        """Raises InputError if the fields allow no network, or x or cond do not suit it."""
+    def _check(self, x, t, cond):
+        """Raises InputError if the fields allow no network, or x, t or cond do not suit it."""
         # Each field by itself.
         if self.dtype not in DTYPES:
             raise InputError(f"model.dtype is {self.dtype!r}; valid: {', '.join(DTYPES)}")
@@ -166,5 +168,4 @@ class UNet(nn.Module):
                 f"images of {x.shape[1]}x{x.shape[2]} cannot be halved {len(self.multipliers) - 1} times; "
                 f"use sizes that are multiples of {factor} or fewer model.multipliers"
             )
-        if cond is not None and not self.num_classes:
-            raise InputError("class labels were given to an unconditional model; set model.num_classes")
+        check_told(t, cond, self)

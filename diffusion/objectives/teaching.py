@@ -23,11 +23,13 @@ class Course(NamedTuple):
       num_steps: training steps in all; its schedules go by the share of them that is done.
       taught_by: what the first teacher predicts; None where there is no teacher.
       clip: whether the teacher's estimates of x_0 are clipped to [-1, 1], as in sampling from pixels.
+      null: the teacher's label that means "no class"; None where it has no classes.
     """
 
     num_steps: int
     taught_by: str | None = None
     clip: bool = True
+    null: int | None = None
 
 
 def require_teacher(objective: str, course: Course) -> None:
@@ -48,7 +50,7 @@ def noisy(batch: Batch, reading: Reading) -> Images:
 
 def read(network: Network, reading: Reading, x: Images, cond: Any, clip: bool) -> Images:
     """Returns a network's estimate of x_0; the reading's fields are [B], and the variance channels are left out."""
-    shaped = Reading(*(beside(field, x) for field in reading[:-1]), reading.time)
+    shaped = reading.with_levels(lambda field: beside(field, x))
     return denoise(network, x, cond, shaped, Options("recompute" if clip else "none")).x0
 
 

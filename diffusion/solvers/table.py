@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from diffusion.errors import InputError, is_whole, nearest
 from diffusion.solvers.facts import check_facts
+from diffusion.solvers.steps import ddim_rows
 
 
 class _Label:
@@ -246,8 +247,7 @@ def reverse(table: SamplerTable, iterations: int = 1, rule: str = "new") -> Samp
     # A step here goes from s up to t, the last step of the table first. Only deterministic DDIM has the expected rows.
     signal_s, noise_s = np.append(1.0, signal_t[:-1]), np.append(0.0, noise_t[:-1])
     row = np.asarray(table.update)[::-1, 0]
-    keep = noise_s / noise_t
-    expected = np.stack([keep, signal_s - keep * signal_t, 0 * keep], axis=-1)
+    expected = ddim_rows(signal_t, noise_t, signal_s, noise_s)
     if table.num_registers != 1 or not np.allclose(row, expected, rtol=0, atol=1e-10) or np.any(signal_t == 0):
         raise InputError(f"{table.name} cannot be reversed; use ddim with eta 0, from a time with some signal")
     # Registers: the guess of x_t, which the network sees; the same, as it was before guidance or clipping moved it; and

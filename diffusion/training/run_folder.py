@@ -204,9 +204,9 @@ def check_resumable(
       InputError: they would train different things; the fields are named.
     """
     old, new = dict(_flatten(defaults or {})) | dict(_flatten(saved)), dict(_flatten(wanted))
-    # A decay to 0 at the end shapes the learning rate of each step, and students go by the share that is done.
+    # A decay to 0 at the end shapes the learning rate of each step, and some objectives go by the share that is done.
     decays = old.get("config.optimizer.decay") in ("cosine", "linear")
-    shaped = decays or choice.is_student(old.get("config.train.objective"))
+    shaped = decays or choice.goes_by_share(old.get("config.train.objective"))
     different = [
         _difference(field, new.get(field, "missing"), old.get(field, "missing"))
         for field in sorted(old | new)
