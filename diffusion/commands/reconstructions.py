@@ -20,9 +20,9 @@ from diffusion.evaluation import features
 from diffusion.evaluation.reconstruction import psnr, ssim
 from diffusion.evaluation.spaces import FeatureSpace
 from diffusion.images import to_floats, write_png
-from diffusion.model import config_from_record
 from diffusion.objectives import choice
 from diffusion.pretrained import weights
+from diffusion.records import config_from_record
 from diffusion.training import checkpoints, run_folder
 from diffusion.training.autoencoders import load_autoencoder
 
