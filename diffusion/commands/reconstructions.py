@@ -24,7 +24,7 @@ from diffusion.model import config_from_record
 from diffusion.objectives import choice
 from diffusion.pretrained import weights
 from diffusion.training import checkpoints, run_folder
-from diffusion.training.autoencoders import load_autoencoder
+from diffusion.training.autoencoders import is_autoencoder_run, load_autoencoder
 
 NAME = "reconstruction"
 """What the files are called: reconstruction.json, .csv and .png."""
@@ -72,11 +72,9 @@ def open_autoencoder(workdir: str | None, ema: str) -> Source | None:
     if folder is None:
         return None
     with checkpoints.opened(folder.checkpoints) as step:
-        saved = checkpoints.metadata(folder.checkpoints, step)
-        config = config_from_record(saved, f"checkpoint {folder.checkpoints / str(step)}")
-        if not choice.is_autoencoder(config.train.objective):
+        if step is None or not is_autoencoder_run(folder, step):
             return None
-        autoencoders.measure_latents(folder, datasets.load_data(config.data), step, ema)
+        autoencoders.measure_latents(folder, None, step, ema)
         return Source(str(folder.path), folder.path, load_autoencoder(folder.path, ema, step))
 
 

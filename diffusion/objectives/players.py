@@ -55,7 +55,7 @@ def first_codebook(embedding: Float[Array, "K D"]) -> dict[str, Array]:
 
 def first_balance(autoencoder: Params) -> dict[str, Array]:
     """Returns the balance before the first step, in which the critic counts nothing."""
-    zero = jnp.zeros_like(_get(autoencoder, LAST))
+    zero = jnp.zeros_like(last(autoencoder))
     return {"reconstruction": zero, "adversarial": jnp.copy(zero), "weight": jnp.zeros(())}
 
 
