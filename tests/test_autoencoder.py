@@ -217,7 +217,9 @@ def test_a_sheet_has_reconstructions_below_their_originals():
 
 # Runs of train.py, and what the other programs do with them.
 
+RECIPE = "--config=configs/digits_autoencoder.py"
 SMALL = (
+    RECIPE,
     "--config.autoencoder.channels=4,4",
     "--config.autoencoder.groups=2",
     "--config.train.batch_size=8",
@@ -291,17 +293,33 @@ def test_evaluate_measures_and_shows_what_it_gives_back(trained):
         ("evaluate.py", ["--workdir=run", "--ema=0.5"], "no EMA of 0.5"),
         ("train.py", [KL, *SMALL, "--workdir=run", "--config.autoencoder.channels=8,8"], "channels is .8, 8."),
         ("train.py", ["--config.autoencoder.channels=8,8"], "does nothing for objective simple; leave it out"),
-        ("train.py", [KL, "--config.model.width=8"], "config.model.width is 8, which does nothing for an autoencoder"),
-        ("train.py", [KL, "--config.train.prediction=v"], "prediction is 'v', which does nothing for an autoencoder"),
-        ("train.py", [KL, "--config.autoencoder.chanels=8"], "did you mean 'channels'"),
-        ("train.py", [KL, "--config.autoencoder.channels=8,8,8,8,8"], "8x8 cannot be halved 4 times"),
-        ("train.py", [KL, "--config.autoencoder.codes=8"], "codes is 8, and the objective is kl_autoencoder"),
-        ("train.py", ["--config.train.objective=vq_autoencoder"], "codes is 0, and the objective is vq_autoencoder"),
-        ("train.py", ["--config.train.objective=kl_autoencoder:kl=-1"], "kl of objective kl_autoencoder is -1"),
-        ("train.py", ["--config.train.objective=kl_autoencoder:l1=0"], "l1 and l2 of 0"),
-        ("train.py", ["--config.train.objective=kl_autoencoder:adversarial_start=5"], "nothing without adversarial"),
-        ("train.py", ["--config.train.objective=kl_autoencoder:commitment=1"], "valid: adversarial"),
-        ("train.py", [KL, "--config.teacher=shipped"], "learns from data"),
+        (
+            "train.py",
+            [RECIPE, "--config.model.width=8"],
+            "config.model.width is 8, which does nothing for an autoencoder",
+        ),
+        (
+            "train.py",
+            [RECIPE, "--config.train.prediction=v"],
+            "prediction is 'v', which does nothing for an autoencoder",
+        ),
+        ("train.py", [RECIPE, "--config.autoencoder.chanels=8"], "did you mean 'channels'"),
+        ("train.py", [RECIPE, "--config.autoencoder.channels=8,8,8,8,8"], "8x8 cannot be halved 4 times"),
+        ("train.py", [RECIPE, "--config.autoencoder.codes=8"], "codes is 8, and the objective is kl_autoencoder"),
+        (
+            "train.py",
+            [RECIPE, "--config.train.objective=vq_autoencoder"],
+            "codes is 0, and the objective is vq_autoencoder",
+        ),
+        ("train.py", [RECIPE, "--config.train.objective=kl_autoencoder:kl=-1"], "kl of objective kl_autoencoder is -1"),
+        ("train.py", [RECIPE, "--config.train.objective=kl_autoencoder:l1=0"], "l1 and l2 of 0"),
+        (
+            "train.py",
+            [RECIPE, "--config.train.objective=kl_autoencoder:adversarial_start=5"],
+            "nothing without adversarial",
+        ),
+        ("train.py", [RECIPE, "--config.train.objective=kl_autoencoder:commitment=1"], "valid: adversarial"),
+        ("train.py", [RECIPE, "--config.teacher=shipped"], "learns from data"),
     ],
 )
 def test_what_means_nothing_for_an_autoencoder_is_refused(trained, script, arguments, message):

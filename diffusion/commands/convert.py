@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from diffusion.commands import cli, own, usage
+from diffusion.commands import cli, own, reconstructions, usage
 from diffusion.errors import InputError
 from diffusion.files import read_json
 from diffusion.pretrained import weights
@@ -40,7 +40,7 @@ def main() -> None:
 def _write(folder, out, figures):
     """Writes the model, or autoencoder, of a run to a file; returns it."""
     with checkpoints.opened(folder.checkpoints, _STEP.value) as step:
-        if step is not None and autoencoders.is_autoencoder_run(folder, step):
+        if step is not None and reconstructions.is_autoencoder(folder, step):
             found = autoencoders.load_autoencoder(folder.path, _EMA.value or "", step)
             own.check_used(_NETWORK.value, found.config)
             autoencoders.save(out, found, figures)

@@ -50,13 +50,6 @@ def load_autoencoder(path: str | os.PathLike, ema: str = "", step: int | None = 
     return scaled(trained, scaling)
 
 
-def is_autoencoder_run(folder: RunFolder, step: int) -> bool:
-    """Tells whether a run trains an autoencoder; step is one of its checkpoints, as it was written."""
-    where = f"checkpoint {folder.checkpoints / str(step)}"
-    config = config_from_record(checkpoints.metadata(folder.checkpoints, step), where)
-    return choice.is_autoencoder(config.train.objective)
-
-
 def from_record(saved: Mapping[str, Any], where: str) -> tuple[ConfigDict, Autoencoder]:
     """Returns the config and the autoencoder that a file or checkpoint describes, which may come from anybody.
 
