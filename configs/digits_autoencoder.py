@@ -16,7 +16,7 @@ def get_config():
     config.optimizer.warmup_steps = 50
     config.optimizer.decay = "cosine"
 
-    config.train.objective = "kl_autoencoder:l1=0,l2=1,kl=1e-5"
+    config.train.objective = "kl_autoencoder:l1=0,l2=1,kl=1e-3"
     config.train.num_steps = 1500
     config.train.batch_size = 64
     config.train.ema_decays = (0.99,)

@@ -224,22 +224,28 @@ def code_numbers(autoencoder: Autoencoder, params: Params, images: Images) -> In
     """
     if "quantizer" not in params:
         raise InputError("this autoencoder has no codebook; its latents are Gaussian")
-    scaling = params["scaling"]
-    z = autoencoder.encode(params, images) / scaling["scale"] + scaling["shift"]
+    z = autoencoder.encode(params, images)
+    shift, scale = _scaling(params)
+    z = z / scale + shift
     return nearest_codes(z, params["quantizer"]["embedding"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _moments(autoencoder, params, images):
-    shift, scale = (params["scaling"][name][None, None, None] for name in ("shift", "scale"))
     mean, std = autoencoder.encoder(params, images)
+    shift, scale = _scaling(params)
     return Moments((mean - shift) * scale, std * scale)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(autoencoder, params, latents):
-    shift, scale = (params["scaling"][name][None, None, None] for name in ("shift", "scale"))
+    shift, scale = _scaling(params)
     return autoencoder.decoder(params, latents / scale + shift)
+
+
+def _scaling(params):
+    """Returns shift and scale as arrays that fit latents."""
+    return (jnp.asarray(params["scaling"][name], jnp.float32)[None, None, None, :] for name in ("shift", "scale"))
 
 
 def _in_parts(function, x, batch_size, pixels):

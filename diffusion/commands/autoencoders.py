@@ -22,7 +22,7 @@ from diffusion.evaluation import classifier as classifiers
 from diffusion.evaluation.spaces import trained_classifier
 from diffusion.images import sheet, to_floats, to_uint8
 from diffusion.model import pixels
-from diffusion.models.autoencoder import AutoencoderNetwork, PatchCritic
+from diffusion.models.autoencoder import AutoencoderNetwork, PatchCritic, nearest_codes
 from diffusion.objectives import choice, players
 from diffusion.objectives.autoencoding import Parts, curve_names
 from diffusion.sealed import digest
@@ -122,7 +122,7 @@ def make_parts(
     return Parts(
         encode=lambda params, images: network.apply({"params": params}, images, method="encode"),
         decode=lambda params, z: network.apply({"params": params}, z, method="decode_exactly"),
-        codebook=network.codes > 0,
+        nearest=nearest_codes if network.codes else None,
         judge=judge if critic else None,
         features=features,
     )
@@ -169,11 +169,11 @@ def comparison(
     originals: UInt8[np.ndarray, "N H W C"], given_back: UInt8[np.ndarray, "N H W C"]
 ) -> UInt8[np.ndarray, "H W C"]:
     """Returns a sheet with a row of originals above a row of their reconstructions, and so on."""
-    rows = [originals[i : i + COLUMNS] for i in range(0, len(originals), COLUMNS)]
-    theirs = [given_back[i : i + COLUMNS] for i in range(0, len(originals), COLUMNS)]
-    white = np.full((COLUMNS, *originals.shape[1:]), 255, np.uint8)
-    full = [np.concatenate([row, white[len(row) :]]) for pair in zip(rows, theirs, strict=True) for row in pair]
-    return sheet(np.concatenate(full), columns=min(COLUMNS, len(originals)) if len(rows) == 1 else COLUMNS)
+    columns = min(COLUMNS, len(originals))
+    white = np.full((-len(originals) % columns, *originals.shape[1:]), 255, np.uint8)
+    pair = (np.concatenate([images, white]) for images in (originals, given_back))
+    rows = [images.reshape(-1, 1, columns, *originals.shape[1:]) for images in pair]
+    return sheet(np.concatenate(rows, axis=1).reshape(-1, *originals.shape[1:]), columns=columns)
 
 
 def shown(experiment: Experiment) -> UInt8[np.ndarray, "N H W C"]:
@@ -192,24 +192,24 @@ def draw(experiment: Experiment, params: Params) -> UInt8[np.ndarray, "H W C"]:
     return comparison(images, np.concatenate(list(reconstructions(trained, images))))
 
 
-def measure_latents(folder: RunFolder, dataset: Dataset, step: int, ema: str = "", say: Callable = print) -> None:
+def measure_latents(folder: RunFolder, dataset: Dataset | None, step: int, ema: str = "") -> None:
     """Measures the scaling of the latents of a checkpoint on its training set, and writes it to the run.
 
     Args:
       folder: the run.
-      dataset: what it was trained on; where that is flipped in training, each image counts both ways.
+      dataset: what it was trained on, None to load it; where it is flipped in training, each image counts both ways.
       step: a checkpoint that is as it was written.
       ema: which of its EMAs; "" is the first.
-      say: takes a line for people.
     """
     trained = load_unscaled(folder, step, ema)
     if read_scaling(folder, trained) is not None:
         return
-    say(f"measuring the latents of {len(dataset.images):,} images")
+    dataset = load_data(trained.config.data) if dataset is None else dataset
+    print(f"measuring the latents of {len(dataset.images):,} images")
     scaling = measure_scaling(trained.autoencoder, trained.params, _all_images(dataset, trained.config.data.flip))
     write_scaling(folder, trained, scaling, len(dataset.images))
     stds = ", ".join(f"{1 / scale:.3g}" for scale in scaling["scale"])
-    say(f"standard deviation of the latents in each channel: {stds}; wrote {folder.path / SCALING}")
+    print(f"standard deviation of the latents in each channel: {stds}; wrote {folder.path / SCALING}")
 
 
 def _all_images(dataset, flip, batch_size=256):

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from absl import flags
 
-from diffusion.commands import cli, own, usage
+from diffusion.commands import cli, own, reconstructions, usage
 from diffusion.errors import InputError
 from diffusion.files import read_json
 from diffusion.pretrained import weights
-from diffusion.training import run_folder
+from diffusion.training import autoencoders, checkpoints, run_folder
 from diffusion.training.run_folder import load_trained
 
 usage.group("The model, and the file")
@@ -32,11 +32,23 @@ def main() -> None:
     if out.suffix != weights.SUFFIX:
         raise InputError(f"out is {str(out)!r}; its name must end in {weights.SUFFIX}")
     figures = _read_figures(_FIGURES.value) if _FIGURES.value else {}
+    trained = _write(folder, out, figures)
+    size = out.stat().st_size / 2**20
+    print(f"{folder.path}, step {trained.step:,}, EMA {trained.ema}: wrote {out}, {size:.2f} MiB")
+
+
+def _write(folder, out, figures):
+    """Writes the model, or autoencoder, of a run to a file; returns it."""
+    with checkpoints.opened(folder.checkpoints, _STEP.value) as step:
+        if step is not None and reconstructions.is_autoencoder(folder, step):
+            found = autoencoders.load_autoencoder(folder.path, _EMA.value or "", step)
+            own.check_used(_NETWORK.value, found.config)
+            autoencoders.save(out, found, figures)
+            return found
     trained = load_trained(folder, _EMA.value or "", _STEP.value, own.networks(_NETWORK.value))
     own.check_used(_NETWORK.value, trained.config)
     weights.save(out, trained, figures)
-    size = out.stat().st_size / 2**20
-    print(f"{folder.path}, step {trained.step:,}, EMA {trained.ema}: wrote {out}, {size:.2f} MiB")
+    return trained
 
 
 def _read_figures(path):

@@ -22,7 +22,6 @@ from diffusion.evaluation.spaces import FeatureSpace
 from diffusion.images import to_floats, write_png
 from diffusion.objectives import choice
 from diffusion.pretrained import weights
-from diffusion.records import config_from_record
 from diffusion.training import checkpoints, run_folder
 from diffusion.training.autoencoders import load_autoencoder
 
@@ -62,8 +61,7 @@ def open_autoencoder(workdir: str | None, ema: str) -> Source | None:
       InputError: it is damaged.
     """
     if workdir and workdir.endswith(weights.SUFFIX):
-        config = config_from_record(weights.read_facts(workdir)[1], workdir)
-        if not choice.is_autoencoder(config.train.objective):
+        if not _names_autoencoder(weights.describe(workdir)["config"]):
             return None
         return Source(workdir, Path("runs", f"file-{Path(workdir).stem}"), load_autoencoder(workdir, ema))
     if workdir == SHIPPED_NAME and not Path(workdir).exists():
@@ -72,12 +70,21 @@ def open_autoencoder(workdir: str | None, ema: str) -> Source | None:
     if folder is None:
         return None
     with checkpoints.opened(folder.checkpoints) as step:
-        saved = checkpoints.metadata(folder.checkpoints, step)
-        config = config_from_record(saved, f"checkpoint {folder.checkpoints / str(step)}")
-        if not choice.is_autoencoder(config.train.objective):
+        if step is None or not is_autoencoder(folder, step):
             return None
-        autoencoders.measure_latents(folder, datasets.load_data(config.data), step, ema)
+        autoencoders.measure_latents(folder, None, step, ema)
         return Source(str(folder.path), folder.path, load_autoencoder(folder.path, ema, step))
+
+
+def is_autoencoder(folder: run_folder.RunFolder, step: int) -> bool:
+    """Tells whether a run trains an autoencoder; step is one of its checkpoints, as it was written."""
+    return _names_autoencoder(folder.metadata(step)["config"])
+
+
+def _names_autoencoder(config):
+    """Tells whether a config, which may come from anybody, names the objective of an autoencoder."""
+    section = config.get("train")
+    return isinstance(section, dict) and choice.is_autoencoder(section.get("objective"))
 
 
 def measure(source: Source, real: Dataset, split: str, space: FeatureSpace | None, out: Path, batch_size: int) -> None:

@@ -117,7 +117,8 @@ class Quantizer(nn.Module):
 def nearest_codes(z: Float[Array, "*n D"], embedding: Float[Array, "K D"]) -> Array:
     """Returns for each vector the number of the code that is nearest to it, int32 [*n]."""
     # |z - e|^2 without |z|^2, which is the same for all codes.
-    distance = jnp.square(embedding).sum(axis=-1) - 2 * jnp.einsum("...d,kd->...k", z, embedding)
+    product = jnp.einsum("...d,kd->...k", z, embedding)
+    distance = jnp.broadcast_to(jnp.square(embedding).sum(axis=-1), product.shape) - 2 * product
     return jnp.argmin(distance, axis=-1).astype(jnp.int32)
 
 

@@ -19,7 +19,7 @@ class Parts(NamedTuple):
     Attributes:
       encode: (params, images) -> mean and log-variance of latents.
       decode: (params, latents) -> images; the latents are codes already where there is a codebook.
-      codebook: whether latents are replaced by codes.
+      nearest: (latents, codes [K, D]) -> the number of the code nearest to each; None without a codebook.
       judge: (params, images) -> how real the patches of each are, [B, h, w]; None without a critic.
       features: (frozen, images) -> activations of a network that was trained before, each [B, ..., C]; None without
         perceptual loss.
@@ -27,7 +27,7 @@ class Parts(NamedTuple):
 
     encode: Callable[[Params, Images], tuple[Array, Array]]
     decode: Callable[[Params, Array], Images]
-    codebook: bool = False
+    nearest: Callable[[Array, Array], Array] | None = None
     judge: Callable[[Params, Images], Array] | None = None
     features: Callable[[Any, Images], tuple[Array, ...]] | None = None
 
@@ -78,7 +78,7 @@ def vq_terms(
     """
     codebook = batch.params["codebook"]
     z = parts.encode(batch.params["autoencoder"], batch.x_0)[0]
-    chosen, statistics = _looked_up(z, codebook, batch)
+    chosen, statistics = _looked_up(z, codebook, batch, parts.nearest)
     distance = _mean(jnp.square(z - chosen))
     given_back = _given_back(batch, parts, z + jax.lax.stop_gradient(chosen - z), (l1, l2, perceptual))
     found = _judged(batch, parts, given_back, adversarial, adversarial_start)
@@ -160,11 +160,10 @@ def _judged(batch, parts, given_back, weight, start):
     return Terms(value + duel.critic + follow(balance, seen), curves)
 
 
-def _looked_up(z, codebook, batch):
+def _looked_up(z, codebook, batch, nearest):
     """Returns the codes nearest to z [B, h, w, D], and what the batch says of the codebook."""
     embedding, z = jax.lax.stop_gradient((codebook["embedding"], z))
-    distance = jnp.square(embedding).sum(axis=-1) - 2 * jnp.einsum("...d,kd->...k", z, embedding)
-    index = jnp.argmin(distance, axis=-1)
+    index = nearest(z, embedding)
     hot = jax.nn.one_hot(index, len(embedding), dtype=z.dtype)
     statistics = {
         "share": hot.sum(axis=(0, 1, 2)) / index.size,
@@ -181,7 +180,7 @@ def _candidates(z, codes, batch):
     with jax.threefry_partitionable(True):
         drawn = jax.random.choice(key, batch.size * flat.shape[1], (codes,), replace=codes > batch.size * flat.shape[1])
     sample, place = drawn // flat.shape[1], drawn % flat.shape[1]
-    ours = jnp.asarray(batch.index[:, None] == sample, z.dtype)
+    ours = jnp.asarray(batch.index[:, None] == sample[None, :], z.dtype)
     return jnp.einsum("bk,bkd->kd", ours, flat[:, place]) * batch.size / len(z)
 
 
@@ -208,7 +207,7 @@ def _duel(judge, critic, real, images, begun):
 
 def curve_names(parts: Parts) -> tuple[str, ...]:
     """Returns the names of the curves that an autoencoder's objective gives, in their order."""
-    names = ["commitment", "codes_in_use"] if parts.codebook else ["kl"]
+    names = ["commitment", "codes_in_use"] if parts.nearest is not None else ["kl"]
     names += ["l1", "l2"] + ["perceptual"] * (parts.features is not None)
     return (*names, *(["adversarial", "critic", "critic_weight"] if parts.judge is not None else []))
 
