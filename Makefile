@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: sample demo test agreement reliability notebooks docs lint format bench clean
+.PHONY: sample demo demo-latent test agreement reliability notebooks docs lint format bench clean
 .DELETE_ON_ERROR:
 
 # Install, and draw 64 digits in 25 steps from the model that ships.
@@ -15,6 +15,12 @@ sample: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python train.py
 	$(BIN)/python sample.py --steps=25
+
+# The same in latent space: train an autoencoder of the digits, a model with classes of its latents, and draw its digits.
+demo-latent: $(VENV)/.installed
+	$(BIN)/python train.py --config=configs/digits_autoencoder.py
+	$(BIN)/python train.py --config=configs/digits_latent.py
+	$(BIN)/python sample.py --workdir=runs/digits_latent --guidance_scale=2 --num=80
 
 # A process for each core, up to four; files in the order of their names, which begins with the long ones.
 test: $(VENV)/.installed-test

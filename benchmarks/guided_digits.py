@@ -30,9 +30,10 @@ CLASSES, ROWS, COUNT = 10, 4, 1000
 
 
 def main() -> None:
-    model, params, *_ = run_folder.load_trained(run_folder.existing(_WORKDIR.value))
+    trained = run_folder.load_trained(run_folder.existing(_WORKDIR.value))
+    model, params = trained.model, trained.params
     table = solvers.ddim(model.schedule, timesteps.uniform(model.schedule, 25))
-    shared = {"seed": 0, "mesh": devices.data_mesh(), "labels": range(CLASSES), "batch_size": 100, "clip": "recompute"}
+    shared = {"seed": 0, "mesh": devices.data_mesh(), "labels": range(CLASSES), "batch_size": 100, "clip": trained.clip}
     drawn = {}
     for scale in SCALES:
         options = {**shared, "guidance": Guidance(scale=scale)}

@@ -244,6 +244,22 @@ def test_figures_are_those_of_the_metrics_and_named_after_their_space(small, one
     }
 
 
+def test_accuracy_is_the_share_of_samples_that_the_classifier_takes_for_what_was_asked(small, one_training, tmp_path):
+    space = features.classifier(small, tmp_path)
+    reference, found = features.make_reference(space, small, tmp_path), space.extract(small.images)
+    seen = found.probabilities.argmax(axis=1).astype(np.int32)
+    wrong = np.arange(len(seen)) % 4 == 0
+    asked = np.where(wrong, (seen + 1) % 10, seen)
+    shares = {"accuracy_classifier": 1 - wrong.mean()}
+    assert features.measure(reference, found, ["accuracy"], asked) == pytest.approx(shares)
+    for labels in (None, asked[:-1]):
+        with pytest.raises(InputError, match="needs the class that was asked for of each sample"):
+            features.measure(reference, found, ["accuracy"], labels)
+    for name in ("pixels", "inception"):
+        with pytest.raises(InputError, match=f"'{name}' does not have the data's classes, which accuracy needs"):
+            features.plain_names(["accuracy"], name)
+
+
 def test_real_images_score_zero_against_themselves(small, tmp_path):
     space = features.pixels()
     found = features.measure(

@@ -12,7 +12,24 @@ from PIL import Image
 from reference import refused
 
 from diffusion import files, sealed
-from diffusion.images import sheet, to_uint8, write_png
+from diffusion.images import labelled_sheet, sheet, to_uint8, write_png
+
+
+def test_a_labelled_sheet_is_a_sheet_with_a_row_for_each_name_beside_it():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (5, 64, 64, 3)).astype(np.uint8)
+    names = ["cat", "frog", "cat", "cat", "a name that is longer than any margin"]
+    found = labelled_sheet(images, names)
+    white = np.full_like(images[:2], 255)
+    rows = [images[[0, 2, 3]], np.concatenate([images[[1]], white]), np.concatenate([images[[4]], white])]
+    wanted = sheet(np.concatenate(rows), columns=3)
+    margin = found.shape[1] - wanted.shape[1]
+    np.testing.assert_array_equal(found[:, margin:], wanted)
+    for row in range(3):  # something is written beside each row, and nothing that touches an edge
+        beside = found[row * 65 : row * 65 + 65, :margin]
+        assert 0 < np.mean(beside < 128) < 0.2
+        assert np.all(beside[[0, -1]] == 255)
+        assert np.all(beside[:, [0, -1]] == 255)
 
 
 def test_pixels_survive_the_way_to_floats_and_back():

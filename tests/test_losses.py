@@ -13,6 +13,7 @@ from scipy.stats import norm
 
 from configs.default import get_config
 from diffusion import devices, gaussian, predictions, schedules
+from diffusion.commands import objectives
 from diffusion.model import make_model
 from diffusion.objectives import losses
 from diffusion.objectives.losses import LEARN_VARIANCE, Batch, stratified_timesteps

@@ -27,6 +27,14 @@ def test_etas_are_for_the_samplers_that_have_one_and_do_not_name_their_own():
         plan(["unipc"], [5], [0.0])
 
 
+def test_every_entry_comes_with_every_scale_of_the_guidance():
+    entries = plan(["ddim", "unipc"], [5], [0.0], [1.0, 2.5])
+    assert entries == [Entry(s, 5, eta, w) for s, eta in (("ddim", 0.0), ("unipc", None)) for w in (1.0, 2.5)]
+    assert [entry.label() for entry in entries[1:3]] == ["ddim eta=0 scale=2.5", "unipc scale=1"]
+    with pytest.raises(InputError, match="twice"):
+        plan(["ddim"], [5], [], [2.0, 2.0])
+
+
 @pytest.mark.parametrize("twice", [(["ddim", "ddim"], [5], []), (["ddim"], [5, 5], []), (["ddim"], [5], [0.0, 0.0])])
 def test_what_comes_twice_is_refused(twice):
     with pytest.raises(InputError, match="twice"):

@@ -136,7 +136,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     # What the samples are compared with, and by which figures.
     name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
     metrics = features.plain_names(_METRICS.value, name)
-    if "accuracy" in metrics and not source.labels:
+    if features.ACCURACY in metrics and not source.labels:
         raise InputError("accuracy is of the class that was asked for, and this model has no classes; leave it out")
     if all(samplers.is_file(name) for name in names):
         _refuse(["steps", "tau"], "does nothing for tables in files, which have their own grid")

@@ -32,6 +32,7 @@ from diffusion.evaluation.spaces import MAX_PIXELS, Features, FeatureSpace, clas
 from diffusion.files import write_atomically
 
 __all__ = [
+    "ACCURACY",
     "INCEPTION_NAMES",
     "MAX_PIXELS",
     "METRICS",
@@ -50,7 +51,10 @@ __all__ = [
     "too_few",
 ]
 
-METRICS = ("frechet", "kernel", "score", "prdc", "accuracy")
+METRICS = ("frechet", "kernel", "score", "prdc")
+ACCURACY = "accuracy"
+"""The metric of samples of which a class was asked for, in the space of a classifier that knows the classes."""
+
 INCEPTION_NAMES = {"frechet": "fid", "kernel": "kid", "score": "is"}
 """What three of the metrics are called in Inception's space, and in no other."""
 
@@ -144,7 +148,7 @@ def _load(path, facts):
 def measure(
     reference: Reference,
     features: Features,
-    metrics: Sequence[str] = ("frechet", "kernel", "score", "prdc"),
+    metrics: Sequence[str] = METRICS,
     labels: Int32[np.ndarray, "N"] | None = None,
 ) -> dict[str, float]:
     """Returns figures of samples measured against the real set.
@@ -176,10 +180,7 @@ def measure(
         )
     chosen = settings(names, reference.identity["count"], len(features.vectors))
     for metric in names:
-        if metric == "accuracy":
-            values = [_accuracy(features, labels)]
-        else:
-            values = _figures(metric, reference, features, chosen)
+        values = [_accuracy(features, labels)] if metric == ACCURACY else _figures(metric, reference, features, chosen)
         result |= zip(figure_names(metric, space), values, strict=True)
     return result
 
@@ -243,7 +244,7 @@ def figure_names(metric: str, space: str) -> list[str]:
     if metric == "prdc":
         return [name if space == "inception" else f"{name}_{space}" for name in Manifolds._fields]
     name = INCEPTION_NAMES[metric] if space == "inception" else f"{metric}_{space}"
-    return [name] if metric in ("frechet", "accuracy") else [name, f"{name}_std"]
+    return [name] if metric in ("frechet", ACCURACY) else [name, f"{name}_std"]
 
 
 def _plain_name(name, space):
@@ -252,11 +253,11 @@ def _plain_name(name, space):
             return plain
         if name == special:
             raise InputError(f"{name!r} exists only in Inception's space; in the space {space!r} ask for {plain!r}")
-    if name not in METRICS:
-        raise InputError(f"unknown metric {name!r}; {nearest(name, (*METRICS, *INCEPTION_NAMES.values()))}")
+    if name not in (*METRICS, ACCURACY):
+        raise InputError(f"unknown metric {name!r}; {nearest(name, (*METRICS, ACCURACY, *INCEPTION_NAMES.values()))}")
     if name == "score" and space == "pixels":
         raise InputError("pixels have no classes, which the score needs; use the classifier or Inception")
-    if name == "accuracy" and space != "classifier":
+    if name == ACCURACY and space != "classifier":
         raise InputError(f"the space {space!r} does not have the data's classes, which accuracy needs; use classifier")
     return name
 
