@@ -10,9 +10,10 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion import devices, schedules
-from diffusion.model import Model, pixels
+from diffusion.model import Model
 from diffusion.models import UNet, as_apply_fn
 from diffusion.objectives.losses import simple_loss
+from diffusion.spaces import pixels
 from diffusion.training.step import StepOptions, init_state, make_train_step
 
 

@@ -20,23 +20,30 @@ class Space:
     """Where a model works, and the way there and back.
 
     Attributes:
-      image_shape: of the images outside, (H, W, C).
-      shape: of one sample inside; (H, W, C) too for pixels.
+      shape: of one sample, (H, W, C) for pixels.
       encode: uint8 images [B, H, W, C] -> [B, *shape]; works inside jit.
       decode: [B, *shape] -> uint8 images, an array of NumPy's.
       clip: the clip that suits it: "recompute" where clean samples lie in [-1, 1], "none" where they have no bound.
-      draw: (stored examples [B, ...], keys [B]) -> clean samples [B, *shape], as training draws them. Pixels are
-        stored as uint8 images; latents as `moments` returns them, and drawn anew in each step.
-      autoencoder: whose latents these are; None for pixels.
+      draw: (stored examples [B, ...], keys [B]) -> clean samples [B, *shape], where training reads something else than
+        uint8 images: latents are stored as `moments` returns them, and drawn anew in each step. None for `encode`.
+      autoencoder: whose latents these are; None for any other space.
     """
 
-    image_shape: tuple[int, int, int]
     shape: tuple[int, ...]
     encode: Callable[[Any], Images]
     decode: Callable[[Any], UInt8[np.ndarray, "B H W C"]]
     clip: str
-    draw: Callable[[Any, Key[Array, "B"]], Images]
+    draw: Callable[[Any, Key[Array, "B"]], Images] | None = None
     autoencoder: TrainedAutoencoder | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one image outside."""
+        return self.shape if self.autoencoder is None else self.autoencoder.autoencoder.image_shape
+
+    def examples(self, stored: Any, sample_keys: Key[Array, "B"]) -> Images:
+        """Returns clean samples as training takes them, each by its own key; works inside jit."""
+        return self.encode(stored) if self.draw is None else self.draw(stored, sample_keys)
 
 
 def pixels(image_shape: tuple[int, int, int]) -> Space:
@@ -45,8 +52,7 @@ def pixels(image_shape: tuple[int, int, int]) -> Space:
     Args:
       image_shape: (H, W, C).
     """
-    shape = tuple(image_shape)
-    return Space(shape, shape, to_floats, to_uint8, "recompute", lambda images, _: to_floats(images))
+    return Space(tuple(image_shape), to_floats, to_uint8, "recompute")
 
 
 def latents(trained: TrainedAutoencoder) -> Space:
@@ -64,7 +70,6 @@ def latents(trained: TrainedAutoencoder) -> Space:
         return to_uint8(np.asarray(autoencoder.decode(params, jnp.asarray(x))))
 
     return Space(
-        image_shape=autoencoder.image_shape,
         shape=autoencoder.latent_shape,
         encode=encode,
         decode=decode,

@@ -13,7 +13,6 @@ from tiny import IMAGES, KEY, SHAPE
 from diffusion import devices
 from diffusion.evaluation import classifier
 from diffusion.images import to_floats
-from diffusion.model import pixels
 from diffusion.models.autoencoder import nearest_codes
 from diffusion.objectives import players
 from diffusion.objectives.autoencoding import (
@@ -25,6 +24,7 @@ from diffusion.objectives.autoencoding import (
     vq_terms,
 )
 from diffusion.objectives.losses import Batch
+from diffusion.spaces import pixels
 from diffusion.training import checkpoints
 from diffusion.training.saving import CheckpointWriter
 from diffusion.training.state import Trainee, init_state

@@ -13,7 +13,8 @@ from diffusion import devices, keys, schedules, solvers, timesteps
 from diffusion.commands import samplers
 from diffusion.data import Dataset
 from diffusion.learning.analytic import cached_gamma, estimate_gamma
-from diffusion.model import Conditions, Model, Trained, pixels
+from diffusion.model import Conditions, Model, Trained
+from diffusion.spaces import pixels
 
 
 @pytest.mark.parametrize(

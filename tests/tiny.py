@@ -8,8 +8,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from diffusion import devices, schedules
-from diffusion.model import Conditions, Model, pixels
+from diffusion.model import Conditions, Model
 from diffusion.objectives.losses import simple_loss
+from diffusion.spaces import pixels
 from diffusion.training.step import StepOptions, init_state, make_train_step
 
 SCHEDULE = schedules.linear(100)

@@ -21,11 +21,11 @@ from diffusion.errors import InputError, require_range
 from diffusion.evaluation import classifier as classifiers
 from diffusion.evaluation.spaces import trained_classifier
 from diffusion.images import sheet, to_floats, to_uint8
-from diffusion.model import pixels
 from diffusion.models.autoencoder import AutoencoderNetwork, PatchCritic, nearest_codes
 from diffusion.objectives import choice, players
 from diffusion.objectives.autoencoding import Parts, curve_names
 from diffusion.sealed import digest
+from diffusion.spaces import pixels
 from diffusion.training.autoencoders import SCALING, load_unscaled, read_scaling, write_scaling
 from diffusion.training.loop import Plan
 from diffusion.training.run_folder import RunFolder

@@ -9,7 +9,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from diffusion.model import Space
+from diffusion.spaces import Space
 from diffusion.types import Params
 
 TENTHS = 10

@@ -128,7 +128,7 @@ def _part_loss(model, objective, key, label_dropout):
         dropout_keys = jax.vmap(lambda k: jax.random.fold_in(k, 4))(sample_keys)
         batch = Batch(
             network=partial(model.apply_fn, params, dropout_keys=dropout_keys),
-            x_0=model.space.draw(images, sample_keys),
+            x_0=model.space.examples(images, sample_keys),
             cond=cond,
             keys=sample_keys,
             index=index,
