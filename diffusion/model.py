@@ -126,7 +126,7 @@ def make_model(
         )
     sees = {"sees_end": sees_end(config.train.prediction), "sees_scale": scales is not None}
     channels = shape[-1] * (2 if learned_variance else 1)
-    name, num_classes = config.get("network", UNET), config.model.num_classes
+    name, num_classes = config.network, config.model.num_classes
     if name == UNET:
         _check_size(config.model, config.model.num_blocks * len(config.model.multipliers), "config.model")
         network = _network(UNet, {**config.model, **sees}, shape, channels, objective.name)

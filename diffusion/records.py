@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from diffusion import options, schedules
 from diffusion.autoencoder import Autoencoder, TrainedAutoencoder, make_autoencoder
 from diffusion.errors import InputError
-from diffusion.model import Model, make_model
+from diffusion.model import UNET, Model, make_model
 from diffusion.objectives import choice
 
 
@@ -32,7 +32,8 @@ def current_config(saved: Mapping[str, Any]) -> ConfigDict:
         kind, _, rest = config.sample.tau.partition(":")
         if kind == name and "=" not in rest:
             config.sample.tau = f"{name}:{option}={rest}"
-    config.latents = config.get("latents", "")  # there were no latent models before
+    # There was one network then, and one space.
+    config.network, config.latents = config.get("network", UNET), config.get("latents", "")
     return config
 
 

@@ -1,13 +1,15 @@
 """Measures how many bits per dimension a model needs for its data, for evaluate.py."""
 
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from diffusion import files, keys
+from diffusion import files, keys, sealed
 from diffusion.commands import latents, samplers, students
 from diffusion.commands.sources import Source
-from diffusion.data import Dataset
+from diffusion.data import Dataset, fingerprint
 from diffusion.errors import InputError
 from diffusion.evaluation import bound, likelihood
 
@@ -34,13 +36,19 @@ def measure_bound(
         raise InputError(f"--bound gives the number of steps, and tau {tau} has its own; name a grid, as uniform")
     grids = [samplers.make_tau(model.schedule, tau, count) for count in steps]
     images, split = load()
+    rows = Rows(out / "bound.json", source, images, {"split": split, "grid": tau, "clip": clip})
     # A row for each variance and number of steps.
     print(f"{source.title()}: variational bound of {len(images.images):,} images of its data on {tau}, clip {clip}")
-    rows = bound.bits_table(source.trained, images, keys.make(source.seed), grids=grids, clip=clip)
     print(f"{'variance':10} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
-    for row in rows:
-        print(f"{row.variance:10} {row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
-    _write(source, out / "bound.json", images, rows, split=split, grid=tau, clip=clip)
+    for variance in bound.variances_of(model):
+        for grid in grids:
+            asked = {"grids": [grid], "variances": [variance], "clip": clip}
+            row = rows.get(
+                {"variance": variance, "steps": len(grid) - 1, "times": [float(t) for t in grid[:-1]]},
+                lambda asked=asked: bound.bits_table(source.trained, images, keys.make(source.seed), **asked)[0],
+            )
+            print(f"{variance:10} {row['steps']:5} {row['bits']:19.4f} {row['standard_error']:15.4f}", flush=True)
+    print(f"wrote {rows.path}")
 
 
 def measure_likelihood(
@@ -51,13 +59,18 @@ def measure_likelihood(
     The arguments and errors are those of `measure_bound`, and the file is likelihood.json.
     """
     _check(source, "--likelihood")
+    likelihood.check_steps(source.trained.model.schedule, steps)
     images, split = load()
+    rows = Rows(out / "likelihood.json", source, images, {"split": split})
     print(f"{source.title()}: likelihood of {len(images.images):,} images of its data under the probability flow")
-    rows = likelihood.bits_table(source.trained, images, keys.make(source.seed), steps=steps)
     print(f"{'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
-    for row in rows:
-        print(f"{row.steps:5} {row.bits:19.4f} {row.standard_error:15.4f}")
-    _write(source, out / "likelihood.json", images, rows, split=split)
+    for count in steps:
+        row = rows.get(
+            {"steps": count},
+            lambda count=count: likelihood.bits_table(source.trained, images, keys.make(source.seed), steps=[count])[0],
+        )
+        print(f"{row['steps']:5} {row['bits']:19.4f} {row['standard_error']:15.4f}", flush=True)
+    print(f"wrote {rows.path}")
 
 
 def _check(source: Source, what: str) -> None:
@@ -65,12 +78,48 @@ def _check(source: Source, what: str) -> None:
     latents.check_pixels(source.trained.model, what)
 
 
-def _write(source: Source, path: Path, images: Dataset, rows: Sequence[Any], **facts: Any) -> None:
-    """Writes the rows to a JSON file, with everything that is needed to repeat them."""
-    trained = source.trained
-    record = {"run": source.name, "checkpoint_step": trained.step, "ema": trained.ema, "weights_sha256": source.sha256}
-    record |= {"seed": source.seed, "num": len(images.images), **facts, "rows": [row._asdict() for row in rows]}
-    files.make_folder(path.parent)
-    files.remove_temporaries(path.parent, r"(bound|likelihood)\.json", path.parent)
-    files.write_json(path, record, path.parent)
-    print(f"wrote {path}")
+class Rows:
+    """Keeps rows in a JSON file with all that is needed to repeat them; each is on disk as soon as it is measured.
+
+    Rows that are there of the same model and images are not measured again.
+    """
+
+    def __init__(self, path: Path, source: Source, images: Dataset, facts: Mapping[str, Any]):
+        trained = source.trained
+        self.path = path
+        self._facts = {
+            "run": source.name,
+            "checkpoint_step": trained.step,
+            "ema": trained.ema,
+            "weights_sha256": source.sha256,
+            "seed": source.seed,
+            "num": len(images.images),
+            "data": fingerprint(images),
+            **facts,
+        }
+        self._rows: list[dict[str, Any]] = []
+        files.make_folder(path.parent)
+        files.remove_temporaries(path.parent, r"(bound|likelihood)\.json", path.parent)
+        try:
+            found = sealed.read(path, within=path.parent)
+            known = [{name: math.nan if x is None else x for name, x in row.items()} for row in found.pop("rows")]
+        except (
+            InputError,
+            OSError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ):  # not there, damaged, or of an earlier version
+            return
+        if {**found, "run": source.name} == self._facts:
+            self._rows = known
+
+    def get(self, asked: Mapping[str, Any], measure: Callable[[], NamedTuple]) -> dict[str, Any]:
+        """Returns the row with these entries, which is measured and written unless it is there."""
+        for row in self._rows:
+            if all(row.get(name) == value for name, value in asked.items()):
+                return row
+        row = json.loads(json.dumps(measure()._asdict()))
+        self._rows.append(row)
+        sealed.write(self.path, {**self._facts, "rows": self._rows}, self.path.parent)
+        return row

@@ -33,7 +33,7 @@ from diffusion.evaluation.samples import (
     write_ids,
 )
 from diffusion.images import write_png
-from diffusion.records import current_config
+from diffusion.records import current_config, readable
 from diffusion.sealed import digest_of
 
 SHARD = 1000
@@ -201,8 +201,9 @@ class Job:
             return {}
         if isinstance(found.get("config"), dict):
             try:
-                found["config"] = json.loads(current_config(found["config"]).to_json())
-            except Exception:  # a config of a stranger raises nearly any exception
+                with readable(RECORD):
+                    found["config"] = json.loads(current_config(found["config"]).to_json())
+            except InputError:
                 return {}
         return comparable(found)
 

@@ -71,7 +71,7 @@ def check_used(text: str | None, *configs: Mapping[str, Any]) -> None:
       text: the flag, None if it is not given.
       configs: the whole config of each model that the program has opened.
     """
-    saved = [config.get("network", UNET) for config in configs]
+    saved = [config.network for config in configs]
     if text is None or any(text in (name, options.own_name(name)) for name in saved):
         return
     right = [options.own_name(name) for name in saved if options.own_name(name)]

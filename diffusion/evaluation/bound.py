@@ -15,7 +15,7 @@ from diffusion.data import Dataset
 from diffusion.denoiser import Options, check_options, denoise, log_variance_between
 from diffusion.errors import InputError, nearest
 from diffusion.images import to_floats
-from diffusion.model import Trained
+from diffusion.model import Model, Trained
 from diffusion.objectives.bound import BoundSteps, bound_steps, mean_bits, step_bits
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers.ddim import VARIANCES
@@ -182,10 +182,8 @@ def bits_table(
       batch_size: images at a time; affects only memory.
     """
     model = trained.model
-    if variances is None:
-        variances = VARIANCES if model.learned_variance else ("small", "large")
     rows = []
-    for variance in variances:
+    for variance in variances or variances_of(model):
         for grid in grids:
             bound = _bound(trained, data, grid, key, variance, clip, batch_size)
             count = len(bound.total)
@@ -194,6 +192,11 @@ def bits_table(
             facts = (float(bound.total.mean()), float(error), float(bound.prior.mean()), tuple(map(float, grid[:-1])))
             rows.append(BitsRow(variance, len(grid) - 1, *facts, terms))
     return rows
+
+
+def variances_of(model: Model) -> tuple[str, ...]:
+    """Returns the names of the variances for which a model has a bound."""
+    return VARIANCES if model.learned_variance else ("small", "large")
 
 
 def _bound(trained, data, grid, key, variance, clip, batch_size):

@@ -135,9 +135,7 @@ def bits_table(
       InputError: as `log_likelihood`, before anything is computed.
     """
     model, rows = trained.model, []
-    # Refuse what is wrong with a later row before the first is computed.
-    for num_steps in steps:
-        _check(model.schedule, "rademacher", 1, num_steps, 1.0)
+    check_steps(model.schedule, steps)
     for num_steps in steps:
         options = {"prediction": model.prediction, "trace": "rademacher", "steps": num_steps, "dequantize": True}
 
@@ -150,6 +148,12 @@ def bits_table(
         error = bits.std(ddof=1) / len(bits) ** 0.5 if len(bits) > 1 else float("nan")
         rows.append(FlowRow(num_steps, float(bits.mean()), float(error)))
     return rows
+
+
+def check_steps(schedule: NoiseSchedule, steps: Sequence[int]) -> None:
+    """Raises InputError if a schedule has no flow in one of these numbers of steps, before the first is computed."""
+    for num_steps in steps:
+        _check(schedule, "rademacher", 1, num_steps, 1.0)
 
 
 def _check(schedule, trace, probes, steps, t_min):
