@@ -93,5 +93,5 @@ def test_what_a_config_cannot_mean_is_refused():
     config.train.prediction = "noise"
     with refused("config.train.prediction is 'noise'; valid: edm, eps"):
         make_model(config, (8, 8, 1))
-    with refused("out_channels is 5; images have 1 channels and objective simple wants 1"):
+    with refused("out_channels is 5; samples have 1 channels and objective simple wants 1"):
         make_model(ConfigDict(small(out_channels=5)), (8, 8, 1))
