@@ -131,7 +131,7 @@ def _figures(trained, real, space, batch_size):
     ratios, similarities, parts, codes = [], [], [], []
     with tqdm(total=len(real.images), unit="image", leave=False, disable=None) as progress:
         for start in range(0, len(real.images), batch_size):
-            images = np.asarray(real.images[start : start + batch_size])
+            images = np.asarray(real.images[np.arange(start, min(start + batch_size, len(real.images)))])
             parts.append(np.concatenate(list(autoencoders.reconstructions(trained, images, batch_size))))
             ratios.append(psnr(images, parts[-1]))
             similarities.append(ssim(images, parts[-1]))
