@@ -161,7 +161,7 @@ def reconstructions(
     """Yields images after encoding and decoding, batch by batch."""
     autoencoder, params = trained.autoencoder, trained.params
     for start in range(0, len(images), batch_size):
-        batch = to_floats(np.asarray(images[start : start + batch_size]))
+        batch = to_floats(images[start : start + batch_size])
         yield to_uint8(autoencoder.decode(params, autoencoder.encode(params, batch)))
 
 
@@ -214,8 +214,9 @@ def measure_latents(folder: RunFolder, dataset: Dataset | None, step: int, ema: 
 
 def _all_images(dataset, flip, batch_size=256):
     """Yields all images in [-1, 1], each batch as it is and, with flip, mirrored."""
-    for start in range(0, len(dataset.images), batch_size):
-        batch = to_floats(np.asarray(dataset.images[start : start + batch_size]))
+    total = len(dataset.images)
+    for start in range(0, total, batch_size):
+        batch = to_floats(np.asarray(dataset.images[np.arange(start, min(start + batch_size, total))]))
         yield batch
         if flip:
             yield batch[:, :, ::-1]
@@ -230,6 +231,8 @@ def _weights(config, chosen):
         raise InputError(f"objective {name} has l1 and l2 of 0, so that nothing is reconstructed; give one of them")
     if weights.get("adversarial_start") and not weights.get("adversarial"):
         raise InputError(f"adversarial_start of objective {name} does nothing without adversarial; give that weight")
+    if weights.get("adversarial") and config.train.keep_best:
+        raise InputError("config.train.keep_best compares losses, and that of a critic says nothing; set it to 0")
     codes = config.autoencoder.codes
     if (name == "vq_autoencoder") != (codes != 0):
         remedy = "set it to 512, say" if not codes else "take objective vq_autoencoder, or 0 codes"
@@ -239,6 +242,7 @@ def _weights(config, chosen):
 
 def _features(dataset):
     """Returns the perceptual network, a classifier of the data, as a function of its parameters, and these."""
+    print("the perceptual loss needs a classifier of the data, which is trained once and then kept")
     trained = trained_classifier(dataset, cache_folder())
     return lambda params, images: classifiers.activations(params, images, trained.num_classes), trained.params
 

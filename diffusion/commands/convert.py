@@ -12,7 +12,7 @@ from diffusion.commands import cli, own, reconstructions, usage
 from diffusion.errors import InputError
 from diffusion.files import read_json
 from diffusion.pretrained import weights
-from diffusion.training import autoencoders, checkpoints, run_folder
+from diffusion.training import autoencoders, run_folder
 from diffusion.training.run_folder import load_trained
 
 usage.group("The model, and the file")
@@ -39,12 +39,11 @@ def main() -> None:
 
 def _write(folder, out, figures):
     """Writes the model, or autoencoder, of a run to a file; returns it."""
-    with checkpoints.opened(folder.checkpoints, _STEP.value) as step:
-        if step is not None and reconstructions.is_autoencoder(folder, step):
-            found = autoencoders.load_autoencoder(folder.path, _EMA.value or "", step)
-            own.check_used(_NETWORK.value, found.config)
-            autoencoders.save(out, found, figures)
-            return found
+    if reconstructions.is_autoencoder(folder):
+        found = autoencoders.load_autoencoder(folder.path, _EMA.value or "", _STEP.value)
+        own.check_used(_NETWORK.value, found.config)
+        autoencoders.save(out, found, figures)
+        return found
     trained = load_trained(folder, _EMA.value or "", _STEP.value, own.networks(_NETWORK.value))
     own.check_used(_NETWORK.value, trained.config)
     weights.save(out, trained, figures)

@@ -67,18 +67,22 @@ def open_autoencoder(workdir: str | None, ema: str) -> Source | None:
     if workdir == SHIPPED_NAME and not Path(workdir).exists():
         return None
     folder = run_folder.existing(workdir) if workdir else run_folder.newest("runs")
-    if folder is None:
+    if folder is None or not is_autoencoder(folder):
         return None
     with checkpoints.opened(folder.checkpoints) as step:
-        if step is None or not is_autoencoder(folder, step):
-            return None
         autoencoders.measure_latents(folder, None, step, ema)
         return Source(str(folder.path), folder.path, load_autoencoder(folder.path, ema, step))
 
 
-def is_autoencoder(folder: run_folder.RunFolder, step: int) -> bool:
-    """Tells whether a run trains an autoencoder; step is one of its checkpoints, as it was written."""
-    return _names_autoencoder(folder.metadata(step)["config"])
+def is_autoencoder(folder: run_folder.RunFolder) -> bool:
+    """Tells whether a run trains an autoencoder; a run whose newest checkpoint cannot be read counts as none.
+
+    Whoever opens the run finds out whether its files are as they were written, and says so.
+    """
+    try:
+        return _names_autoencoder(folder.metadata(checkpoints.steps(folder.checkpoints)[-1])["config"])
+    except (InputError, IndexError):
+        return False
 
 
 def _names_autoencoder(config):
@@ -131,7 +135,7 @@ def _figures(trained, real, space, batch_size):
     ratios, similarities, parts, codes = [], [], [], []
     with tqdm(total=len(real.images), unit="image", leave=False, disable=None) as progress:
         for start in range(0, len(real.images), batch_size):
-            images = np.asarray(real.images[start : start + batch_size])
+            images = np.asarray(real.images[np.arange(start, min(start + batch_size, len(real.images)))])
             parts.append(np.concatenate(list(autoencoders.reconstructions(trained, images, batch_size))))
             ratios.append(psnr(images, parts[-1]))
             similarities.append(ssim(images, parts[-1]))
