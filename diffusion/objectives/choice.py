@@ -37,10 +37,12 @@ def parse(text: str) -> options.Choice:
     """Reads the objective of a config, as "simple", "hybrid:vlb_weight=0.01" or "progressive:start=64,end=4".
 
     Raises:
-      InputError: an unknown name or option.
+      InputError: an unknown name or option, or scales that are no range.
     """
     leading = 5 if is_student(text) else 4
-    return options.parse("config.train.objective", text, OBJECTIVES | STUDENTS, leading)
+    chosen = options.parse("config.train.objective", text, OBJECTIVES | STUDENTS, leading)
+    scales(chosen)
+    return chosen
 
 
 def scales(objective: options.Choice) -> tuple[float, float] | None:
