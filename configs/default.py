@@ -84,9 +84,10 @@ def get_config() -> ml_collections.ConfigDict:
 
     # What is trained, for how long, and what is saved on the way.
     config.train = ml_collections.ConfigDict()
-    config.train.prediction = "eps"  # eps, x0, v, flow or edm
+    config.train.prediction = "eps"  # eps, x0, v, flow or edm; mean_flow for the objectives mean_flow
     # simple, hybrid or vlb; the last two learn the variance; hybrid:vlb_weight=0.01. Those that make students of few
-    # calls: progressive:start=64,end=4; consistency; consistency_distillation.
+    # calls: progressive:start=64,end=4; consistency; consistency_distillation; mean_flow; mean_flow_distillation;
+    # guidance_distillation:scales=1,4, whose student takes the guidance scale as an input.
     config.train.objective = "simple"
     config.train.weighting = "simple"  # simple, snr, min_snr, p2, sigmoid or edm; with options, as min_snr:gamma=5
     config.train.label_dropout = 0.1  # share of the samples whose label is left out, if there are labels; for guidance

@@ -12,7 +12,7 @@ from tiny import KEY
 import diffusion
 from configs import digits_meanflow
 from configs.default import get_config
-from diffusion import pretrained, schedules, solvers, testbeds
+from diffusion import model, pretrained, schedules, solvers, testbeds
 from diffusion.commands import experiment, students
 from diffusion.errors import InputError
 from diffusion.models import UNet
@@ -267,6 +267,25 @@ def test_a_new_network_sees_no_end_until_it_has_learned_to():
         seeing.apply({"params": params}, x, t)
 
 
+def test_a_network_of_ones_own_is_given_both_times():
+    def net(image_shape, out_channels, num_classes):
+        def apply(params, x, t, cond):
+            return params["scale"] * x * (t[:, 0] - t[:, 1]).reshape(-1, 1, 1, 1)
+
+        return lambda key: {"scale": jnp.ones(())}, apply
+
+    config = get_config()
+    config.network, config.train.prediction = "mine:net", "mean_flow"
+    found = model.make_model(config, (4, 4, 1), networks={"mine:net": net})
+    table = solvers.ddim(SCHEDULE, [50, 0])
+    start = noise(2, (4, 4, 1))
+    params = {"scale": jnp.asarray(0.01)}
+    drawn = diffusion.sample(
+        found.apply_fn, params, table, KEY, 2, (4, 4, 1), prediction=found.prediction, x_init=start
+    )
+    np.testing.assert_allclose(drawn, 0.5 * start, rtol=1e-5)  # x - 1 * 0.01 * 50 x
+
+
 # A run
 
 
@@ -314,19 +333,38 @@ def test_a_mean_flow_from_scratch_resumes_exactly_and_draws_without_flags(tmp_pa
     check_resumes(tmp_path, "run", learn)
     drawn = run("sample.py", "--workdir=run", "--num=2", "--steps=1", cwd=tmp_path)
     assert "ddim(eta=0) on uniform, 1 network calls" in drawn.stdout, drawn.stderr
-    assert run("convert.py", "--workdir=run", "--out=run.safetensors", cwd=tmp_path).returncode == 0
-    again = run("sample.py", "--workdir=run.safetensors", "--num=2", "--steps=1", "--out=file", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    folder = next((tmp_path / "run/samples").iterdir())
-    images = [np.load(where / "samples.npz")["samples"] for where in (folder, tmp_path / "file")]
-    np.testing.assert_array_equal(*images)
-    for script, flag, message in (
-        ("sample.py", "--sampler=unipc", "unipc.* combines estimates of x_0"),
+    refused = error_line(run("sample.py", "--workdir=run", "--sampler=unipc", "--steps=5", cwd=tmp_path))
+    assert "combines estimates of x_0" in refused
+
+
+@pytest.mark.reliability
+def test_a_mean_flow_travels_in_a_file_and_refuses_what_it_cannot_do(tmp_path, compile_once):
+    recipe = ("--config=configs/digits_meanflow.py", "--config.train.num_steps=2", *SHORT)
+    assert train(tmp_path, "--workdir=run", *recipe).returncode == 0
+    check_travels(tmp_path, "run")
+    refuses(
+        tmp_path,
         ("sample.py", "--clip=recompute", "there is nothing to clip"),
+        ("sample.py", "--tau=dp_path", "this is a student for few calls"),
         ("evaluate.py", "--bound=2", "this is a student for few calls"),
         ("learn.py", "--calls=3", "this is a student for few calls"),
-    ):
-        assert message.split(".*")[-1] in error_line(run(script, "--workdir=run", flag, cwd=tmp_path))
+    )
+
+
+def check_travels(folder, workdir, *asked):
+    """A file of convert.py draws what the run draws."""
+    assert run("convert.py", f"--workdir={workdir}", "--out=one.safetensors", cwd=folder).returncode == 0
+    images = []
+    for name in (workdir, "one.safetensors"):
+        drawn = run("sample.py", f"--workdir={name}", "--num=2", f"--out=drawn{len(images)}", *asked, cwd=folder)
+        assert drawn.returncode == 0, drawn.stderr
+        images.append(np.load(folder / f"drawn{len(images)}" / "samples.npz")["samples"])
+    np.testing.assert_array_equal(*images)
+
+
+def refuses(folder, *mistakes):
+    for script, flag, message in mistakes:
+        assert message in error_line(run(script, "--workdir=run", flag, cwd=folder))
 
 
 @pytest.mark.reliability

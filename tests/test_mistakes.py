@@ -25,7 +25,9 @@ LEARNED = {**json.loads(solvers.ddim(schedules.cosine(), [900, 500, 0]).to_json(
 NEWER = {**LEARNED, "version": 3}
 OTHER_TABLE = solvers.ddim(schedules.cosine(50), [50, 25, 0]).to_json()
 
-PROGRESSIVE, CONSISTENCY = (f"--config=configs/digits_{kind}.py" for kind in ("progressive", "consistency"))
+PROGRESSIVE, CONSISTENCY, MEANFLOW, GUIDED = (
+    f"--config=configs/digits_{kind}.py" for kind in ("progressive", "consistency", "meanflow", "guided")
+)
 
 RUN = "--workdir=$TRAINED/runs/digits"
 
@@ -69,7 +71,7 @@ MISTAKES = [
     ("train.py", ["--config.train.objective=hybrid:vlb=1"], "valid: vlb_weight"),
     ("train.py", ["--config.sample.sampler=analytic_dpm"], "needs gamma, which is estimated on a trained model"),
     ("train.py", ["--config.sample.sampler=dpmpp_2m"], "here that is 'dpm_solver_pp:order=2,variant=official'"),
-    ("train.py", ["--config.train.prediction=noise"], "valid: edm, eps, flow, v, x0"),
+    ("train.py", ["--config.train.prediction=noise"], "valid: edm, eps, flow, mean_flow, v, x0"),
     ("train.py", ["--config.model.width=33"], "width is 33; it must be even"),
     ("train.py", ["--config.model.multipliers=1,1,1,1,1"], "cannot be halved 4 times"),
     ("train.py", ["--config.sample.steps=0"], "steps is 0"),
@@ -131,6 +133,25 @@ MISTAKES = [
     ),
     ("train.py", [CONSISTENCY, "--config.train.objective=consistency:pretraining=2"], "pretraining .* is 2"),
     ("train.py", [CONSISTENCY, "--config.sample.sampler=unipc"], "a whole sample in each call, and unipc"),
+    # MeanFlow, and students that take the guidance scale.
+    ("train.py", [MEANFLOW, "--config.schedule=cosine"], "needs straight paths; set config.schedule=rectified_flow"),
+    ("train.py", [MEANFLOW, "--config.train.prediction=flow"], "is flow; .*set config.train.prediction=mean_flow"),
+    ("train.py", ["--config.train.prediction=mean_flow"], "objective simple does not learn; .*objective=mean_flow"),
+    (
+        "train.py",
+        [MEANFLOW, "--config.train.objective=mean_flow:same=2"],
+        r"same of objective mean_flow is 2.0; .* 0\.\.1",
+    ),
+    ("train.py", [MEANFLOW, "--config.train.objective=mean_flow:times=-0.4"], "are -0.4; give the mean of normal"),
+    ("train.py", [MEANFLOW, "--config.train.objective=mean_flow:power=-1"], "power of objective mean_flow is -1"),
+    ("train.py", [MEANFLOW, "--config.train.objective=mean_flow_distillation"], "learns from a teacher; name one as"),
+    ("train.py", [MEANFLOW, "--config.sample.sampler=unipc", "--config.sample.steps=9"], "combines estimates of x_0"),
+    ("train.py", [MEANFLOW, "--config.sample.clip=recompute"], "there is nothing to clip"),
+    ("train.py", [MEANFLOW, "--config.train.weighting=snr"], "mean_flow has its own weights; set it to simple"),
+    ("train.py", [MEANFLOW, "--config.teacher=shipped"], "config.teacher predicts eps; .*prediction=flow"),
+    ("train.py", [GUIDED, "--config.teacher=shipped"], "config.teacher has no classes; .* needs them"),
+    ("train.py", [GUIDED, "--config.teacher="], "learns from a teacher; name one as --config.teacher=RUN"),
+    ("train.py", ["--config.train.objective=guidance_distillation:scales=2,4"], "are 2,4; .*as scales=1,4"),
     # Networks and samplers of one's own.
     ("train.py", ["--network=nowhere.near:net"], "there is no module nowhere in .*; start in its folder"),
     ("train.py", ["--network=json.py:dumps"], "no module json.py .*; write the module without .py"),

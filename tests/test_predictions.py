@@ -13,6 +13,7 @@ from diffusion.predictions import PREDICTIONS
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+DENOISERS = [kind for kind in PREDICTIONS if not predictions.sees_end(kind)]
 RNG = np.random.default_rng(0)
 LEVELS = [(0.9, 0.3), (0.3, 0.9), (1.0, 80.0), (1.0, 0.002), (0.5, 0.5), (1e-4, 1.0), (1.0, 1e-8)]
 
@@ -69,7 +70,7 @@ def test_jax_and_numpy_read_alike():
 
 
 @pytest.mark.parametrize("schedule", [schedules.cosine(), schedules.edm(), schedules.rectified_flow()], ids=str)
-@pytest.mark.parametrize("prediction", [p for p in PREDICTIONS if p != "x0"])
+@pytest.mark.parametrize("prediction", [p for p in DENOISERS if p != "x0"])
 def test_networks_that_are_exact_on_gaussian_data_give_the_same_samples(prediction, schedule):
     """To 1e-6, on every schedule, through solvers of all kinds; from 0.95 T, where there is signal."""
     tau = np.append(np.linspace(0.95 * schedule.num_timesteps, 1, 9), 0)
@@ -85,7 +86,7 @@ def test_networks_that_are_exact_on_gaussian_data_give_the_same_samples(predicti
 
 
 @pytest.mark.parametrize("schedule", [schedules.linear(40), schedules.edm(40), schedules.rectified_flow(40)], ids=str)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", DENOISERS)
 def test_a_network_that_is_asked_as_its_prediction_wants_has_no_loss(prediction, schedule):
     """An ideal denoiser of one image knows x_0, in whatever clock and scale it is asked."""
     image = RNG.uniform(-1, 1, (1, 3, 2, 1))
@@ -97,6 +98,17 @@ def test_a_network_that_is_asked_as_its_prediction_wants_has_no_loss(prediction,
     loss = simple_loss(batch, schedule, prediction)
     np.testing.assert_array_equal(loss.t, np.arange(1, 40))
     np.testing.assert_allclose(loss.value, 0, atol=1e-12)
+
+
+def test_a_prediction_of_mean_velocities_is_no_denoiser():
+    schedule = schedules.rectified_flow(40)
+    with refused("a testbed is a denoiser, and mean_flow says where a step ends"):
+        testbeds.gaussian(schedule, 0.0, 1.0, "mean_flow")
+    batch = Batch(
+        lambda x, t, cond: x, jnp.zeros((1, 2)), None, jax.random.split(jax.random.key(0), 1), jnp.zeros(1), 1
+    )
+    with refused("prediction mean_flow is learned by the objectives mean_flow"):
+        simple_loss(batch, schedule, "mean_flow")
 
 
 def test_what_says_nothing_about_x_0_is_refused_with_what_does():

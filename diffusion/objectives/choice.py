@@ -42,18 +42,16 @@ def parse(text: str) -> options.Choice:
     """Reads the objective of a config, as "simple", "hybrid:vlb_weight=0.01" or "progressive:start=64,end=4".
 
     Raises:
-      InputError: an unknown name or option.
+      InputError: an unknown name or option, or scales that are no range.
     """
     leading = 2 if is_autoencoder(text) else 5 if is_student(text) else 4
-    return options.parse("config.train.objective", text, OBJECTIVES | STUDENTS | AUTOENCODERS, leading)
+    chosen = options.parse("config.train.objective", text, OBJECTIVES | STUDENTS | AUTOENCODERS, leading)
+    scales(chosen)
+    return chosen
 
 
 def sampling_objective(text: str) -> options.Choice:
-    """Reads an objective whose models draw samples.
-
-    Raises:
-      InputError: an unknown name or option, or the objective of an autoencoder.
-    """
+    """Reads an objective whose models draw samples; raises as `parse`, and for the objective of an autoencoder."""
     chosen = parse(text)
     if chosen.name in AUTOENCODERS:
         raise InputError(

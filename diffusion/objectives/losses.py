@@ -196,6 +196,10 @@ class _Evaluation(NamedTuple):
 def _evaluate(batch, schedule, prediction):
     """Draws t and eps and asks the network."""
     predictions.check_known(prediction)
+    if predictions.sees_end(prediction):
+        raise InputError(
+            f"prediction {prediction} is learned by the objectives mean_flow and mean_flow_distillation only"
+        )
     x_0 = batch.x_0
     uniforms = jax.vmap(lambda k: keys.uniform(jax.random.fold_in(k, 0)))(batch.keys)
     eps = draw_noise(batch)

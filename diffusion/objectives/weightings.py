@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion.errors import InputError, nearest, require_range
-from diffusion.predictions import PREDICTIONS, check_known, error_ratio
+from diffusion.predictions import PREDICTIONS, check_known, error_ratio, sees_end
 from diffusion.schedules import NoiseSchedule
 
 Weights = Float[np.ndarray, "T+1"]
@@ -114,7 +114,7 @@ def loss_weights(schedule: NoiseSchedule, prediction: str, name: str, **options:
     bad = np.flatnonzero(~np.isfinite(weights))
     if bad.size:
         a, n = schedule.at(bad[0])
-        others = " or ".join(kind for kind in PREDICTIONS if error_ratio(kind, a, n) > 0)
+        others = " or ".join(kind for kind in PREDICTIONS if error_ratio(kind, a, n) > 0 and not sees_end(kind))
         raise InputError(
             f"weighting {name} of {prediction} errors is not finite at t = {bad[0]}, where the SNR is "
             f"{_snr(schedule)[bad[0] - 1]:.3g}; predict {others}, or use weighting simple"

@@ -207,6 +207,8 @@ def _network(estimate, prediction):
     """Returns the apply_fn of estimate(params, x, a, n) -> (x_0, eps), the same object for the same arguments."""
     predictions.check_known(prediction)
     kind = predictions.PREDICTIONS[prediction]
+    if kind.sees_end:
+        raise InputError(f"a testbed is a denoiser, and {prediction} says where a step ends; take another prediction")
 
     def apply_fn(params, x, t, cond=None):
         a, n = _level_of_ratio(params["levels"], 4 * t, x) if kind.sees_log_sigma else _level_at(params["levels"], t, x)
