@@ -1,7 +1,9 @@
 """An autoencoder of CIFAR-10: 32x32 colour pixels become latents of 8x8 places with 4 numbers each, and come back.
 
-python train.py --config=configs/cifar_autoencoder.py [--config.data.path=cifar-10-binary.tar.gz]
-python evaluate.py --workdir=runs/cifar_autoencoder --split=test
+    python train.py --config=configs/cifar_autoencoder.py [--config.data.path=cifar-10-binary.tar.gz]
+    python evaluate.py --workdir=runs/cifar_autoencoder --split=test
+
+The network has 1.5M parameters, 3 MB in bfloat16, so that it fits on a small machine and beside a model of its latents.
 """
 
 from configs import default

@@ -12,6 +12,7 @@ from commands import digest, error_line, run
 from diffusers_autoencoder import Reference, state_dict
 from tiny import KEY
 
+from configs import digits_autoencoder
 from diffusion import data
 from diffusion.autoencoder import (
     Autoencoder,
@@ -28,6 +29,7 @@ from diffusion.errors import InputError
 from diffusion.evaluation.reconstruction import psnr, ssim
 from diffusion.images import to_floats
 from diffusion.models.autoencoder import PatchCritic
+from diffusion.objectives import choice
 from diffusion.training.autoencoders import load_autoencoder
 
 FIELDS = {"channels": (4, 8), "num_blocks": 1, "latent_channels": 3, "groups": 2}
@@ -296,45 +298,50 @@ def test_evaluate_measures_and_shows_what_it_gives_back(trained):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("sample.py", ["--workdir=run"], "run/checkpoints/4: this is an autoencoder, which draws no samples"),
-        ("learn.py", ["--workdir=run"], "this is an autoencoder, which draws no samples"),
-        ("evaluate.py", ["--workdir=run", "--samplers=ddim"], "--samplers does nothing for run, an autoencoder"),
-        ("evaluate.py", ["--workdir=run", "--bound=5"], "--bound does nothing for run, an autoencoder"),
-        ("evaluate.py", ["--workdir=run", "--ema=0.5"], "no EMA of 0.5"),
-        ("train.py", [KL, RECIPE, "--config.train.keep_best=1"], "that of a critic says nothing; set it to 0"),
-        ("train.py", [KL, *SMALL, "--workdir=run", "--config.autoencoder.channels=8,8"], "channels is .8, 8."),
-        ("train.py", ["--config.autoencoder.channels=8,8"], "does nothing for objective simple; leave it out"),
-        (
-            "train.py",
-            [RECIPE, "--config.model.width=8"],
-            "config.model.width is 8, which does nothing for an autoencoder",
-        ),
-        (
-            "train.py",
-            [RECIPE, "--config.train.prediction=v"],
-            "prediction is 'v', which does nothing for an autoencoder",
-        ),
-        ("train.py", [RECIPE, "--config.autoencoder.chanels=8"], "did you mean 'channels'"),
-        ("train.py", [RECIPE, "--config.autoencoder.channels=8,8,8,8,8"], "8x8 cannot be halved 4 times"),
-        ("train.py", [RECIPE, "--config.autoencoder.codes=8"], "codes is 8, and the objective is kl_autoencoder"),
-        (
-            "train.py",
-            [RECIPE, "--config.train.objective=vq_autoencoder"],
-            "codes is 0, and the objective is vq_autoencoder",
-        ),
-        ("train.py", [RECIPE, "--config.train.objective=kl_autoencoder:kl=-1"], "kl of objective kl_autoencoder is -1"),
-        ("train.py", [RECIPE, "--config.train.objective=kl_autoencoder:l1=0"], "l1 and l2 of 0"),
-        (
-            "train.py",
-            [RECIPE, "--config.train.objective=kl_autoencoder:adversarial_start=5"],
-            "nothing without adversarial",
-        ),
-        ("train.py", [RECIPE, "--config.train.objective=kl_autoencoder:commitment=1"], "valid: adversarial"),
-        ("train.py", [RECIPE, "--config.teacher=shipped"], "learns from data"),
+        ("sample.py", [], "run/checkpoints/4: this is an autoencoder, which draws no samples"),
+        ("learn.py", [], "this is an autoencoder, which draws no samples"),
+        ("evaluate.py", ["--samplers=ddim"], "--samplers does nothing for run, an autoencoder"),
+        ("evaluate.py", ["--bound=5"], "--bound does nothing for run, an autoencoder"),
+        ("evaluate.py", ["--ema=0.5"], "no EMA of 0.5"),
+        ("train.py", [KL, *SMALL, "--config.autoencoder.channels=8,8"], "channels is .8, 8."),
     ],
 )
-def test_what_means_nothing_for_an_autoencoder_is_refused(trained, script, arguments, message):
-    assert re.search(message, error_line(run(script, *arguments, cwd=trained)))
+def test_what_an_autoencoder_cannot_do_is_refused(trained, script, arguments, message):
+    assert re.search(message, error_line(run(script, "--workdir=run", *arguments, cwd=trained)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "fields", "message"),
+    [
+        ("", {"model.width": 8}, "config.model.width is 8, which does nothing for an autoencoder; leave it out"),
+        ("", {"train.prediction": "v"}, "prediction is 'v', which does nothing for an autoencoder"),
+        ("", {"sample.steps": 5}, "config.sample.steps is 5, which does nothing for an autoencoder"),
+        ("simple", {}, "config.autoencoder.latent_channels is 2, which does nothing for objective simple"),
+        ("", {"autoencoder.channels": (8,) * 5}, "8x8 cannot be halved 4 times"),
+        (
+            "",
+            {"autoencoder.codes": 8},
+            "codes is 8, and the objective is kl_autoencoder; take objective vq",
+        ),
+        ("vq_autoencoder", {}, "codes is 0, and the objective is vq_autoencoder; set it to 512"),
+        ("kl_autoencoder:kl=-1", {}, "kl of objective kl_autoencoder is -1"),
+        ("kl_autoencoder:l1=0", {}, "l1 and l2 of 0, so that nothing is reconstructed"),
+        ("kl_autoencoder:adversarial_start=5", {}, "adversarial_start of .* does nothing without adversarial"),
+        ("kl_autoencoder:commitment=1", {}, "has no option 'commitment'; .*valid: adversarial"),
+        ("kl_autoencoder:adversarial=1", {"train.keep_best": 1}, "that of a critic says nothing; set it to 0"),
+        ("", {"train.microbatches": 3}, "batch_size is 64; .* multiple of 3"),
+    ],
+)
+def test_a_config_that_asks_an_autoencoder_for_nothing_sensible_is_refused(objective, fields, message):
+    config = digits_autoencoder.get_config()
+    config.train.objective = objective or config.train.objective
+    config.train.save_every = config.train.log_every
+    for name, value in fields.items():
+        section, field = name.split(".")
+        config[section][field] = value
+    checked = commands.make_experiment if choice.is_autoencoder(config.train.objective) else commands.check_fields
+    with pytest.raises(InputError, match=message):
+        checked(config)
 
 
 def test_a_latent_scaling_of_other_weights_is_not_used(trained, tmp_path):
