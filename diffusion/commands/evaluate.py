@@ -16,16 +16,26 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pooch
 from absl import flags
 from tqdm import tqdm
 
 from diffusion import __version__, data, devices, files, keys, options
-from diffusion.commands import cli, datasets, own, plots, samplers, shared_flags, sources, students, sweep, usage
-from diffusion.errors import InputError, nearest
+from diffusion.commands import (
+    cli,
+    datasets,
+    own,
+    plots,
+    samplers,
+    shared_flags,
+    sources,
+    spaces,
+    students,
+    sweep,
+    usage,
+)
+from diffusion.errors import InputError
 from diffusion.evaluation import bound, features, likelihood
 
-SPACES = ("classifier", "inception", "pixels")
 LONG_NAMES = {
     "frechet": "Fréchet distance, {}",
     "kernel": "kernel distance, {}",
@@ -101,11 +111,11 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     real, split = _real_images(source)
     num = _NUM.value or len(real.images)
     settings = features.settings(metrics, len(real.images), num)
-    space = _space(name, real)
+    space = spaces.open_space(name, real, inception=_INCEPTION.value)
     with files.locked(out, "measuring into", ".evaluation.lock"):
         files.remove_temporaries(out, r"evaluation\.(json|csv|png)", out)
         results = sweep.Results(out)
-        reference = features.make_reference(space, real, _cache(), split=split)
+        reference = features.make_reference(space, real, spaces.cache(), split=split)
         # Print the table; figures that the files have from an earlier start are not measured again.
         print(f"{_of(source)}: {num:,} samples against {len(real.images):,} real images")
         _say_what_to_expect(space, reference, settings, metrics, num)
@@ -235,27 +245,6 @@ def _write_bits(source, path, images, rows, **facts):
     files.remove_temporaries(path.parent, r"(bound|likelihood)\.json", path.parent)
     files.write_json(path, record, path.parent)
     print(f"wrote {path}")
-
-
-def _space(name, real):
-    """Returns the space of features of that name."""
-    if name not in SPACES:
-        raise InputError(f"features is {name!r}; {nearest(name, SPACES)}")
-    if _INCEPTION.value and name != "inception":
-        raise InputError(f"--inception goes with --features=inception, not {name}")
-    if name == "inception":
-        try:
-            return features.inception(_INCEPTION.value)
-        except InputError as error:
-            raise InputError(
-                f"{error}; --inception=FILE names the file, and --features=classifier needs none"
-            ) from None
-    return features.classifier(real, _cache()) if name == "classifier" else features.pixels()
-
-
-def _cache():
-    """Returns the folder that keeps statistics of real images, and classifiers, for all runs of this user."""
-    return Path(pooch.os_cache("diffusion"), "evaluation")
 
 
 def _numbers(flag, texts, kind):

@@ -135,6 +135,11 @@ def apply(params: dict[str, Any], images: UInt8[Array, "N H W C"], num_classes: 
     return Network(num_classes).apply({"params": params}, to_floats(images))
 
 
+def vectors(params: dict[str, Any], images: Float[Array, "N H W C"]) -> Float[Array, "N 128"]:
+    """Returns the features of images in [-1, 1], which need not be rounded to 8 bits; JAX can differentiate it."""
+    return Network(params["logits"]["bias"].shape[0]).apply({"params": params}, images).features
+
+
 def train(dataset: Dataset, *, epochs: int = 20, seed: int = 0) -> Classifier:
     """Trains a classifier on four fifths of the data, and measures its accuracy on the rest.
 
