@@ -14,8 +14,8 @@ from jaxtyping import Float
 from diffusion.learning.losses import Errors, Loss
 
 RIDGE = 1e-3
-MAX_STEP, ATTEMPTS = 1.0, 6
-"""No number moves further in one iteration; a step that does not help is shortened so many times."""
+MAX_STEP, MAX_DAMPING = 1.0, 100.0
+"""No number moves further in one iteration; a step that does not help is shortened until the damping is so large."""
 
 Vector = Float[np.ndarray, "P"]
 
@@ -74,7 +74,7 @@ def iterate(problem: Problem, fit: Fit) -> Fit:
     if not slope.any():  # nothing moves the errors, as where all samples are at the end of the range
         return fit._replace(gain=0.0)
     damping = fit.damping
-    for _ in range(ATTEMPTS):
+    while damping <= MAX_DAMPING:
         damped = normal + damping * np.diag(np.diag(normal)) + 1e-9 * np.trace(normal) * np.eye(len(normal))
         step = -np.linalg.solve(damped, slope)
         numbers = fit.numbers + step * min(1.0, MAX_STEP / np.abs(step).max())
@@ -83,4 +83,4 @@ def iterate(problem: Problem, fit: Fit) -> Fit:
         if objective < fit.objective:
             return Fit(numbers, errors, objective, max(damping / 5, 1e-5), fit.objective - objective)
         damping *= 5
-    return fit._replace(damping=damping, gain=0.0)
+    return fit._replace(gain=0.0)
