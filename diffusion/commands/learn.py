@@ -174,16 +174,18 @@ def _learn(source, bed, folder, count):
         print(f"{count} calls: going on after {search.iterations} iterations")
     best = search.trials[0]
     print(f"{count} calls: best hand-made {best.start[0]} on {best.start[1]}, held-out loss {search.hand_made:.3f}")
+    compiled, made = None, 0  # when the first iteration, which compiles, was over, and how many were made since then
     while search.current is not None:
         number, started = search.current, time.perf_counter()
         search = tables.advance(bed, search)
         sealed.write(unfinished, {"identity": identity, **searches.to_record(search)}, folder)
-        trial, seconds = search.trials[number], time.perf_counter() - started
+        trial, now = search.trials[number], time.perf_counter()
         loss, held_loss = trial.losses[-1]
+        compiled, made = (now, 0) if compiled is None else (compiled, made + 1)
+        left = f", about {(now - compiled) / made * tables.iterations_left(search):.0f} s left" if made else ""
         print(
             f"  from {trial.start[0]} on {trial.start[1]}, iteration {trial.iterations}: loss {loss:.3f}, held-out "
-            f"{held_loss:.3f}  {seconds:.1f} s, {time.perf_counter() - began:.0f} s so far, about "
-            f"{seconds * tables.iterations_left(search):.0f} s left",
+            f"{held_loss:.3f}  {now - started:.1f} s, {now - began:.0f} s so far{left}",
             flush=True,
         )
     _finish(source, bed, search, places, folder)

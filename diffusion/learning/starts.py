@@ -1,6 +1,6 @@
 """The hand-made samplers that a learned one begins from and must beat."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,10 +18,16 @@ STARTS = (1.0, 0.985)
 """Which hand-made solvers are looked at, on which grids, from which shares of T on."""
 
 
-def hand_made(schedule: NoiseSchedule, calls: int) -> Iterator[tuple[str, str, History]]:
-    """Yields (solver, grid, history) for the hand-made samplers of so many calls that the schedule allows."""
+def hand_made(schedule: NoiseSchedule, calls: int, bases: Sequence[str] = BASES) -> Iterator[tuple[str, str, History]]:
+    """Yields (solver, grid, history) for the hand-made samplers of so many calls that the schedule allows.
+
+    Args:
+      schedule: the noise schedule.
+      calls: network calls.
+      bases: the solvers to look at.
+    """
     seen = set()
-    for base in BASES:
+    for base in bases:
         for name in GRIDS:
             for start in STARTS:
                 text = name if start == 1 else f"{name}:start={start:g}"

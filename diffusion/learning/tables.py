@@ -7,7 +7,7 @@ state, so that a search which was cut off goes on from the last iteration.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -175,7 +175,13 @@ def make_bed(
     return Bed(asked, schedule, train, held, tuple(targets[: len(train)]), tuple(targets[len(train) :]), compared)
 
 
-def begin(bed: Bed, calls: int, groups: tuple[str, ...], tick: Callable[[], None] = lambda: None) -> Search:
+def begin(
+    bed: Bed,
+    calls: int,
+    groups: tuple[str, ...],
+    tick: Callable[[], None] = lambda: None,
+    bases: Sequence[str] = starts.BASES,
+) -> Search:
     """Ranks the hand-made samplers on held-out noise and returns the search that starts from the best of them.
 
     Args:
@@ -183,12 +189,13 @@ def begin(bed: Bed, calls: int, groups: tuple[str, ...], tick: Callable[[], None
       calls: network calls of the table.
       groups: what is free.
       tick: is called after each sampler.
+      bases: the solvers to begin from.
 
     Raises:
       InputError: no hand-made sampler of so many calls works.
     """
     ranked = []
-    for base, grid, history in starts.hand_made(bed.schedule, calls):
+    for base, grid, history in starts.hand_made(bed.schedule, calls, bases):
         with contextlib.suppress(InputError):  # the interval of guidance holds none of its times
             ranked.append((bed.loss(bed.errors(history, held=True)), base, grid))
         tick()
