@@ -2,11 +2,11 @@
 
     python -m benchmarks.claims --claim=NAME [--workdir=RUN or FILE.safetensors] [--out=docs/claims]
 
-NAME is one of orders, same_latent, interpolation, inversion, step_cost, table_ablation, and four that read what has
-been measured: ddim_table and learned_tables (--evaluation=FOLDER/evaluation.csv), variance (FOLDER/bound.json),
-learning_or_distilling (--evaluation=docs/claims/learning_or_distilling_data.csv). Writes
-images/NAME.png and NAME.csv in --out, prints the table, and puts it between the markers of NAME.md where there is such
-a page, so that no page differs from its data.
+NAME is one of orders, same_latent, interpolation, inversion, step_cost, table_ablation, found_grids, and four that
+read what has been measured: ddim_table and learned_tables (--evaluation=FOLDER/evaluation.csv), variance
+(FOLDER/bound.json), learning_or_distilling (docs/claims/learning_or_distilling_data.csv). Writes images/NAME.png and
+NAME.csv in --out, prints the table, and puts it between the markers of NAME.md where there is such a page, so that no
+page differs from its data.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ from absl import flags
 
 from benchmarks.claims import (
     ddim_table,
+    found_grids,
     interpolation,
     inversion,
     learned_tables,
@@ -38,6 +39,7 @@ CLAIMS = {
     "learning_or_distilling": lambda: learning_or_distilling.measure(_evaluation()),
     "variance": lambda: variance.measure(_evaluation()),
     "table_ablation": lambda: table_ablation.measure(*_trained()),
+    "found_grids": lambda: found_grids.measure(*_trained()),
     "orders": lambda: orders.measure(),
     "same_latent": lambda: same_latent.measure(*_trained()),
     "interpolation": lambda: interpolation.measure(*_trained()),

@@ -14,8 +14,8 @@ from diffusion.solvers.history import History, from_table
 BASES = ("ddim", "dpm_solver_pp:order=2", "dpm_solver_pp:order=3", "unipc:order=2", "unipc:order=3")
 BASES += ("unipc:order=2,lower_order_final=False", "unipc:order=3,lower_order_final=False", "deis:order=2", "ipndm")
 GRIDS = ("uniform", "quadratic", "log_snr", "karras")
-STARTS = (1.0, 0.985)
-"""Which hand-made solvers are looked at, on which grids, from which shares of T on."""
+STARTS = (1.0, 0.985, 0.9)
+"""Which hand-made solvers are looked at, on which grids, from which shares of T on; 0.9 is for 3 and 4 calls."""
 
 
 def hand_made(schedule: NoiseSchedule, calls: int, bases: Sequence[str] = BASES) -> Iterator[tuple[str, str, History]]:
