@@ -159,6 +159,7 @@ def test_the_ablation_learns_each_variant_once_and_goes_on(tmp_path, monkeypatch
 
     monkeypatch.setattr(table_ablation, "distances", lambda trained, table, seeds: [0.1 * len(table.t)] * len(seeds))
     monkeypatch.setattr(table_ablation, "TEACHER_CALLS", 8)
+    monkeypatch.setattr(table_ablation, "ITERATIONS", 1)
     variants = [
         table_ablation.Variant("what is free", "everything", noises=4),
         table_ablation.Variant("what is free", "nothing", (), noises=4),
@@ -170,6 +171,20 @@ def test_the_ablation_learns_each_variant_once_and_goes_on(tmp_path, monkeypatch
     assert [row[5] for row in found.rows] == pytest.approx([0.3, 0.3, None])
     monkeypatch.setattr(table_ablation, "learn", None)
     assert table_ablation.measure("tiny", trained(), **options).rows == found.rows
+
+
+def test_grids_that_are_found_are_grids_of_the_steps_asked_for(monkeypatch):
+    from benchmarks.claims import found_grids
+
+    monkeypatch.setattr(found_grids, "PATHS", 4)
+    monkeypatch.setattr(found_grids, "IMAGES", 32)
+    monkeypatch.setattr(found_grids, "distances", lambda trained, table, seeds: [float(table.tau[0])])
+    found = found_grids.measure("tiny", trained(), steps=(3,), seeds=(0,))
+    assert [row[0] for row in found.rows] == [*found_grids.FORMULAS, "dp_bound", "dp_path"]
+    for *_, texts in found.rows:
+        times = [float(text) for text in texts.split(", ")]
+        assert len(times) == 3
+        assert times == sorted(times, reverse=True)
 
 
 def test_a_page_keeps_what_stands_around_its_table(tmp_path):

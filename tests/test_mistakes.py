@@ -260,7 +260,7 @@ MISTAKES = [
     ("learn.py", [RUN, "--scope=taus"], "did you mean 'tau'"),
     ("learn.py", [RUN, "--teacher=ddpm"], "draws noise at every step"),
     ("learn.py", [RUN, "--teacher=analytic_dpm"], "draws noise at every step"),
-    ("learn.py", [RUN, "--loss=l2"], "loss is 'l2'; valid: log, mse, l1, features"),
+    ("learn.py", [RUN, "--loss=l2"], "loss is 'l2'; valid: features, l1, log, mse"),
     ("learn.py", [RUN, "--loss=log:floor=0"], "floor of loss log is 0.*must be above 0"),
     ("learn.py", [RUN, "--loss=features:space=hats"], "features is 'hats'; valid: classifier, inception, pixels"),
     ("learn.py", [RUN, "--loss=features:file=x"], "file goes with space=inception"),

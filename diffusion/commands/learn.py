@@ -61,8 +61,9 @@ def main() -> None:
         wanted = [count for count in calls if _AGAIN.value or not _is_done(source, folder, count)]
         if not wanted:
             return
+        compared = loss.function(source.trained, **loss.options)
         print(f"{source.name}, step {source.trained.step:,}: learning tables of {', '.join(map(str, wanted))} calls")
-        bed = _make_bed(source, teacher, loss.function(source.trained, **loss.options))
+        bed = _make_bed(source, teacher, compared)
         for count in wanted:
             _learn(source, bed, folder, count)
 

@@ -1,6 +1,6 @@
 """The hand-made samplers that a learned one begins from and must beat."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -18,16 +18,10 @@ STARTS = (1.0, 0.985, 0.9)
 """Which hand-made solvers are looked at, on which grids, from which shares of T on; 0.9 is for 3 and 4 calls."""
 
 
-def hand_made(schedule: NoiseSchedule, calls: int, bases: Sequence[str] = BASES) -> Iterator[tuple[str, str, History]]:
-    """Yields (solver, grid, history) for the hand-made samplers of so many calls that the schedule allows.
-
-    Args:
-      schedule: the noise schedule.
-      calls: network calls.
-      bases: the solvers to look at.
-    """
+def hand_made(schedule: NoiseSchedule, calls: int) -> Iterator[tuple[str, str, History]]:
+    """Yields (solver, grid, history) for the hand-made samplers of so many calls that the schedule allows."""
     seen = set()
-    for base in bases:
+    for base in BASES:
         for name in GRIDS:
             for start in STARTS:
                 text = name if start == 1 else f"{name}:start={start:g}"

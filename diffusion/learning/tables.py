@@ -7,7 +7,7 @@ state, so that a search which was cut off goes on from the last iteration.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -180,7 +180,7 @@ def begin(
     calls: int,
     groups: tuple[str, ...],
     tick: Callable[[], None] = lambda: None,
-    bases: Sequence[str] = starts.BASES,
+    among: Iterable[tuple[str, str, History]] | None = None,
 ) -> Search:
     """Ranks the hand-made samplers on held-out noise and returns the search that starts from the best of them.
 
@@ -189,13 +189,13 @@ def begin(
       calls: network calls of the table.
       groups: what is free.
       tick: is called after each sampler.
-      bases: the solvers to begin from.
+      among: the hand-made samplers to choose from, as `starts.hand_made` yields them; None takes its own.
 
     Raises:
       InputError: no hand-made sampler of so many calls works.
     """
     ranked = []
-    for base, grid, history in starts.hand_made(bed.schedule, calls, bases):
+    for base, grid, history in among or starts.hand_made(bed.schedule, calls):
         with contextlib.suppress(InputError):  # the interval of guidance holds none of its times
             ranked.append((bed.loss(bed.errors(history, held=True)), base, grid))
         tick()
