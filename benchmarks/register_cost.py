@@ -1,14 +1,13 @@
-"""What a table with a register for every stage costs: seconds of sampling over seconds of as many bare network calls.
+"""What a table with a register for every stage costs: time of sampling over time of as many bare network calls.
 
     python benchmarks/register_cost.py [--batches=64,256] [--calls=5,10] [--pairs=31] [--network=digits]
 
 Takes a full-history table, which keeps all earlier estimates, of S calls in S registers, and times it and S bare jitted
-calls of the network in turns; prints the median of the ratios of neighbours with its quartiles. So what is slow on the
-machine for a while slows down both. The network is that of the digits that ship, or with --network=small that of
-configs/small.py, untrained.
+calls of the network in turns; prints the median of the ratios of neighbours with its quartiles, once of the seconds
+that pass and once of the seconds that processors work, which other programs on the machine change less. The network is
+that of the digits that ship, or with --network=small that of configs/small.py, untrained.
 """
 
-import statistics
 import time
 
 import jax
@@ -37,10 +36,11 @@ def main(_):
     for batch in map(int, _BATCHES.value):
         for calls in map(int, _CALLS.value):
             table = full_history(model.schedule, calls)
-            low, ratio, high = statistics.quantiles(ratios(model, params, table, batch, _PAIRS.value), n=4)
+            passed, worked = np.percentile(ratios(model, params, table, batch, _PAIRS.value), [50, 25, 75], axis=0).T
             print(
-                f"batch {batch}, {calls} calls, {table.num_registers} registers: {ratio:.3f} "
-                f"(quartiles {low:.3f} to {high:.3f})",
+                f"batch {batch}, {calls} calls, {table.num_registers} registers: "
+                "{:.3f} (quartiles {:.3f} to {:.3f}) of the time that passes, ".format(*passed)
+                + "{:.3f} ({:.3f} to {:.3f}) of that worked".format(*worked),
                 flush=True,
             )
 
@@ -61,7 +61,7 @@ def full_history(schedule, calls):
 
 
 def ratios(model, params, table, batch, pairs):
-    """Seconds of sampling over those of bare calls, for each pair of neighbours; their order changes every time."""
+    """Ratios [pairs, 2] of sampling to bare calls, of time passed and worked; the order changes with every pair."""
     network, shape = jax.jit(model.apply_fn), model.image_shape
     x, times = jax.random.normal(jax.random.key(1), (batch, *shape)), [jnp.full(batch, t) for t in table.t]
 
@@ -79,13 +79,15 @@ def ratios(model, params, table, batch, pairs):
     for number in range(pairs):
         taken = {function: seconds(function) for function in ((bare, run) if number % 2 else (run, bare))}
         result.append(taken[run] / taken[bare])
-    return result
+    return np.array(result)
 
 
 def seconds(function):
-    start = time.perf_counter()
+    """Seconds [2] that pass, and that the processors work for this program."""
+    clocks = time.perf_counter, time.process_time
+    start = [clock() for clock in clocks]
     jax.block_until_ready(function())
-    return time.perf_counter() - start
+    return np.array([clock() - begun for clock, begun in zip(clocks, start, strict=True)])
 
 
 if __name__ == "__main__":
