@@ -29,6 +29,7 @@ from diffusion.data import images as image_files
 from diffusion.errors import InputError
 from diffusion.learning import rollout, tables
 from diffusion.learning.family import GROUPS
+from diffusion.learning.losses import Loss
 
 _IMAGES = flags.DEFINE_string("images", "", "A folder or archive of images; the digits of scikit-learn if empty.")
 _SIZE = flags.DEFINE_integer("size", 32, "Height and width of these images.")
@@ -204,16 +205,12 @@ def learned_row(problem, budget):
     half = len(batches) // 2
     asked = rollout.Asked(problem.testbed.params, None, problem.testbed.apply_fn)
     parts = (tuple(batches[:half]), tuple(batches[half:]), tuple(targets[:half]), tuple(targets[half:]))
-    bed = tables.Bed(asked, problem.schedule, *parts, _pixels, floor=1.0)  # the ranking is by the plain mean
+    bed = tables.Bed(asked, problem.schedule, *parts, Loss(floor=None))  # the ranking is by the plain mean
     search = tables.begin(bed, budget, GROUPS)
     while search.current is not None:
         search = tables.advance(bed, search)
     x = rollout.run(asked, tables.result(bed, search), rollout.Noises(problem.noise))
     return Row("learned", "learned", f"from {search.leader.start[0]}", budget, budget, *errors(problem, x))
-
-
-def _pixels(x):
-    return x
 
 
 def largest_table(schedule, solver, options, grid, budget):

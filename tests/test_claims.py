@@ -123,6 +123,70 @@ def test_the_bounds_of_a_model_are_laid_out_by_steps_and_variance(tmp_path):
         variance.measure(path)
 
 
+def test_what_is_cheapest_is_cheapest_at_the_numbers_of_images_that_are_said():
+    from benchmarks.claims.learning_or_distilling import SECONDS_A_CALL, Way, cheapest
+
+    long, table = Way("DDIM", 25, 0.03, 0.029, 0.031, 0.0, ""), Way("table", 4, 0.03, 0.029, 0.031, 60.0, "")
+    student = Way("student", 1, 0.03, 0.029, 0.031, 600.0, "")
+    bad = Way("bad", 1, 0.5, 0.4, 0.6, 0.0, "")
+    ways = [long, table, student, bad]
+    first, second = 60 / (21 * SECONDS_A_CALL), 540 / (3 * SECONDS_A_CALL)
+    assert [cheapest(way, ways) for way in (long, table, student)] == [
+        f"for 0 to {first:,.0f} images",
+        f"for {first:,.0f} to {second:,.0f} images",
+        f"from {second:,.0f} images on",
+    ]
+    assert table.total(first) == pytest.approx(long.total(first))
+    slower = student._replace(method="slower", seconds=700.0)
+    assert cheapest(slower, [*ways, slower]) == "never"
+
+
+def test_figures_of_ways_to_few_calls_are_read_and_a_wrong_file_is_refused(tmp_path):
+    from benchmarks.claims import learning_or_distilling
+
+    recorded = Path(__file__).parents[1] / "docs/claims/learning_or_distilling_data.csv"
+    found = learning_or_distilling.measure(recorded)
+    assert len(found.rows) == len(recorded.read_text().splitlines()) - 1
+    (tmp_path / "other.csv").write_text("method,calls\nDDIM,4\n")
+    with refused("needs the columns method, calls"):
+        learning_or_distilling.measure(tmp_path / "other.csv")
+    with refused("there is no file"):
+        learning_or_distilling.measure(tmp_path / "none.csv")
+
+
+def test_the_ablation_learns_each_variant_once_and_goes_on(tmp_path, monkeypatch):
+    from benchmarks.claims import table_ablation
+
+    monkeypatch.setattr(table_ablation, "distances", lambda trained, table, seeds: [0.1 * len(table.t)] * len(seeds))
+    monkeypatch.setattr(table_ablation, "TEACHER_CALLS", 8)
+    monkeypatch.setattr(table_ablation, "ITERATIONS", 1)
+    variants = [
+        table_ablation.Variant("what is free", "everything", noises=4),
+        table_ablation.Variant("what is free", "nothing", (), noises=4),
+        table_ablation.Variant("start", "ddim", noises=4, start="ddim"),
+    ]
+    options = {"calls": (2, 3), "variants": variants, "seeds": (0, 1), "kept": tmp_path / "kept"}
+    found = table_ablation.measure("tiny", trained(), **options)
+    assert [row[2] for row in found.rows] == pytest.approx([0.2] * 3)
+    assert [row[5] for row in found.rows] == pytest.approx([0.3, 0.3, None])
+    monkeypatch.setattr(table_ablation, "learn", None)
+    assert table_ablation.measure("tiny", trained(), **options).rows == found.rows
+
+
+def test_grids_that_are_found_are_grids_of_the_steps_asked_for(monkeypatch):
+    from benchmarks.claims import found_grids
+
+    monkeypatch.setattr(found_grids, "PATHS", 4)
+    monkeypatch.setattr(found_grids, "IMAGES", 32)
+    monkeypatch.setattr(found_grids, "distances", lambda trained, table, seeds: [float(table.tau[0])])
+    found = found_grids.measure("tiny", trained(), steps=(3,), seeds=(0,))
+    assert [row[0] for row in found.rows] == [*found_grids.FORMULAS, "dp_bound", "dp_path"]
+    for *_, texts in found.rows:
+        times = [float(text) for text in texts.split(", ")]
+        assert len(times) == 3
+        assert times == sorted(times, reverse=True)
+
+
 def test_a_page_keeps_what_stands_around_its_table(tmp_path):
     from benchmarks.claims import report
 

@@ -139,6 +139,26 @@ def test_images_that_a_space_does_not_take_are_refused(small, one_training, tmp_
             space.extract(images)
 
 
+def test_features_of_floats_are_those_of_images(small, trained, one_training, tmp_path):
+    floats = small.images / np.float32(127.5) - 1
+    for space in (features.pixels(), features.classifier(small, tmp_path)):
+        np.testing.assert_allclose(
+            space.trace(space.params, floats), space.extract(small.images).vectors, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_the_derivative_of_features_equals_finite_differences(digits, trained):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), trained.params)
+        rng = np.random.default_rng(0)
+        direction = rng.normal(size=(2, 8, 8, 1))
+        images = digits.images[:2] / 127.5 - 1 + 0.1 * rng.normal(size=(2, 8, 8, 1))
+        _, moved = jax.jvp(lambda x: classifier.vectors(params, x), (images,), (direction,))
+        ends = [classifier.vectors(params, images + way * 1e-6 * direction) for way in (1, -1)]
+        np.testing.assert_allclose(moved, (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-5)
+        assert np.abs(moved).max() > 0.1
+
+
 def test_pixels_are_the_images_in_0_to_1(small):
     found = features.pixels().extract(small.images)
     assert found.probabilities is None

@@ -2,10 +2,11 @@
 
     python -m benchmarks.claims --claim=NAME [--workdir=RUN or FILE.safetensors] [--out=docs/claims]
 
-NAME is one of orders, same_latent, interpolation, inversion, step_cost, and three that read what evaluate.py has
-measured: ddim_table and learned_tables (--evaluation=FOLDER/evaluation.csv), variance (FOLDER/bound.json). Writes
-images/NAME.png and NAME.csv in --out, prints the table, and puts it between the markers of NAME.md where there is such
-a page, so that no page differs from its data.
+NAME is one of orders, same_latent, interpolation, inversion, step_cost, table_ablation, found_grids, and four that
+read what has been measured: ddim_table and learned_tables (--evaluation=FOLDER/evaluation.csv), variance
+(FOLDER/bound.json), learning_or_distilling (docs/claims/learning_or_distilling_data.csv). Writes images/NAME.png and
+NAME.csv in --out, prints the table, and puts it between the markers of NAME.md where there is such a page, so that no
+page differs from its data.
 """
 
 from pathlib import Path
@@ -14,13 +15,16 @@ from absl import flags
 
 from benchmarks.claims import (
     ddim_table,
+    found_grids,
     interpolation,
     inversion,
     learned_tables,
+    learning_or_distilling,
     orders,
     report,
     same_latent,
     step_cost,
+    table_ablation,
     variance,
 )
 from diffusion import pretrained
@@ -32,7 +36,10 @@ from diffusion.training import run_folder
 CLAIMS = {
     "ddim_table": lambda: ddim_table.measure(_evaluation()),
     "learned_tables": lambda: learned_tables.measure(_evaluation()),
+    "learning_or_distilling": lambda: learning_or_distilling.measure(_evaluation()),
     "variance": lambda: variance.measure(_evaluation()),
+    "table_ablation": lambda: table_ablation.measure(*_trained()),
+    "found_grids": lambda: found_grids.measure(*_trained()),
     "orders": lambda: orders.measure(),
     "same_latent": lambda: same_latent.measure(*_trained()),
     "interpolation": lambda: interpolation.measure(*_trained()),
@@ -45,7 +52,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or a file of conver
 _EVALUATION = flags.DEFINE_string(
     "evaluation",
     None,
-    "evaluation.csv of evaluate.py, for ddim_table and learned_tables, or its bound.json, for variance.",
+    "evaluation.csv of evaluate.py, for ddim_table and learned_tables; its bound.json, for variance; or the data of "
+    "learning_or_distilling.",
 )
 _OUT = flags.DEFINE_string("out", "docs/claims", "Folder of the pages.")
 

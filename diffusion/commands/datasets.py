@@ -50,14 +50,13 @@ def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
     return found
 
 
-def cache_folder() -> Path:
-    """Returns the folder that keeps statistics of real images, and classifiers, for all runs of this user."""
-    return Path(pooch.os_cache("diffusion"), "evaluation")
+def cache_folder(name: str = "evaluation") -> Path:
+    """Returns a folder for all runs of this user, which need not exist.
 
-
-def latents_folder() -> Path:
-    """Returns the folder that keeps the latents of data sets for all runs of this user."""
-    return Path(pooch.os_cache("diffusion"), "latents")
+    Args:
+      name: "evaluation" has statistics of real images and classifiers, "latents" the latents of data sets.
+    """
+    return Path(pooch.os_cache("diffusion"), name)
 
 
 def check_data(config: ConfigDict) -> tuple[list[data.Damaged], int]:

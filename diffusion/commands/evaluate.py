@@ -29,6 +29,7 @@ from diffusion.commands import (
     cli,
     datasets,
     drawing,
+    feature_spaces,
     own,
     reconstructions,
     samplers,
@@ -38,10 +39,9 @@ from diffusion.commands import (
     sweep,
     usage,
 )
-from diffusion.errors import InputError, nearest
+from diffusion.errors import InputError
 from diffusion.evaluation import features
 
-SPACES = ("classifier", "inception", "pixels")
 shared_flags.define_source_flags()
 usage.group("The samples")
 _SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, with commas. Default: the run's.")
@@ -114,7 +114,7 @@ def measure_autoencoder(found: reconstructions.Source) -> None:
     real = _first(own if _SPLIT.value is None else datasets.load_data(section))
     # The classifier is that of the data it was trained on, also where another part is given back.
     name = _FEATURES.value or ("pixels" if max(real.images.shape[1:3]) <= features.MAX_PIXELS else "")
-    space = _space(name, own) if name else None
+    space = feature_spaces.open_space(name, own, inception=_INCEPTION.value) if name else None
     if space is None:
         print("note: --features=classifier or inception also measures the distance in features")
     out = Path(_OUT.value or found.home).expanduser()
@@ -145,7 +145,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     real, split = _real_images(source)
     num = _NUM.value or len(real.images)
     settings = features.settings(metrics, len(real.images), num)
-    space = _space(name, real)
+    space = feature_spaces.open_space(name, real, inception=_INCEPTION.value)
     with files.locked(out, "measuring into", ".evaluation.lock"):
         files.remove_temporaries(out, r"evaluation\.(json|csv|png)|guidance\.png", out)
         results = sweep.Results(out)
@@ -237,22 +237,6 @@ def _first(real):
         raise InputError(f"--first={first} is more than the {len(real.images)} images of the data")
     labels = None if real.labels is None else real.labels[:first]
     return real._replace(images=real.images[np.arange(first)], labels=labels)
-
-
-def _space(name, real):
-    """Returns the space of features of that name."""
-    if name not in SPACES:
-        raise InputError(f"features is {name!r}; {nearest(name, SPACES)}")
-    if _INCEPTION.value and name != "inception":
-        raise InputError(f"--inception goes with --features=inception, not {name}")
-    if name == "inception":
-        try:
-            return features.inception(_INCEPTION.value)
-        except InputError as error:
-            raise InputError(
-                f"{error}; --inception=FILE names the file, and --features=classifier needs none"
-            ) from None
-    return features.classifier(real, datasets.cache_folder()) if name == "classifier" else features.pixels()
 
 
 def _numbers(flag, texts, kind):

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from diffusion import spaces
 from diffusion.autoencoder import TrainedAutoencoder
-from diffusion.commands.datasets import latents_folder
+from diffusion.commands.datasets import cache_folder
 from diffusion.data import Dataset
 from diffusion.errors import InputError
 from diffusion.model import Model, Trained
@@ -65,7 +65,7 @@ def examples(model: Model, dataset: Dataset, flip: bool) -> Dataset:
     autoencoder = model.space.autoencoder
     if autoencoder is None:
         return dataset
-    folder, count = latents_folder(), len(dataset.images)
+    folder, count = cache_folder("latents"), len(dataset.images)
     with tqdm(total=count, unit="image", desc="encoding", disable=None, leave=False) as bar:
 
         def progress(done, total):

@@ -13,16 +13,16 @@ import json
 import shlex
 import time
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from diffusion import devices, files, sealed
-from diffusion.commands import cli, learned, rollouts, samplers, shared_flags, sources, students, usage
+from diffusion.commands import cli, learned, losses, rollouts, samplers, shared_flags, sources, students, usage
 from diffusion.errors import InputError, nearest
 from diffusion.learning import searches, tables
 from diffusion.learning.family import SCOPES
+from diffusion.solvers import ESTIMATED_SOLVERS
 from diffusion.solvers.history import from_table, to_table
 
 shared_flags.define_source_flags()
@@ -31,8 +31,11 @@ _CALLS = flags.DEFINE_list("calls", ["5"], "Network calls of each table to learn
 _SCOPE = flags.DEFINE_string("scope", "all", f"What of a sampler is learned: {', '.join(SCOPES)}.")
 _TEACHER = flags.DEFINE_string("teacher", "unipc:order=3", "The solver whose samples are the goal; deterministic.")
 _TEACHER_CALLS = flags.DEFINE_integer("teacher_calls", 64, "Steps of the teacher.", lower_bound=2)
-_FLOOR = flags.DEFINE_float(
-    "floor", 0.001, "A squared error at which a sample counts as reached; 1 weighs all errors alike.", lower_bound=1e-9
+_LOSS = flags.DEFINE_string(
+    "loss",
+    "log",
+    "How samples are compared with the teacher's: log:floor=0.001, where a squared error of floor counts as reached; "
+    "mse; l1, for latents; or features:space=classifier, of a network that is trained on the run's data.",
 )
 _NOISES = flags.DEFINE_integer("noises", 128, "Noises to learn from, and as many to judge by.", lower_bound=8)
 _AGAIN = flags.DEFINE_bool("again", False, "Learn a table anew although there is one.")
@@ -48,7 +51,7 @@ def main() -> None:
     calls = _parse_calls(source.trained.model.schedule.num_timesteps)
     if _SCOPE.value not in SCOPES:
         raise InputError(f"scope is {_SCOPE.value!r}; {nearest(_SCOPE.value, SCOPES)}")
-    teacher = _teacher(source)
+    teacher, loss = _teacher(source), losses.parse(_LOSS.value)
     folder = source.home / learned.FOLDER
     files.make_folder(folder, source.home)
     with files.locked(folder, "learning tables in", ".learning.lock"):
@@ -58,8 +61,9 @@ def main() -> None:
         wanted = [count for count in calls if _AGAIN.value or not _is_done(source, folder, count)]
         if not wanted:
             return
+        compared = loss.function(source.trained, **loss.options)
         print(f"{source.name}, step {source.trained.step:,}: learning tables of {', '.join(map(str, wanted))} calls")
-        bed = _make_bed(source, teacher)
+        bed = _make_bed(source, teacher, compared)
         for count in wanted:
             _learn(source, bed, folder, count)
 
@@ -82,6 +86,8 @@ def _teacher(source):
     model = source.trained.model
     if samplers.is_file(_TEACHER.value) or _TEACHER.value == learned.LEARNED:
         raise InputError("teacher names a table; name a solver, as unipc:order=3, and its steps with --teacher_calls")
+    if _TEACHER.value.partition(":")[0] in ESTIMATED_SOLVERS:
+        raise InputError(f"teacher is {_TEACHER.value}, which draws noise at every step; take unipc:order=3")
     if _TEACHER_CALLS.value > (most := model.schedule.num_timesteps):
         raise InputError(f"teacher_calls is {_TEACHER_CALLS.value}; this model has {most} timesteps: give 2..{most}")
     sampling = sources.make_sampling(source, _TEACHER.value, _TEACHER_CALLS.value, "uniform")
@@ -93,7 +99,7 @@ def _teacher(source):
 
 def _places(source, folder, count):
     """Returns the paths of a table, of the losses of its search, and of a search that is not at its end."""
-    path = folder / learned.name_of(count, source.guidance)
+    path = folder / learned.name_of(count, source.guidance, source.weaker)
     return path, path.with_suffix(".csv"), folder / f".{path.stem}.search.json"
 
 
@@ -121,7 +127,8 @@ def _is_done(source, folder, count):
 def _facts(source):
     """Returns everything that determines a table."""
     settings = {"scope": _SCOPE.value, "teacher": _TEACHER.value, "teacher_calls": _TEACHER_CALLS.value}
-    settings |= {"noises": _count(source), "floor": _FLOOR.value, "seed": source.seed, "labels": list(source.labels)}
+    settings |= {"noises": _count(source), "loss": losses.spelled_out(losses.parse(_LOSS.value))}
+    settings |= {"seed": source.seed, "labels": list(source.labels)}
     return {**source.facts(), **settings}
 
 
@@ -135,7 +142,7 @@ def _count(source):
     return -(-_NOISES.value // size) * size
 
 
-def _make_bed(source, teacher):
+def _make_bed(source, teacher, loss):
     """Draws the noises, and has the teacher make samples of them."""
     model, key = source.trained.model, rollouts.key_of(source.seed, "tabl")
     size, count = _batch_size(source), _count(source)
@@ -144,25 +151,15 @@ def _make_bed(source, teacher):
         for first in (0, count)
     )
     asked = rollouts.asked(source.trained, source.settings, source.guidance)
-    # Where images have a bound, they are shown within it, and compared as they are shown.
-    measure = _within_bounds if model.space.clip != "none" else _as_it_is
     began = time.perf_counter()
     with tqdm(total=2 * count, unit="image", desc="teacher", leave=False, disable=None) as progress:
-        parts = (asked, model.schedule, teacher, train, held, measure)
-        bed = tables.make_bed(*parts, floor=_FLOOR.value, tick=lambda: progress.update(size))
+        parts = (asked, model.schedule, teacher, train, held, loss)
+        bed = tables.make_bed(*parts, tick=lambda: progress.update(size))
     print(
         f"teacher: {_TEACHER.value}, {teacher.nfe} calls, {count} noises to learn from and {count} to judge by "
         f"({time.perf_counter() - began:.0f} s)"
     )
     return bed
-
-
-def _within_bounds(x):
-    return jnp.clip(x, -1, 1)
-
-
-def _as_it_is(x):
-    return x
 
 
 def _learn(source, bed, folder, count):
@@ -178,15 +175,18 @@ def _learn(source, bed, folder, count):
         print(f"{count} calls: going on after {search.iterations} iterations")
     best = search.trials[0]
     print(f"{count} calls: best hand-made {best.start[0]} on {best.start[1]}, held-out loss {search.hand_made:.3f}")
+    compiled, made = None, 0  # when the first iteration, which compiles, was over, and how many were made since then
     while search.current is not None:
         number, started = search.current, time.perf_counter()
         search = tables.advance(bed, search)
         sealed.write(unfinished, {"identity": identity, **searches.to_record(search)}, folder)
-        trial, seconds = search.trials[number], time.perf_counter() - started
+        trial, now = search.trials[number], time.perf_counter()
         loss, held_loss = trial.losses[-1]
+        compiled, made = (now, 0) if compiled is None else (compiled, made + 1)
+        left = f", about {(now - compiled) / made * tables.iterations_left(search):.0f} s left" if made else ""
         print(
             f"  from {trial.start[0]} on {trial.start[1]}, iteration {trial.iterations}: loss {loss:.3f}, held-out "
-            f"{held_loss:.3f}  {seconds:.1f} s, {time.perf_counter() - began:.0f} s so far",
+            f"{held_loss:.3f}  {now - started:.1f} s, {now - began:.0f} s so far{left}",
             flush=True,
         )
     _finish(source, bed, search, places, folder)
@@ -211,13 +211,16 @@ def _resume(path, identity, bed, folder):
 
 def _finish(source, bed, search, places, folder):
     """Writes the table with its curve if it beats the hand-made samplers, and says by how much."""
+    path, curves, _ = places
     if search.leader.best_loss >= search.hand_made:
-        print(f"{search.calls} calls: nothing beat the best hand-made sampler on held-out noise; no table is written")
+        stays = f"; {path} was learned before and stays as it was" if path.exists() else ""
+        print(f"{search.calls} calls: nothing beat the best hand-made sampler on held-out noise: no table{stays}")
         return
-    history, (path, curves, _) = tables.result(bed, search), places
+    history = tables.result(bed, search)
     solver, grid = search.leader.start
     ratio = tables.error_ratio(search)
     facts = {**_facts(source), "from": f"{solver} on {grid}", "held_out": search.leader.best_loss}
+    facts["held_out_curve"] = [held_loss for _, held_loss in search.leader.losses if np.isfinite(held_loss)]
     table = to_table(history, f"{learned.LEARNED}({search.calls} calls)", facts)
     files.write_atomically(path, table.to_json().encode(), folder)
     files.write_atomically(curves, _curves(search).encode(), folder)
@@ -230,7 +233,7 @@ def _finish(source, bed, search, places, folder):
         f"--steps={search.calls}",
     ]
     print(
-        f"{search.calls} calls: the typical squared error on held-out noise is {ratio:.3f} of the best hand-made "
+        f"{search.calls} calls: the typical error on held-out noise is {ratio:.3f} of the best hand-made "
         f"sampler's; wrote {path}; draw with: {' '.join(drawing)}"
     )
 

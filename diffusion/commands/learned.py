@@ -1,5 +1,7 @@
 """Keeps learned tables beside the model that they were learned for, and says where one is used otherwise."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ from diffusion.errors import InputError, printable
 from diffusion.guidance import Guidance
 from diffusion.model import Model
 from diffusion.schedules import fingerprint
-from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable, from_json
 
 LEARNED = "learned"
@@ -23,7 +24,12 @@ BINDING = ("schedule", "prediction", "shape")
 
 
 def facts_of(
-    model: Model, weights: str, clip: str, guidance: Guidance, threshold: float | None = None
+    model: Model,
+    weights: str,
+    clip: str,
+    guidance: Guidance,
+    threshold: float | None = None,
+    weaker: str | None = None,
 ) -> dict[str, Any]:
     """Returns what a table is learned for, for `SamplerTable.facts`.
 
@@ -31,37 +37,58 @@ def facts_of(
       model: the network.
       weights: SHA-256 of its parameters.
       clip, guidance, threshold: how it is asked; threshold is the quantile of dynamic thresholding.
+      weaker: SHA-256 of the parameters of the model that guidance pushes away from, if there is one.
     """
-    guidance = guidance if guidance.acts() else Guidance()
-    weaker = None if guidance.reference_fn is None else digest(guidance.reference_params)
     return {
         "schedule": fingerprint(model.schedule),
         "prediction": model.prediction,
         "shape": list(model.space.shape),
         "clip": clip,
         "threshold": threshold,
+        **_guidance_facts(guidance, weaker),
+        "weights": weights,
+    }
+
+
+def _guidance_facts(guidance, weaker):
+    """Returns what a table must know of guidance; guidance that does not act is none."""
+    guidance, weaker = (guidance, weaker) if guidance.acts() else (Guidance(), None)
+    return {
         "guidance_scale": float(guidance.scale),
         "guidance_rule": guidance.rule,
         "guidance_interval": None if guidance.interval is None else list(guidance.interval),
         "guidance_rescale": float(guidance.rescale),
         "guidance_model": weaker,
-        "weights": weights,
     }
 
 
-def name_of(calls: int, guidance: Guidance) -> str:
-    """Returns the file name of a table: 5.json, or 5-guidance2.json for a guided model."""
-    return f"{calls}-guidance{guidance.scale:g}.json" if guidance.acts() else f"{calls}.json"
+def name_of(calls: int, guidance: Guidance, weaker: str | None = None) -> str:
+    """Returns the file name of a table: 5.json, or 5-guidance2.json for a guided model.
+
+    Where guidance has more to say than its scale, a few digits that follow from all of it end the name, as in
+    5-guidance2-1f3a9c.json.
+
+    Args:
+      calls: network calls.
+      guidance, weaker: as for `facts_of`.
+    """
+    if not guidance.acts():
+        return f"{calls}.json"
+    facts, plain = _guidance_facts(guidance, weaker), _guidance_facts(Guidance(scale=guidance.scale), None)
+    more = "" if facts == plain else f"-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:6]}"
+    return f"{calls}-guidance{guidance.scale:g}{more}.json"
 
 
-def find(home: Path, shipped: str, calls: int, guidance: Guidance, workdir: str) -> SamplerTable:
+def find(
+    home: Path, shipped: str, calls: int, guidance: Guidance, workdir: str, weaker: str | None = None
+) -> SamplerTable:
     """Returns the table that was learned for a model, with its guidance if there is one of that kind.
 
     Args:
       home: where files about the model go.
       shipped: the name of the model in the package if it is one of those, else "".
       calls: network calls.
-      guidance: how the model is asked.
+      guidance, weaker: how the model is asked, as for `facts_of`.
       workdir: what --workdir calls the model, for the error.
 
     Raises:
@@ -69,7 +96,7 @@ def find(home: Path, shipped: str, calls: int, guidance: Guidance, workdir: str)
     """
     folders = [home / FOLDER] + [pretrained.tables(shipped)] * bool(shipped)
     # One for this guidance anywhere comes before one for another.
-    names = (name_of(calls, guidance), f"{calls}-guidance*.json", f"{calls}.json")
+    names = (name_of(calls, guidance, weaker), f"{calls}-guidance*.json", f"{calls}.json")
     if found := [path for name in names for folder in folders for path in sorted(folder.glob(name))]:
         return read_table(found[0])
     having = sorted({int(p.stem) for folder in folders for p in folder.glob("*.json") if p.stem.isdecimal()})

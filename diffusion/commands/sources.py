@@ -68,7 +68,12 @@ class Source(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """Returns what a table that is learned for this model, asked in this way, is learned for."""
         asked = self.settings["clip"], self.guidance, self.settings["dynamic_threshold"]
-        return learned.facts_of(self.trained.model, self.sha256, *asked)
+        return learned.facts_of(self.trained.model, self.sha256, *asked, self.weaker)
+
+    @property
+    def weaker(self) -> str | None:
+        """Returns the SHA-256 of the model that guidance pushes away from, or None where there is none."""
+        return self.settings.get("guidance_model_sha256")
 
     def resources(self) -> samplers.Resources:
         """Returns what samplers may need that is estimated on the model and its data."""
@@ -260,7 +265,8 @@ def _learned_table(source, steps, tau, eta):
     if eta is not None:
         raise InputError("--eta does nothing for a learned table; leave it out")
     shipped = SHIPPED if source.shipped else ""
-    table = learned.find(source.home, shipped, steps, source.guidance, SHIPPED_NAME if shipped else source.name)
+    name = SHIPPED_NAME if shipped else source.name
+    table = learned.find(source.home, shipped, steps, source.guidance, name, source.weaker)
     return samplers.checked(source.trained.model.schedule, table, table.name, "learn it again")
 
 

@@ -144,6 +144,11 @@ def activations(params: dict[str, Any], images: Float[Array, "N H W C"], num_cla
     return tuple(nn.relu(kept[name]["__call__"][0]) for name in sorted(kept, key=lambda n: int(n.rpartition("_")[2])))
 
 
+def vectors(params: dict[str, Any], images: Float[Array, "N H W C"]) -> Float[Array, "N 128"]:
+    """Returns the features of images in [-1, 1], which need not be rounded to 8 bits; JAX can differentiate it."""
+    return Network(params["logits"]["bias"].shape[0]).apply({"params": params}, images).features
+
+
 def train(dataset: Dataset, *, epochs: int = 20, seed: int = 0) -> Classifier:
     """Trains a classifier on four fifths of the data, and measures its accuracy on the rest.
 

@@ -197,8 +197,12 @@ def apply(params: dict[str, Any], images: UInt8[Array, "N H W 3"]) -> Outputs:
 
 def prepare(images: UInt8[Array, "N H W 3"]) -> Float[Array, "N 299 299 3"]:
     """Returns images as the network takes them: resized, in [-1, 1]."""
-    shape = (images.shape[0], SIZE, SIZE, images.shape[3])
-    return jax.image.resize(to_floats(images), shape, "bilinear", antialias=False)
+    return resize(to_floats(images))
+
+
+def resize(images: Float[Array, "N H W 3"]) -> Float[Array, "N 299 299 3"]:
+    """Returns images in the size that the network takes."""
+    return jax.image.resize(images, (len(images), SIZE, SIZE, images.shape[3]), "bilinear", antialias=False)
 
 
 def load(path: str | os.PathLike | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from diffusion.data import Dataset, fingerprint
 from diffusion.errors import InputError
@@ -16,6 +16,7 @@ from diffusion.evaluation import classifier as classifiers
 from diffusion.evaluation import inception as inceptions
 from diffusion.evaluation.cache import cached
 from diffusion.sealed import digest
+from diffusion.types import Images
 
 MAX_PIXELS = 16
 """Largest height and width of images in the space of pixels."""
@@ -44,12 +45,16 @@ class FeatureSpace:
         does not take.
       facts: what a report should say of the space, such as the classifier's accuracy on images held out; "doubts" is a
         list of sentences that warn of figures in it.
+      params, trace: trace(params, images [N, H, W, C] in [-1, 1]) -> the vectors of `extract`, as a function that JAX
+        can trace and differentiate: images are not rounded to 8 bits. None where a space has no such function.
     """
 
     name: str
     key: str
     extract: Callable[[UInt8[np.ndarray, "N H W C"]], Features]
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    params: Any = None
+    trace: Callable[[Any, Images], Float[Array, "N D"]] | None = None
 
 
 def pixels() -> FeatureSpace:
@@ -68,7 +73,10 @@ def pixels() -> FeatureSpace:
             )
         return Features(images.reshape(len(images), -1).astype(np.float32) / 255, None)
 
-    return FeatureSpace("pixels", "pixels 1", extract)
+    def trace(params, images):
+        return (images.reshape(len(images), -1) + 1) / 2
+
+    return FeatureSpace("pixels", "pixels 1", extract, trace=trace)
 
 
 def classifier(
@@ -98,7 +106,7 @@ def classifier(
 
     facts = {name: value for name, value in trained._asdict().items() if name not in ("params", "image_shape")}
     facts["doubts"] = trained.doubts()
-    return FeatureSpace("classifier", trained.sha256(), extract, facts)
+    return FeatureSpace("classifier", trained.sha256(), extract, facts, trained.params, classifiers.vectors)
 
 
 def trained_classifier(
@@ -128,10 +136,18 @@ def inception(path: str | os.PathLike | None = None, *, batch_size: int = 32) ->
 
     def extract(images):
         _check_images(images)
-        colour = images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
-        return _in_batches(lambda x: inceptions.apply(params, x), colour, batch_size)
+        return _in_batches(lambda x: inceptions.apply(params, x), _coloured(images), batch_size)
 
-    return FeatureSpace("inception", digest(jax.device_get(params)), extract)
+    def trace(params, images):
+        resized = inceptions.resize(_coloured(images))
+        return inceptions.Inception().apply({"params": params}, resized).pool
+
+    return FeatureSpace("inception", digest(jax.device_get(params)), extract, params=params, trace=trace)
+
+
+def _coloured(images):
+    """Returns grey images as RGB, and others as they are; takes NumPy and JAX arrays."""
+    return images if images.shape[3] == 3 else images.repeat(3, axis=3)
 
 
 def _check_images(images):

@@ -6,6 +6,7 @@ All zeros are the hand-made solver on the grid that the family starts from. The 
     times    the times told to the network, while signal and noise stay those of tau (LD3, arXiv:2405.15506),
     history  the weight of each earlier D against the newest one's (as S4S, arXiv:2502.17423),
     sums     the sum of the weights of a step, and what it keeps of x,
+    last     both of these in the last step, which makes the sample,
 
 and the solver is built anew at the present tau, so that its theory stays in (as GS, arXiv:2510.17699). The change of a
 step's weights is in units of W_i = a_s - (n_s / n_t) a_t, the weight of D in the DDIM step.
@@ -23,9 +24,9 @@ from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import SamplerTable
 from diffusion.solvers.history import History, from_table
 
-GROUPS = ("grid", "times", "history", "sums")
+GROUPS = ("grid", "times", "history", "sums", "last")
 
-SCOPES = {"all": GROUPS, "tau": ("grid", "times"), "coefficients": ("history", "sums")}
+SCOPES = {"all": GROUPS, "tau": ("grid", "times"), "coefficients": ("history", "sums", "last")}
 """What is learned, by name: everything (GS), the times only (LD3), or the coefficients on a fixed grid (S4S)."""
 
 TIME_UNIT = 0.1
@@ -63,7 +64,8 @@ class Family(NamedTuple):
     def sizes(self) -> dict[str, int]:
         """Counts the numbers of each group that is free."""
         steps = self.num_steps
-        sizes = {"grid": steps + 1, "times": steps, "history": steps * (steps - 1) // 2, "sums": 2 * steps}
+        sizes = {"grid": steps + 1, "times": steps}
+        sizes |= {"history": (steps - 1) * (steps - 2) // 2, "sums": 2 * (steps - 1), "last": steps + 1}
         return {group: size for group, size in sizes.items() if group in self.groups}
 
     @property
@@ -89,12 +91,15 @@ class Family(NamedTuple):
         signal, noise = self.schedule.at(tau)
         unit = signal[1:] - noise[1:] / noise[:-1] * signal[:-1]
         # What a step adds to the weights of the earlier D it takes from the newest, so that a constant D is kept.
+        of_last, sums = np.split(parts["last"], [steps - 1])
+        earlier, last = parts["sums"].reshape(2, steps - 1), sums[:, None]
+        totals, kept = np.concatenate([earlier, last], axis=1)
         change = np.zeros((steps, steps))
-        change[np.tril_indices(steps, -1)] = parts["history"]
-        change[np.diag_indices(steps)] = parts["sums"][:steps] - change.sum(axis=1)
+        change[np.tril_indices(steps, -1)] = np.concatenate([parts["history"], of_last])
+        change[np.diag_indices(steps)] = totals - change.sum(axis=1)
         return base._replace(
             t=np.minimum(base.t * (1 + TIME_UNIT * parts["times"]), self.schedule.num_timesteps),
-            keep=base.keep + unit * parts["sums"][steps:],
+            keep=base.keep + unit * kept,
             weights=base.weights + unit[:, None] * change,
         )
 

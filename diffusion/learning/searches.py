@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.learning import starts
 from diffusion.learning.least_squares import MAX_STEP, Fit
-from diffusion.learning.tables import MAX_ITERATIONS, Bed, Search, Trial, family_of, hand_made
+from diffusion.learning.tables import MAX_ITERATIONS, Bed, Search, Trial, family_of
 
 
 def to_record(search: Search) -> dict[str, Any]:
@@ -22,11 +23,11 @@ def from_record(record: Mapping[str, Any]) -> Search:
 
 def check(search: Search, bed: Bed, calls: int, groups: tuple[str, ...]) -> None:
     """Raises ValueError or InputError unless a search is one for this bed: a record can be a stranger's."""
-    starts = {(solver, grid) for solver, grid, _ in hand_made(bed.schedule, calls)}
+    known = {(solver, grid) for solver, grid, _ in starts.hand_made(bed.schedule, calls)}
     if (search.calls, search.groups) != (calls, groups) or not search.trials or not np.isfinite(search.hand_made):
         raise ValueError("a search for another table")
     for trial in search.trials:
-        if trial.start not in starts or not trial.losses:
+        if trial.start not in known or not trial.losses:
             raise ValueError("a trial that begins at no hand-made sampler")
         size = (family_of(bed, calls, groups, trial.start).size,)
         if not trial.fit.numbers.shape == trial.best.shape == size or trial.fit.errors.shape != (bed.count,):

@@ -7,31 +7,23 @@ state, so that a search which was cut off goes on from the last iteration.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from diffusion import options, timesteps
 from diffusion.errors import InputError
-from diffusion.learning import least_squares, rollout
+from diffusion.learning import least_squares, rollout, starts
 from diffusion.learning.family import Family
-from diffusion.learning.least_squares import Errors, Fit
+from diffusion.learning.least_squares import Fit
+from diffusion.learning.losses import LOG, Errors, Loss
 from diffusion.learning.rollout import Asked, Noises
 from diffusion.schedules import NoiseSchedule
-from diffusion.solvers import SOLVERS
-from diffusion.solvers.history import History, from_table
+from diffusion.solvers.history import History
 from diffusion.types import Images
-
-BASES = ("ddim", "dpm_solver_pp:order=2", "dpm_solver_pp:order=3", "unipc:order=2", "unipc:order=3")
-BASES += ("unipc:order=2,lower_order_final=False", "unipc:order=3,lower_order_final=False", "deis:order=2", "ipndm")
-GRIDS = ("uniform", "quadratic", "log_snr", "karras")
-STARTS = (1.0, 0.985)
-"""Which hand-made solvers are looked at, on which grids, from which shares of T on."""
 
 TRIALS, PER_TRIAL, BEHIND = 3, 2, 0.3
 """From how many hand-made samplers the search begins, how many iterations each gets before the best goes on, and by how
@@ -41,6 +33,9 @@ PATIENCE, WORTHWHILE = 2, 0.002
 """The search ends after so many iterations in a row that lower the held-out loss by less than this."""
 
 MAX_ITERATIONS = 40
+
+USUAL = 12
+"""The number of iterations that a search makes from its best start, roughly; only for the time left."""
 
 MAX_CALLS = 50
 """The most calls of a table that is learned; with more, hand-made solvers are as good as their many steps."""
@@ -54,8 +49,7 @@ class Bed(NamedTuple):
       schedule: its noise schedule.
       train, held: noises to learn from, and others to judge by, in batches of one size.
       train_targets, held_targets: what the teacher makes of them, batch by batch.
-      measure: what is compared of samples; a function that JAX can trace.
-      floor: see `least_squares`.
+      compared: what is compared of samples, and how much an error counts.
     """
 
     asked: Asked
@@ -64,8 +58,7 @@ class Bed(NamedTuple):
     held: tuple[Noises, ...]
     train_targets: tuple[Images, ...]
     held_targets: tuple[Images, ...]
-    measure: Callable[[Images], Images]
-    floor: float = least_squares.FLOOR
+    compared: Loss = LOG
 
     @property
     def count(self) -> int:
@@ -73,14 +66,14 @@ class Bed(NamedTuple):
         return sum(len(part.x) for part in self.train)
 
     def loss(self, errors: Errors) -> float:
-        """Returns the logarithm of the typical squared error, by which samplers are judged."""
-        return least_squares.typical(errors, self.floor)
+        """Returns the logarithm of the typical error, by which samplers are judged."""
+        return self.compared.typical(errors)
 
     def errors(self, history: History, held: bool) -> Errors:
-        """Returns the mean square distance of each sample from the teacher's."""
+        """Returns the error of each sample beside the teacher's."""
         noises, targets = (self.held, self.held_targets) if held else (self.train, self.train_targets)
         parts = [
-            _errors(self.measure, rollout.run(self.asked, history, part), target)
+            _errors(self.compared, rollout.run(self.asked, history, part), target)
             for part, target in zip(noises, targets, strict=True)
         ]
         return np.concatenate([np.asarray(part, np.float64) for part in parts])
@@ -157,9 +150,8 @@ def make_bed(
     teacher: History,
     train: tuple[Noises, ...],
     held: tuple[Noises, ...],
-    measure: Callable[[Images], Images],
+    compared: Loss = LOG,
     *,
-    floor: float = least_squares.FLOOR,
     tick: Callable[[], None] = lambda: None,
 ) -> Bed:
     """Has the teacher draw what a table is learned from.
@@ -168,7 +160,7 @@ def make_bed(
       asked, schedule: the network.
       teacher: a sampler of many calls.
       train, held: the noises, in batches.
-      measure, floor: see `Bed`.
+      compared: see `Bed`.
       tick: is called after each batch.
 
     Raises:
@@ -180,27 +172,16 @@ def make_bed(
         if not np.isfinite(np.asarray(targets[-1])).all():
             raise InputError("the teacher's samples are not finite: the weights diverged; take another checkpoint")
         tick()
-    return Bed(asked, schedule, train, held, tuple(targets[: len(train)]), tuple(targets[len(train) :]), measure, floor)
+    return Bed(asked, schedule, train, held, tuple(targets[: len(train)]), tuple(targets[len(train) :]), compared)
 
 
-def hand_made(schedule: NoiseSchedule, calls: int) -> Iterator[tuple[str, str, History]]:
-    """Yields (solver, grid, history) for the hand-made samplers of so many calls that the schedule allows."""
-    seen = set()
-    for base in BASES:
-        for name in GRIDS:
-            for start in STARTS:
-                grid = name if start == 1 else f"{name}:start={start:g}"
-                try:
-                    history = from_table(_solver(base)(schedule, _grid(schedule, grid, calls)))
-                except InputError:  # such as order 3 in a single step, or a grid in log-SNR at zero terminal SNR
-                    continue
-                key = b"".join(np.asarray(part, np.float64).tobytes() for part in history)
-                if key not in seen and history.nfe == calls:
-                    seen.add(key)
-                    yield base, grid, history
-
-
-def begin(bed: Bed, calls: int, groups: tuple[str, ...], tick: Callable[[], None] = lambda: None) -> Search:
+def begin(
+    bed: Bed,
+    calls: int,
+    groups: tuple[str, ...],
+    tick: Callable[[], None] = lambda: None,
+    among: Iterable[tuple[str, str, History]] | None = None,
+) -> Search:
     """Ranks the hand-made samplers on held-out noise and returns the search that starts from the best of them.
 
     Args:
@@ -208,12 +189,13 @@ def begin(bed: Bed, calls: int, groups: tuple[str, ...], tick: Callable[[], None
       calls: network calls of the table.
       groups: what is free.
       tick: is called after each sampler.
+      among: the hand-made samplers to choose from, as `starts.hand_made` yields them; None takes its own.
 
     Raises:
       InputError: no hand-made sampler of so many calls works.
     """
     ranked = []
-    for base, grid, history in hand_made(bed.schedule, calls):
+    for base, grid, history in among or starts.hand_made(bed.schedule, calls):
         with contextlib.suppress(InputError):  # the interval of guidance holds none of its times
             ranked.append((bed.loss(bed.errors(history, held=True)), base, grid))
         tick()
@@ -251,6 +233,14 @@ def advance(bed: Bed, search: Search) -> Search:
     return search._replace(trials=(*search.trials[:number], trial, *search.trials[number + 1 :]))
 
 
+def iterations_left(search: Search) -> int:
+    """Guesses how many more iterations a search makes; 0 at its end."""
+    if search.current is None:
+        return 0
+    leader = search.leader
+    return max(USUAL - leader.iterations, PATIENCE - leader.stalled, 1)
+
+
 def result(bed: Bed, search: Search) -> History:
     """Returns the best sampler that the search has found, on held-out noise; never worse than a hand-made one."""
     leader = search.leader
@@ -258,24 +248,16 @@ def result(bed: Bed, search: Search) -> History:
 
 
 def error_ratio(search: Search) -> float:
-    """Returns the typical squared error on held-out noise over that of the best hand-made sampler."""
+    """Returns the typical error on held-out noise over that of the best hand-made sampler."""
     return float(np.exp(search.leader.best_loss - search.hand_made))
-
-
-def _solver(text: str) -> Callable[..., Any]:
-    choice = options.parse("sampler", text, SOLVERS, leading=2)
-    return partial(choice.function, **choice.options)
-
-
-def _grid(schedule, text, calls):
-    choice = options.parse("tau", text, timesteps.GRIDS, leading=2)
-    return choice.function(schedule, calls, **choice.options)
 
 
 def family_of(bed: Bed, calls: int, groups: tuple[str, ...], start: tuple[str, str]) -> Family:
     """Returns the family around a hand-made sampler; the arguments are as in `Search` and `Trial`."""
     base, grid = start
-    return Family(bed.schedule, _solver(base), np.asarray(_grid(bed.schedule, grid, calls), np.float64), groups=groups)
+    return Family(
+        bed.schedule, starts.solver(base), np.asarray(starts.grid(bed.schedule, grid, calls), np.float64), groups=groups
+    )
 
 
 def _problem(bed, family, start_loss=0.0):
@@ -293,28 +275,25 @@ def _problem(bed, family, start_loss=0.0):
         for part, target in zip(bed.train, bed.train_targets, strict=True):
             samples, moves = rollout.run_with_jacobian(bed.asked, history, derivative, part)
             of_part = weights[begin : begin + len(part.x)].astype(np.float32)
-            sums = _sums(bed.measure, samples, moves, target, of_part)
+            sums = _sums(bed.compared, samples, moves, target, of_part)
             total = [so_far + np.asarray(more, np.float64) for so_far, more in zip(total, sums, strict=True)]
             begin += len(part.x)
         return total[0] / begin, total[1] / begin
 
-    error = np.exp(start_loss)
-    ridge = least_squares.RIDGE * error / (error + bed.floor)
-    return least_squares.Problem(errors, equations, family.corrections(), bed.floor, ridge)
+    ridge = least_squares.RIDGE * bed.compared.scale(np.exp(start_loss))
+    return least_squares.Problem(errors, equations, family.corrections(), bed.compared, ridge)
 
 
-@partial(jax.jit, static_argnums=0)
-def _errors(measure, samples, targets):
-    residuals = (measure(samples) - measure(targets)).reshape(len(samples), -1)
-    return jnp.mean(jnp.square(residuals), axis=1)
+@jax.jit
+def _errors(compared, samples, targets):
+    return compared.of(compared.differences(samples, targets))
 
 
-@partial(jax.jit, static_argnums=0)
-def _sums(measure, samples, moves, targets, weights):
-    """Returns sum_n w_n J_n^T J_n and sum_n w_n J_n^T r_n of a batch, means over the residuals of a sample."""
-    measured, along = jax.linearize(measure, samples)
-    residuals = (measured - measure(targets)).reshape(len(samples), -1)
-    jacobian = jax.vmap(along)(moves).reshape(len(moves), *residuals.shape)
-    weighted = jacobian * (weights / residuals.shape[1])[None, :, None]
+@jax.jit
+def _sums(compared, samples, moves, targets, weights):
+    """Returns sum_n w_n J_n^T W_n J_n and sum_n w_n J_n^T W_n r_n of a batch, means over the numbers compared."""
+    residuals, along = jax.linearize(lambda x: compared.differences(x, targets), samples)
+    jacobian = jax.vmap(along)(moves)
+    weighted = jacobian * (weights[:, None] * compared.pull(residuals) / residuals.shape[1])[None]
     with jax.default_matmul_precision("highest"):
         return jnp.einsum("pnr,qnr->pq", weighted, jacobian), jnp.einsum("pnr,nr->p", weighted, residuals)
