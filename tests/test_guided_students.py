@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from commands import error_line, run, train
-from test_mean_flow import SHORT, check_resumes, check_travels, refuses
+from student_runs import SHORT, check_resumes, check_travels, refuses
 from tiny import KEY
 
 from configs.default import get_config

@@ -1,12 +1,11 @@
 """Laws of MeanFlow: of its objective, of its network, and of the samplers that its networks can and cannot serve."""
 
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import digest, error_line, run, saved_steps, train
+from commands import error_line, run, train
+from student_runs import SHORT, check_resumes, check_travels, refuses
 from tiny import KEY
 
 import diffusion
@@ -308,23 +307,6 @@ def test_a_mean_flow_begins_with_a_teacher_of_the_velocity_only():
         students.complete(config, pretrained.load("digits"))
 
 
-SHORT = ("--config.train.batch_size=4", "--config.train.log_every=2", "--config.train.save_every=2")
-SHORT += ("--config.train.grid_every=100", "--config.train.keep=9", "--config.sample.num=4")
-
-
-def check_resumes(folder, name, learn, steps=4):
-    """A run that was killed after its second step, and resumed, has the same bits."""
-    result = learn(name)
-    assert result.returncode == 0, result.stderr
-    shutil.copytree(folder / name, folder / "again")
-    for step in saved_steps(folder / "again"):
-        if step > 2:
-            shutil.rmtree(folder / "again" / "checkpoints" / str(step))
-    assert learn("again").returncode == 0
-    assert digest(folder / name, steps) == digest(folder / "again", steps)
-    assert (folder / name / "metrics.csv").read_bytes() == (folder / "again/metrics.csv").read_bytes()
-
-
 def test_a_mean_flow_from_scratch_resumes_exactly_and_draws_without_flags(tmp_path, compile_once):
     def learn(name):
         recipe = ("--config=configs/digits_meanflow.py", "--config.train.num_steps=4", *SHORT)
@@ -349,22 +331,6 @@ def test_a_mean_flow_travels_in_a_file_and_refuses_what_it_cannot_do(tmp_path, c
         ("evaluate.py", "--bound=2", "this is a student for few calls"),
         ("learn.py", "--calls=3", "this is a student for few calls"),
     )
-
-
-def check_travels(folder, workdir, *asked):
-    """A file of convert.py draws what the run draws."""
-    assert run("convert.py", f"--workdir={workdir}", "--out=one.safetensors", cwd=folder).returncode == 0
-    images = []
-    for name in (workdir, "one.safetensors"):
-        drawn = run("sample.py", f"--workdir={name}", "--num=2", f"--out=drawn{len(images)}", *asked, cwd=folder)
-        assert drawn.returncode == 0, drawn.stderr
-        images.append(np.load(folder / f"drawn{len(images)}" / "samples.npz")["samples"])
-    np.testing.assert_array_equal(*images)
-
-
-def refuses(folder, *mistakes):
-    for script, flag, message in mistakes:
-        assert message in error_line(run(script, "--workdir=run", flag, cwd=folder))
 
 
 @pytest.mark.reliability
