@@ -17,7 +17,7 @@ from diffusion.solvers import ddim, unipc
 
 SOLVERS = {"ddim": ddim, "unipc:order=2": partial(unipc, order=2)}
 FORMULAS = ("uniform", "quadratic", "log_snr", "karras")
-PATHS, IMAGES = 64, 1024
+PATHS, IMAGES = 64, 256
 """How many paths of a teacher, and how many images, the grids that are found look at."""
 
 
