@@ -265,7 +265,8 @@ def test_a_run_that_stopped_among_rivals_and_went_on_ends_in_the_same_bits(train
         done = run("train.py", KL, *SMALL, f"--config.train.num_steps={steps}", "--workdir=again", cwd=trained)
         assert done.returncode == 0, done.stderr
     assert digest(trained / "run", 4) == digest(trained / "again", 4)
-    assert (trained / "run" / "metrics.csv").read_bytes() == (trained / "again" / "metrics.csv").read_bytes()
+    one, again = ((trained / name / "metrics.csv").read_text().splitlines() for name in ("run", "again"))
+    assert one == [row for row in again if not row.startswith("3,")]  # each start logs its last step
     assert load_autoencoder(trained / "run").sha256 == load_autoencoder(trained / "again").sha256
 
 
