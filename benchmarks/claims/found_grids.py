@@ -39,7 +39,7 @@ def measure(
             print(*rows[-1], flush=True)
     columns = ["grid", "steps", *(text for label in SOLVERS for text in (label, "its seeds")), "times"]
     facts = (
-        f"{model_facts(name, trained)}; Frechet distance on pixels, means of {len(seeds)} seeds, as many samples as "
+        f"{model_facts(name, trained)}; Frechet distance on pixels, means of {len(seeds)} seed(s), as many samples as "
         "real images, all grids from 0.985 T on;"
     )
     return Findings(columns, rows, _figure(means, steps), facts)

@@ -124,6 +124,7 @@ def _figure(ways):
     ticks = sorted({way.calls for way in ways})
     for axes in (left, *rest):
         axes.loglog()
+        axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
     left.set_xticks(ticks, map(str, ticks))
     left.minorticks_off()

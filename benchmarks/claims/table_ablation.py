@@ -175,7 +175,7 @@ def _picture(variants, calls, figures):
         panel.barh(range(len(variants)), means, xerr=spread, color=colours, capsize=2)
         panel.axvline(means[0], color="grey", linestyle="--")
         panel.set_yticks(range(len(variants)), [f"{variant.kind}: {variant.name}" for variant in variants])
-        panel.set(xlabel="frechet_pixels", xscale="log", title=f"{count} calls")
+        panel.set(xlabel="frechet_pixels", title=f"{count} calls")
         panel.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
     return figure
