@@ -11,8 +11,9 @@ from absl import flags
 from diffusion.commands import cli, own, reconstructions, usage
 from diffusion.errors import InputError
 from diffusion.files import read_json
-from diffusion.pretrained import weights
-from diffusion.training import autoencoders, run_folder
+from diffusion.pretrained import autoencoders, weights
+from diffusion.training import run_folder
+from diffusion.training.autoencoders import load_autoencoder
 from diffusion.training.run_folder import load_trained
 
 usage.group("The model, and the file")
@@ -40,7 +41,7 @@ def main() -> None:
 def _write(folder, out, figures):
     """Writes the model, or autoencoder, of a run to a file; returns it."""
     if reconstructions.is_autoencoder(folder):
-        found = autoencoders.load_autoencoder(folder.path, _EMA.value or "", _STEP.value)
+        found = load_autoencoder(folder.path, _EMA.value or "", _STEP.value)
         own.check_used(_NETWORK.value, found.config)
         autoencoders.save(out, found, figures)
         return found

@@ -44,7 +44,7 @@ _FREE = (
 )
 
 
-_WRITTEN = r"(config|environment)\.json|(metrics|speed)\.csv|skipped\.jsonl|loss\.png|autoencoder\.safetensors"
+_WRITTEN = r"(config|environment|latents)\.json|(metrics|speed)\.csv|skipped\.jsonl|loss\.png|autoencoder\.safetensors"
 """The files of a run that are written whole, as a regular expression."""
 
 
