@@ -149,10 +149,10 @@ def test_classes_are_drawn_by_name_or_number(tmp_path):
         train(tmp_path, "--config.train.num_steps=1", "--config.model.num_classes=-1", "--workdir=run").returncode == 0
     )
     code = (
-        "from diffusion.commands.sources import _labels\n"
+        "from diffusion.commands.guiding import labels\n"
         "from diffusion.model import Conditions\n"
         "model = type('Model', (), {'conditions': Conditions(('b', '10', '2'), 3)})\n"
-        "print(_labels(['b', '2', '1', ' 10'], model), _labels(None, model))"
+        "print(labels(['b', '2', '1', ' 10'], model), labels(None, model))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "(0, 2, 1, 1) (0, 1, 2)"  # the name '2' comes before the number

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from reference import refused
 
 from diffusion import devices, keys, schedules, solvers, timesteps
-from diffusion.commands import samplers
+from diffusion.commands import starts
 from diffusion.data import Dataset
 from diffusion.learning.analytic import cached_gamma, estimate_gamma
 from diffusion.model import Conditions, Model, Trained
@@ -38,8 +38,22 @@ def test_a_mesh_of_no_devices_or_parts_is_refused():
         devices.training_mesh(0)
 
 
-def notes(schedule, tau):
-    return list(samplers.start_notes(solvers.dpm_solver_pp(schedule, tau), schedule))
+def notes(schedule, tau, prediction="eps", clip="recompute"):
+    return list(starts.start_notes(solvers.dpm_solver_pp(schedule, tau), schedule, prediction, clip))
+
+
+def test_a_start_whose_errors_nothing_bounds_is_noted_for_eps_and_not_for_v():
+    cosine, linear = schedules.cosine(), schedules.linear()
+    tau = timesteps.uniform(cosine, 25)
+    (note,) = notes(cosine, tau, clip="none")
+    signal, noise = (np.sqrt(level[tau[:2]]) for level in (cosine.alpha_bar, cosine.noise_var))
+    # One DDIM step: D is off by n / a times the error in eps, and weighs a_s - (n_s / n_t) a_t.
+    gain = (signal[1] - noise[1] / noise[0] * signal[0]) * noise[0] / signal[0]
+    assert gain > 100
+    assert f"multiplies the network's errors by {gain:,.0f}, as the signal at t = 1000" in note
+    for quiet in ({"prediction": "v", "clip": "none"}, {"prediction": "x0", "clip": "none"}, {}):
+        assert notes(cosine, tau, **quiet) == []
+    assert notes(linear, timesteps.uniform(linear, 25), clip="none") == []
 
 
 def test_a_start_is_noted_where_it_holds_signal_and_only_there():

@@ -459,5 +459,5 @@ def test_a_model_has_twice_the_channels_where_its_objective_learns_the_variance(
         assert model.learned_variance == (channels == 6)
         params = jax.eval_shape(model.init, jax.random.key(0))
         assert jax.eval_shape(model.apply_fn, params, jnp.zeros((2, 8, 8, 3)), jnp.ones(2)).shape == (2, 8, 8, channels)
-    with refused(f"out_channels is {9 - channels}; images have 3 channels and objective {objective} wants {channels}"):
+    with refused(f"out_channels is {9 - channels}; samples have 3 channels and objective {objective} wants {channels}"):
         make_model(model_config(objective, 9 - channels), (8, 8, 3))

@@ -167,7 +167,7 @@ MISTAKES = [
     (
         "train.py",
         ["--network=json:dumps", "--config.model.width=8"],
-        "width is for the UNet; .*json:dumps:width=VALUE",
+        "width is for network unet; .*json:dumps:width=VALUE",
     ),
     ("train.py", ["--config.network=json:dmups"], "did you mean 'dumps'"),
     ("train.py", ["--config.sample.sampler=operator:add"], "sampler operator:add fails with TypeError"),

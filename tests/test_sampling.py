@@ -344,7 +344,7 @@ def ideal_gaussian_at_zero_signal(prediction):
     ("options", "message"),
     [
         ({"prediction": "epsilon"}, "'epsilon'; did you mean 'eps'"),
-        ({"prediction": None}, "prediction is None; valid: edm, eps, flow, v, x0"),
+        ({"prediction": None}, "prediction is None; valid: edm, eps, flow, mean_flow, v, x0"),
         ({"clip": "recomput"}, "'recomput'; did you mean 'recompute'"),
         ({"clip": 2}, "clip is 2; valid"),
         ({"sample_ids": np.arange(4)}, r"sample_ids have shape \(4,\)"),

@@ -53,15 +53,15 @@ def main() -> None:
         raise InputError(f"scope is {_SCOPE.value!r}; {nearest(_SCOPE.value, SCOPES)}")
     teacher, loss = _teacher(source), losses.parse(_LOSS.value)
     folder = source.home / learned.FOLDER
+    for count in calls:
+        _check_places(source, folder, count)
+    wanted = [count for count in calls if _AGAIN.value or not _is_done(source, folder, count)]
+    if not wanted:
+        return
+    compared = loss.function(source.trained, **loss.options)  # before anything is written, as it may be refused
     files.make_folder(folder, source.home)
     with files.locked(folder, "learning tables in", ".learning.lock"):
         files.remove_temporaries(folder, r".*\.(json|csv)", folder)
-        for count in calls:
-            _check_places(source, folder, count)
-        wanted = [count for count in calls if _AGAIN.value or not _is_done(source, folder, count)]
-        if not wanted:
-            return
-        compared = loss.function(source.trained, **loss.options)
         print(f"{source.name}, step {source.trained.step:,}: learning tables of {', '.join(map(str, wanted))} calls")
         bed = _make_bed(source, teacher, compared)
         for count in wanted:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import jax
 
 from diffusion import data, devices, options
-from diffusion.commands import forecast, own, usage
+from diffusion.commands import forecast, own, starts, usage
 from diffusion.commands.experiment import Experiment
 from diffusion.errors import printable
+from diffusion.model import sampling_clip
 from diffusion.training import run_folder
 from diffusion.training.state import TrainState
 
@@ -40,6 +41,14 @@ def introduction(experiment: Experiment, state: TrainState, num_steps: int) -> I
             "CPU are configs/images_small.py and configs/small.py; a training gets shorter by smaller "
             "config.train.num_steps, train.batch_size, model.width, model.num_blocks or data.size"
         )
+
+
+def start_notes(experiment: Experiment) -> Iterator[str]:
+    """Yields what is wrong with the start of the samples that are shown while training."""
+    table, model = experiment.table, experiment.model
+    if table is not None:
+        clip = sampling_clip(experiment.config, model)
+        yield from starts.start_notes(table, model.schedule, model.prediction, clip)
 
 
 def describe_classes(dataset: data.Dataset, told: bool) -> list[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,6 @@ EQUIVALENTS = {
     "unipcmultistep": "unipc:order=2",
 }
 """What samplers of diffusers and k-diffusion are called here, by their names in small letters and digits."""
-
-MAX_SIGNAL = 1e-3
-"""The share of signal in the power of x at the start above which pure noise is no start: DDPM's schedule has 4e-5."""
-
-MAX_GAIN = 100
-"""A step that multiplies the network's errors by more than this leaves nothing of an image but those errors."""
 
 Resources = Mapping[str, Callable[[Tau], Any]]
 """Options that cannot be written as text, as functions of the grid; `Source.resources` has those of a trained model."""
@@ -294,23 +288,3 @@ def _has_levels(table, t, schedule):
         if np.any(found < np.minimum(*near) - slack) or np.any(found > np.maximum(*near) + slack):
             return False
     return True
-
-
-def start_notes(table: SamplerTable, schedule: NoiseSchedule) -> Iterator[str]:
-    """Yields what is wrong with starting this sampler from pure noise, a line for each."""
-    start = float(table.tau[0])
-    signal, noise = (float(power) for power in schedule.powers(start))
-    share = signal / (signal + noise)
-    if share > MAX_SIGNAL:
-        below = "" if start == schedule.num_timesteps else f", below T = {schedule.num_timesteps}"
-        remedy = "use a schedule with less signal at T" if not below else "start higher"
-        yield (
-            f"tau starts at {start:g}{below}, where x holds signal, {share:.2g} of its power; samples start from pure "
-            f"noise, which leaves it out, and so are off in mean and spread: {remedy}"
-        )
-    gain = np.abs(table.update[:, 0]).max()
-    if gain > MAX_GAIN:
-        yield (
-            f"one step of {table.name} multiplies the network's errors by {gain:,.0f}, as the signal at t = "
-            f"{start:g} is {table.signal[0]:.1e}: expect noise; start lower, or take another sampler"
-        )

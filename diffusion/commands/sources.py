@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from diffusion import keys
-from diffusion.commands import drawing, guiding, latents, learned, opening, own, rollouts, samplers, students
+from diffusion.commands import drawing, guiding, latents, learned, opening, own, rollouts, samplers, starts, students
 from diffusion.commands.datasets import load_data_of
 from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
 from diffusion.denoiser import Options, check_options
@@ -134,8 +134,9 @@ class Sampling(NamedTuple):
         if self.tau in GRIDS and steps != self.steps:
             yield f"tau {self.tau} makes {steps} steps of --steps={self.steps}"
         yield from learned.notes(self.table, self.source.facts())
+        model = self.source.trained.model
         if not self.table.facts:  # a learned table knows where it starts
-            yield from samplers.start_notes(self.table, self.source.trained.model.schedule)
+            yield from starts.start_notes(self.table, model.schedule, model.prediction, self.source.settings["clip"])
 
     def record(self) -> dict[str, Any]:
         """Returns everything that determines image number i, for JSON."""

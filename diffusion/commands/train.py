@@ -26,11 +26,11 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict, config_flags
 
 from diffusion import data, devices, keys
-from diffusion.commands import autoencoders, cli, config_files, latents, own, plots, recipes, samplers, students, usage
+from diffusion.commands import autoencoders, cli, config_files, latents, own, plots, recipes, students, usage
 from diffusion.commands.datasets import check_data, data_fields, load_data
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment, require_levels
-from diffusion.commands.notices import describe_classes, introduction, next_command
+from diffusion.commands.notices import describe_classes, introduction, next_command, start_notes
 from diffusion.errors import InputError, printable
 from diffusion.images import sheet, write_png
 from diffusion.model import sampling_clip
@@ -120,7 +120,7 @@ def start(stop: StopRequest) -> int:
         autoencoders.check_fields(_CONFIG.value)
         config = students.complete(_CONFIG.value, teacher, given)
         experiment = make_experiment(config, teacher, latents.open_autoencoder(config, folder, teacher))
-    for note in [] if experiment.table is None else samplers.start_notes(experiment.table, experiment.model.schedule):
+    for note in start_notes(experiment):
         say(f"note: {note}")
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext() as lock:
         return run(experiment, folder, stop, (lambda: True) if lock is None else lock.is_ours)

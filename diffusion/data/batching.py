@@ -13,7 +13,6 @@ from jaxtyping import Float32, Int32, UInt8
 
 from diffusion.data import order
 from diffusion.data.dataset import Dataset
-from diffusion.data.image_files import ImageFiles
 from diffusion.data.latents import Latents
 from diffusion.errors import InputError
 
@@ -61,7 +60,7 @@ def batches(
     if workers < 0:
         raise InputError(f"workers={workers} is out of range; it must be at least 0")
     steps = Steps(dataset, batch_size, seed, start, flip, _rows(rows, batch_size))
-    if not isinstance(dataset.images, ImageFiles):
+    if isinstance(dataset.images, np.ndarray | Latents):
         return Batches(map(steps.__getitem__, itertools.count()))
     from diffusion.data import streaming  # slow, and data in memory does not need it
 
