@@ -77,7 +77,7 @@ MISTAKES = [
     ("train.py", ["--config.sample.steps=0"], "steps is 0"),
     ("train.py", ["--config.sample.clip=recomput"], "did you mean 'recompute'"),
     ("train.py", ["--config.sample.num=0"], "sample.num is 0; it must be at least 1"),
-    ("train.py", ["--config.model.out_channels=3"], "images have 1 channels"),
+    ("train.py", ["--config.model.out_channels=3"], "samples have 1 channels"),
     ("train.py", ["--config.model.num_heads=0"], "num_heads is 0"),
     ("train.py", ["--config.model.dropout=1.5"], "dropout is 1.5"),
     ("train.py", ["--config.schedule=cosine:max_beta=1.0"], "zero signal"),
@@ -162,7 +162,7 @@ MISTAKES = [
     (
         "train.py",
         ["--network=unnet"],
-        "config.network is 'unnet'; it must be unet, or your own as package",
+        "config.network is 'unnet'; it must be unet, transformer, or your own as package",
     ),
     (
         "train.py",
