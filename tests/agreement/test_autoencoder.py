@@ -29,7 +29,7 @@ def theirs(codes):
 
 
 @pytest.mark.parametrize("codes", [0, 11])
-def test_images_and_latents_agree(codes):
+def test_images_and_latents_agree(torchvision, codes):
     fields = {"channels": CHANNELS, "num_blocks": BLOCKS, "groups": GROUPS, "latent_channels": 4, "codes": codes}
     network = make_network({**fields, "code_channels": 3 if codes else 0}, SHAPE)
     rng = np.random.default_rng(0)
