@@ -9,7 +9,6 @@ import pytest
 import tiny
 from commands import error_line, run, train
 from student_runs import SHORT, check_resumes, check_travels, refuses
-from tiny import KEY
 
 from configs.default import get_config
 from diffusion import devices, pretrained, schedules, solvers
@@ -170,7 +169,7 @@ FIELDS = {"width": 4, "multipliers": (1,), "num_blocks": 1, "attention_resolutio
 
 def test_a_new_student_gives_the_answer_of_its_teacher_at_every_scale():
     plain, seeing = UNet(**FIELDS), UNet(**FIELDS, sees_scale=True)
-    x, t = jax.random.normal(KEY, (3, *SHAPE)), jnp.array([1.0, 20.0, 50.0])
+    x, t = jax.random.normal(jax.random.key(8), (3, *SHAPE)), jnp.array([1.0, 20.0, 50.0])
     labels = jnp.arange(3)
     params = jax.jit(seeing.init)(jax.random.key(2), x, t)["params"]
     own = {name: value for name, value in params.items() if name.startswith("scale")}
