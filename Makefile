@@ -38,7 +38,8 @@ agreement: $(VENV)/.installed-test
 reliability: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -rA --no-header -m "" tests/test_reliability.py tests/test_endurance.py \
 		tests/test_batches.py tests/test_checkpoints.py tests/test_loop.py tests/test_files.py \
-		tests/test_run_folder.py tests/test_process.py tests/test_strangers.py
+		tests/test_run_folder.py tests/test_process.py tests/test_strangers.py tests/test_students.py \
+		tests/test_mean_flow.py tests/test_guided_students.py
 
 # Runs the notebooks that have changed, or all where the library has; the results are pages of the site.
 NOTEBOOKS := $(patsubst notebooks/%.py,docs/notebooks/%.ipynb,$(wildcard notebooks/*.py))
