@@ -79,6 +79,11 @@ def leaves(config: ConfigDict, prefix: str = "config") -> Iterator[tuple[str, An
             yield f"{prefix}.{name}", value
 
 
+def same(a: Any, b: Any) -> bool:
+    """Tells whether two values of a field are the same; a file has lists where a config has tuples."""
+    return list(a) == list(b) if isinstance(a, tuple | list) else a == b
+
+
 def fields_named(name: str, config: ConfigDict) -> list[str]:
     """Returns the fields of a config with this last name, as config.SECTION.NAME."""
     return [full for full, _ in leaves(config) if full.rpartition(".")[2] == name]

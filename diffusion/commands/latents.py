@@ -26,20 +26,15 @@ def open_autoencoder(config: ConfigDict, folder: RunFolder, teacher: Trained | N
     Args:
       config: the whole config.
       folder: of the run, new or not.
-      teacher: of a student, whose latents are those of its teacher.
+      teacher: of a student, whose latents are those of its teacher, as `students.complete` sees to.
 
     Raises:
       InputError: there is no such autoencoder, it is damaged, or the run cannot work with it.
     """
-    theirs = None if teacher is None else teacher.model.space.autoencoder
-    if teacher is not None and bool(config.latents) != (theirs is not None):
-        kinds = ("latents", "pixels") if config.latents else ("pixels", "latents")
-        raise InputError(
-            f"config.latents is {config.latents!r}: the student would work in {kinds[0]}, its teacher works in "
-            f"{kinds[1]}; they must be the same"
-        )
-    if theirs is not None or not config.latents:
-        return theirs
+    if teacher is not None:
+        return teacher.model.space.autoencoder
+    if not config.latents:
+        return None
     begin = folder.latest_step()
     if begin is not None and folder.metadata(begin)["config"]["latents"] == config.latents:
         return folder.load_autoencoder()

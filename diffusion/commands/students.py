@@ -25,7 +25,7 @@ _TAKEN = ("config.latents", "config.data.", "config.schedule", *_NETWORKS, "conf
 _ITS_OWN = tuple(f"config.{kind}.{name}" for kind in ("model", "transformer") for name in ("dropout", "remat", "dtype"))
 """Those of them that a student does not take over: they say how it is trained."""
 
-_ALIKE = ("config.schedule", *_NETWORKS)
+_ALIKE = ("config.latents", "config.schedule", *_NETWORKS)
 """The fields in which a student cannot differ from its teacher, from whose parameters it starts."""
 
 
@@ -98,7 +98,7 @@ def complete(config: ConfigDict, teacher: Trained | None, given: Collection[str]
                 continue
             if not is_set(name, value):
                 _assign(config, name, theirs[name])
-            elif name.startswith(_ALIKE) and not _same(value, theirs[name]) and not _all_classes(name, value):
+            elif name.startswith(_ALIKE) and not (config_files.same(value, theirs[name]) or _all_classes(name, value)):
                 raise InputError(
                     f"{name} is {value!r}, the teacher's is {theirs[name]!r}; a student starts from its teacher's "
                     "parameters: leave it out, as configs/digits_progressive.py does"
@@ -243,10 +243,6 @@ def _assign(config, name, value):
         config = config[section]
     with config.ignore_type():  # a file has lists where a config has tuples
         config[last] = value
-
-
-def _same(ours, theirs):
-    return (list(ours) == list(theirs)) if isinstance(ours, tuple | list) else ours == theirs
 
 
 def _all_classes(name, value):
