@@ -50,6 +50,11 @@ class Model:
     learned_variance: bool = False
 
     @property
+    def guides_itself(self) -> bool:
+        """Whether the network is told the guidance scale, and so is guided in one call."""
+        return self.conditions is not None and self.conditions.scales is not None
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         """The shape of one sample, as `diffusion.sample` takes it."""
         return self.space.shape

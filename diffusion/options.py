@@ -34,6 +34,10 @@ class Choice(NamedTuple):
     function: Callable[..., Any]
     options: dict[str, Any]
 
+    def complete(self, leading: int) -> dict[str, Any]:
+        """Returns all options of the function, those that the text leaves out with their defaults."""
+        return defaults(self.function, leading) | self.options
+
     def missing(self, leading: int) -> list[str]:
         """Names the options that have no default and that the text does not give; leading as for `parse`."""
         return [

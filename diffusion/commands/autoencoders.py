@@ -48,7 +48,7 @@ def check_fields(config: ConfigDict) -> None:
     useless = USELESS if autoencoder else ("config.autoencoder.",)
     defaults = dict(config_files.leaves(recipes.defaults()))
     for name, value in config_files.leaves(config):
-        if name.startswith(useless) and _plain(value) != _plain(defaults.get(name, value)):
+        if name.startswith(useless) and not config_files.same(value, defaults[name]):
             what = "an autoencoder" if autoencoder else f"objective {config.train.objective}"
             raise InputError(f"{name} is {value!r}, which does nothing for {what}; leave it out")
 
@@ -74,8 +74,8 @@ def make_experiment(config: ConfigDict) -> Experiment:
     dataset = load_data(config.data)
     image_shape = tuple(map(int, dataset.images.shape[1:]))
     network = make_network(config.autoencoder, image_shape)
-    features, frozen = _features(dataset) if weights.get("perceptual") else (None, None)
-    parts = make_parts(network, features, critic=bool(weights.get("adversarial")))
+    features, frozen = _features(dataset) if weights["perceptual"] else (None, None)
+    parts = make_parts(network, features, critic=weights["adversarial"] > 0)
     trainee = make_trainee(network, image_shape, critic=parts.judge is not None)
     require_memory(config, trainee)
     options = StepOptions(
@@ -223,15 +223,15 @@ def _all_images(dataset, flip, batch_size=256):
 
 
 def _weights(config, chosen):
-    """Returns the options of an autoencoder's objective, after checking them and the codebook."""
-    weights, name = chosen.options, chosen.name
+    """Returns all options of an autoencoder's objective, after checking them and the codebook."""
+    weights, name = chosen.complete(leading=2), chosen.name
     for option, value in weights.items():
         require_range(f"{option} of objective {name}", value, 0, open_ends="high")
-    if weights.get("l1", 1.0) == 0 == weights.get("l2", 0.0):
+    if weights["l1"] == 0 == weights["l2"]:
         raise InputError(f"objective {name} has l1 and l2 of 0, so that nothing is reconstructed; give one of them")
-    if weights.get("adversarial_start") and not weights.get("adversarial"):
+    if weights["adversarial_start"] and not weights["adversarial"]:
         raise InputError(f"adversarial_start of objective {name} does nothing without adversarial; give that weight")
-    if weights.get("adversarial") and config.train.keep_best:
+    if weights["adversarial"] and config.train.keep_best:
         raise InputError("config.train.keep_best compares losses, and that of a critic says nothing; set it to 0")
     codes = config.autoencoder.codes
     if (name == "vq_autoencoder") != (codes != 0):
@@ -245,7 +245,3 @@ def _features(dataset):
     print("the perceptual loss needs a classifier of the data, which is trained once and then kept")
     trained = trained_classifier(dataset, cache_folder())
     return lambda params, images: classifiers.activations(params, images, trained.num_classes), trained.params
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple | list) else value

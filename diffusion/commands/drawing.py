@@ -90,7 +90,7 @@ def frames(
 
 def _sample(model, params, table, key, *, sample_ids, null_cond=None, guidance=None, **options):
     """Calls `sample`; guidance without a second network gets the null condition it needs from the model."""
-    if model.conditions is not None and model.conditions.scales is not None:
+    if model.guides_itself:
         null_cond = guidance = None  # the network has been told the scale, and guides itself
     if guidance is None:
         options |= {} if null_cond is None else {"null_cond": null_cond}

@@ -18,12 +18,11 @@ import time
 import warnings
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from diffusion import __version__, data, devices, files, options
+from diffusion import data, devices, files, options
 from diffusion.commands import (
     bits,
     cli,
@@ -41,6 +40,7 @@ from diffusion.commands import (
 )
 from diffusion.errors import InputError
 from diffusion.evaluation import features
+from diffusion.training import environment
 
 shared_flags.define_source_flags()
 usage.group("The samples")
@@ -200,8 +200,8 @@ def _measure(sampling, num, space, reference, metrics, results, record):
     seconds = time.perf_counter() - start
     # Measure, and write down with how it went.
     found = space.extract(np.concatenate(batches))
-    versions = {"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__}
-    facts = {"seconds": round(seconds, 3), "versions": versions, "space": {"name": space.name, **space.facts}}
+    facts = {"seconds": round(seconds, 3), "versions": environment.versions()}
+    facts["space"] = {"name": space.name, **space.facts}
     labels = sampling.source.labels
     asked = drawing.labels_of(range(num), labels) if labels else None
     for metric in metrics:

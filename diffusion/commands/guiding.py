@@ -28,14 +28,13 @@ def check_effect(given: Any, trained: Trained, guides: bool) -> None:
     """
     guiding = [name for name in given if name.startswith("guidance_") and given[name].value != given[name].default]
     others = [name for name in guiding if name != "guidance_scale"]
-    conditions = trained.model.conditions
-    if conditions is not None and conditions.scales is not None:
+    if trained.model.guides_itself:
         if others:
             raise InputError(
                 f"--{others[0]} is for guidance in two calls, and this student takes the scale as an input; leave it "
                 "out"
             )
-        conditions.check_scale(given.guidance_scale)
+        trained.model.conditions.check_scale(given.guidance_scale)
         guiding = []
     if guiding and given.guidance_model is None:
         check_learned(trained, guiding[0])

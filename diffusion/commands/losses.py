@@ -1,8 +1,5 @@
 """Losses by name, for `--loss` of learn.py: "log:floor=0.001", "mse", "l1" or "features:space=classifier"."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +71,7 @@ def parse(text: str) -> options.Choice:
 
 def spelled_out(choice: options.Choice) -> str:
     """Returns a loss with all its options, so that two texts are equal only if the losses are."""
-    values: Mapping[str, Any] = options.defaults(choice.function, leading=1) | choice.options
+    values = choice.complete(leading=1)
     return ":".join([choice.name, *[",".join(f"{key}={value}" for key, value in values.items())] * bool(values)])
 
 

@@ -1,18 +1,15 @@
 """What evaluate.py does with an autoencoder: it measures how near reconstructions come to their originals."""
 
-import csv
-import io
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
-from diffusion import __version__, data, files, sealed
+from diffusion import data, files
 from diffusion.autoencoder import TrainedAutoencoder, code_numbers
-from diffusion.commands import autoencoders, datasets
+from diffusion.commands import autoencoders, datasets, sweep
 from diffusion.commands.shared_flags import SHIPPED_NAME
 from diffusion.data import Dataset
 from diffusion.errors import InputError
@@ -22,7 +19,7 @@ from diffusion.evaluation.spaces import FeatureSpace
 from diffusion.images import to_floats, write_png
 from diffusion.objectives import choice
 from diffusion.pretrained import weights
-from diffusion.training import checkpoints, run_folder
+from diffusion.training import checkpoints, environment, run_folder
 from diffusion.training.autoencoders import load_autoencoder
 
 NAME = "reconstruction"
@@ -111,19 +108,17 @@ def measure(source: Source, real: Dataset, split: str, space: FeatureSpace | Non
         raise InputError(f"images have shape {shape}; {name} was trained on {trained.autoencoder.image_shape}")
     with files.locked(out, "measuring into", ".evaluation.lock"):
         files.remove_temporaries(out, rf"{NAME}\.(json|csv|png)", out)
-        earlier = _read(out)
+        results = sweep.Results(out, NAME, _COLUMNS)
         print(f"{name}, step {trained.step:,}: {len(real.images):,} images, latents {trained.autoencoder.latent_shape}")
         start = time.perf_counter()
         figures, given_back = _figures(trained, real, space, batch_size)
         for figure, value in figures.items():
             print(f"{figure:24} {value:10.4f}")
-        identity = {"run": name, "checkpoint_step": trained.step, "ema": trained.ema, "weights_sha256": trained.sha256}
-        identity |= {"split": split, "num": len(real.images), "data": data.fingerprint(real)}
-        identity |= {"features": "" if space is None else space.name, "space": "" if space is None else space.key}
+        record = {"run": name, "checkpoint_step": trained.step, "ema": trained.ema, "weights_sha256": trained.sha256}
+        record |= {"split": split, "num": len(real.images), "data": data.fingerprint(real)}
+        record |= {"features": "" if space is None else space.name, "space": "" if space is None else space.key}
         facts = {"seconds": round(time.perf_counter() - start, 3), "config": trained.config.to_dict()}
-        facts["versions"] = {"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__}
-        rows = [row for row in earlier if row["identity"] != identity]
-        _write(out, [*rows, {"identity": identity, "figures": figures, **facts}])
+        results.add(record, figures, {**facts, "versions": environment.versions()})
         shown = np.linspace(0, len(real.images) - 1, min(SHOWN, len(real.images))).astype(int)
         picture = autoencoders.comparison(np.asarray(real.images[shown]), given_back[shown])
         write_png(out / f"{NAME}.png", picture, within=out)
@@ -155,27 +150,3 @@ def _figures(trained, real, space, batch_size):
         reference = features.make_reference(space, real, datasets.cache_folder())
         figures |= features.measure(reference, space.extract(given_back), ["frechet"])
     return figures, given_back
-
-
-def _read(out: Path) -> list[dict[str, Any]]:
-    """Returns the rows that were measured into a folder before."""
-    path = out / f"{NAME}.json"
-    if not path.exists():
-        return []
-    rows = sealed.read(path, within=out).get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= {"identity"} for row in rows):
-        raise InputError(f"{path} is damaged: it holds no rows; move it away")
-    return rows
-
-
-def _write(out, rows):
-    """Writes all rows as JSON, with everything that is needed to repeat them, and as a table."""
-    sealed.write(out / f"{NAME}.json", {"rows": rows}, out)
-    names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*_COLUMNS, *names, "seconds"])
-    for row in rows:
-        facts = [row["identity"][name] for name in _COLUMNS]
-        writer.writerow([*facts, *(row["figures"].get(name, "") for name in names), row["seconds"]])
-    files.write_atomically(out / f"{NAME}.csv", text.getvalue().encode(), out)

@@ -11,15 +11,15 @@ import re
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from diffusion import __version__, devices, files
+from diffusion import devices, files
 from diffusion.commands import cli, jobs, samplers, shared_flags, sources, usage
 from diffusion.errors import printable
 from diffusion.images import sheet, write_gif, write_png
+from diffusion.training import environment
 
 shared_flags.define_source_flags()
 shared_flags.define_sampler_flags()
@@ -90,7 +90,7 @@ def _sample_into(out, ids, sampling):
     job.finish(
         seconds_with_compilation=round(seconds, 3),
         devices=devices.describe(mesh),
-        versions={"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__},
+        versions=environment.versions(),
     )
     print(f"{seconds:.1f} s, compilation included; wrote {out / 'grid.png'}, {job.path(0).name} and sampling.json")
 

@@ -233,9 +233,9 @@ def at_scale(source: Source, scale: float) -> Source:
     """Returns the source with another scale of the guidance; raises InputError where the model cannot be guided."""
     guidance = source.guidance.replace(scale=scale)
     guidance.check(cond=None, acts=False)
-    conditions = source.trained.model.conditions
-    if conditions is not None and conditions.scales is not None:
-        conditions.check_scale(scale)
+    model = source.trained.model
+    if model.guides_itself:
+        model.conditions.check_scale(scale)
     elif guidance.reference_fn is None:
         guiding.check_learned(source.trained, "guidance")
     return source._replace(guidance=guidance, settings={**source.settings, "guidance_scale": scale})

@@ -71,25 +71,27 @@ _COLUMNS += ("labels", "features", "split", "num", "seed")
 
 
 ROWS_LIMIT = 2**24
-"""The most bytes of an evaluation.json: a row has a few thousand, and reading takes up to ten times the memory."""
+"""The most bytes of such a JSON file: a row has a few thousand, and reading takes up to ten times the memory."""
 
 
 class Results:
-    """Keeps rows in evaluation.json, and as a table in evaluation.csv; each is on disk as soon as it is added.
+    """Keeps rows in a JSON file, and as a table in a CSV file beside it; each is on disk as soon as it is added.
 
-    The table follows from evaluation.json, and is written again where it does not. Only one process may write to a
+    The table follows from the JSON file, and is written again where it does not. Only one process may write to a
     folder at a time, see `files.locked`.
 
     Args:
-      folder: an existing folder; rows found in its evaluation.json are kept.
+      folder: an existing folder; rows found there are kept.
+      name: of both files.
+      columns: the entries of a record that the table shows.
 
     Raises:
       InputError: that file is damaged.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._json, self._table = folder / "evaluation.json", folder / "evaluation.csv"
+    def __init__(self, folder: Path, name: str = "evaluation", columns: Sequence[str] = _COLUMNS):
+        self._folder, self._columns = folder, columns
+        self._json, self._table = folder / f"{name}.json", folder / f"{name}.csv"
         self.rows: list[dict[str, Any]] = _read_rows(self._json, folder) if self._json.exists() else []
         if self.rows and not self._has_table():
             self._write_table()
@@ -145,16 +147,16 @@ class Results:
         metrics = list(dict.fromkeys(name for row in self.rows for name in row["metrics"]))
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow([*_COLUMNS, *metrics, "seconds", "identity"])
+        writer.writerow([*self._columns, *metrics, "seconds", "identity"])
         for row in self.rows:
-            facts = [row["record"].get(name, "") for name in _COLUMNS]
+            facts = [row["record"].get(name, "") for name in self._columns]
             values = [row["metrics"].get(name, "") for name in metrics]
             writer.writerow([*facts, *values, row.get("seconds", ""), row["identity"]])
         return buffer.getvalue()
 
 
 def _read_rows(path, folder):
-    """Returns the rows of an evaluation.json; raises InputError unless they are what `Results.add` writes."""
+    """Returns the rows of a JSON file; raises InputError unless they are what `Results.add` writes."""
     try:
         rows = sealed.read(path, ROWS_LIMIT, folder)["rows"]
         if not all(isinstance(row[name], kind) for row in rows for name, kind in _ROW.items()):

@@ -69,7 +69,7 @@ def scales(objective: options.Choice) -> tuple[float, float] | None:
     """
     if objective.name != GUIDED:
         return None
-    return known_scales(objective.options.get("scales", options.defaults(objective.function, 5)["scales"]))
+    return known_scales(objective.complete(leading=5)["scales"])
 
 
 def is_student(text: str) -> bool:

@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from diffusion import __version__, devices, files
 from diffusion.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions on which figures and samples depend, for their records."""
+    return {"diffusion": __version__, "jax": jax.__version__, "numpy": np.__version__}
 
 
 def describe(mesh: Mesh, step: int) -> dict[str, Any]:
