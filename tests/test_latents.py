@@ -17,10 +17,12 @@ from tiny import IMAGES, MODEL, make_params
 from configs import default
 from diffusion import autoencoder as autoencoders
 from diffusion import data, devices, keys, sealed, solvers, spaces, timesteps
-from diffusion.commands import drawing
+from diffusion.commands import drawing, students
 from diffusion.data import Dataset
 from diffusion.data.latents import Latents
+from diffusion.errors import InputError
 from diffusion.images import to_floats
+from diffusion.model import Trained
 from diffusion.pretrained import autoencoders as files
 from diffusion.training import latents
 
@@ -181,6 +183,19 @@ def test_latents_are_taken_from_shards_in_any_order():
     made, index, mirrored = Latents([whole[:20], whole[20:40], whole[40:]]), rng.permutation(50), rng.random(50) < 0.5
     np.testing.assert_array_equal(made.take(index, mirrored), whole[index, mirrored.astype(int)])
     np.testing.assert_array_equal(made.take(index[:7], None), whole[index[:7], 0])
+
+
+def test_a_student_works_in_the_latents_of_its_teacher_and_in_no_others():
+    config, theirs = default.get_config(), default.get_config()
+    config.train.objective, theirs.latents = "consistency", "runs/a"
+    teacher = Trained(MODEL, {}, theirs, 1, "0.9")
+    assert students.complete(config, teacher).latents == "runs/a"
+    config.latents = "runs/b"
+    with pytest.raises(InputError, match=r"config\.latents is 'runs/b', the teacher's is 'runs/a'"):
+        students.complete(config, teacher)
+    config.latents, theirs.latents = "runs/b", ""
+    with pytest.raises(InputError, match=r"config\.latents is 'runs/b', the teacher's is ''"):
+        students.complete(config, teacher)
 
 
 @pytest.fixture(scope="module")

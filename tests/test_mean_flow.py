@@ -340,7 +340,8 @@ def test_a_mean_flow_from_a_teacher_resumes_exactly(tmp_path, compile_once, kind
     assert train(tmp_path, "--workdir=teacher", *flow, *SHORT).returncode == 0
 
     def learn(name):
-        options = (f"--config.train.objective={kind}", "--config.train.prediction=mean_flow", *SHORT)
+        options = ("--config=configs/default.py", f"--config.train.objective={kind}", *SHORT)
+        options += ("--config.train.prediction=mean_flow",)
         options += ("--config.teacher=teacher", "--config.train.num_steps=4")
         return run("train.py", f"--workdir={name}", *options, cwd=tmp_path)
 
