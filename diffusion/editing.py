@@ -1,5 +1,7 @@
 """Makes starts for sampling from images and noises that are already there: image-to-image, and interpolation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -33,10 +35,26 @@ def noised(
     check_floats("images", images)
     signal, noise = schedule.at(t)
     ids = jnp.arange(len(images)) if sample_ids is None else jnp.asarray(sample_ids)
-    key = keys.threefry(key)
-    of_images = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), 0))(ids)
-    eps = jax.vmap(lambda k: keys.normal(k, images.shape[1:], images.dtype))(of_images)
+    eps = start_noise(key, ids, images.shape[1:], images.dtype)
     return jnp.asarray(signal, images.dtype) * images + jnp.asarray(noise, images.dtype) * eps
+
+
+def start_noise(
+    key: jax.Array, sample_ids: Int[Array, "B"], sample_shape: tuple[int, ...], dtype: Any = jnp.float32
+) -> Images:
+    """Returns the noise of standard deviation 1 that `diffusion.sample` starts from, to be made into an `x_init`.
+
+    `sample` multiplies it by (signal^2 + noise^2)^(1/2) of its table's first level, which is 1 on most schedules.
+
+    Args:
+      key: the JAX random key of `sample`.
+      sample_ids: the numbers of the samples.
+      sample_shape: the shape of one.
+      dtype: of the noise.
+    """
+    key = keys.threefry(key)
+    of_samples = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), 0))(sample_ids)
+    return jax.vmap(lambda k: keys.normal(k, sample_shape, dtype))(of_samples)
 
 
 def slerp(a: Images, b: Images, weight: float | Float[Array, "B"]) -> Images:

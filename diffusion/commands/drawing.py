@@ -46,7 +46,8 @@ def generate(
       mesh: each batch is split over its "data" axis.
       labels: classes; image i has labels[i % len(labels)]. () for none.
       batch_size: images at a time.
-      options: go to `diffusion.sample`. A model that takes the guidance scale as an input is told that of `guidance`.
+      options: go to `diffusion.sample`, where x_init is a function of the numbers of a batch. A model that takes the
+        guidance scale as an input is told that of `guidance`.
     """
     ids = np.asarray(sample_ids, np.uint32)
     devices = mesh.shape["data"]
@@ -57,10 +58,12 @@ def generate(
     if (guidance := options.get("guidance")) is not None:
         options["guidance"] = guidance.replace(reference_params=jax.device_put(guidance.reference_params, everywhere))
     key = jax.device_put(keys.make(seed), everywhere)
+    x_init = options.pop("x_init", None)
     for start in range(0, len(ids), size):
         batch = ids[start : start + size]
         padded = np.pad(batch, (0, size - len(batch)), mode="edge")
         placed = {"sample_ids": padded, **_classes(model, padded, labels, options.get("guidance"))}
+        placed |= {} if x_init is None else {"x_init": x_init(padded)}
         placed = jax.device_put(placed, split)
         images = _sample(model, params, table, key, **placed, **options)
         # Only real images count from here, not what filled the batch up.
@@ -83,6 +86,8 @@ def frames(
 ) -> UInt8[np.ndarray, "stages+1 N H W C"]:
     """Returns what the images look like before each network call, and at the end; takes the arguments of `generate`."""
     ids = np.asarray(sample_ids, np.uint32)
+    if "x_init" in options:
+        options["x_init"] = options["x_init"](ids)
     options |= {"sample_ids": ids, **_classes(model, ids, labels, options.get("guidance")), "return_trajectory": True}
     _, passed = _sample(model, params, table, keys.make(seed), **options)
     return np.stack([model.space.decode(x) for x in passed.x])

@@ -16,13 +16,14 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import devices, files
-from diffusion.commands import cli, jobs, samplers, shared_flags, sources, usage
+from diffusion.commands import cli, edits, jobs, samplers, shared_flags, sources, usage
 from diffusion.errors import printable
 from diffusion.images import sheet, write_gif, write_png
 from diffusion.training import environment
 
 shared_flags.define_source_flags()
 shared_flags.define_sampler_flags()
+edits.define_flags()
 usage.group("What is drawn and written")
 _NUM = flags.DEFINE_integer("num", 64, "Number of images, numbered from 0.", lower_bound=1, upper_bound=10**8)
 _SEEDS = flags.DEFINE_string("seeds", None, "Draw the images of these numbers instead, as 0-63 or 5,7,100-199.")
@@ -129,6 +130,8 @@ def _label(sampling, ids):
             weaker = name == "guidance_model"
             value = sampling.source.settings["guidance_model_sha256"][:8] if weaker else given[name].value
             parts.append(f"{name}={','.join(value) if isinstance(value, list) else value}")
+    if sampling.edit is not None:
+        parts.append(sampling.edit.label)
     parts = list(filter(None, parts))
     # The first parts that fit, in characters that every file system takes.
     names = [re.sub(r"[^\w.=+-]+", "-", part, flags=re.ASCII) for part in parts]

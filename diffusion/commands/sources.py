@@ -11,7 +11,19 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from diffusion import keys
-from diffusion.commands import drawing, guiding, latents, learned, opening, own, rollouts, samplers, starts, students
+from diffusion.commands import (
+    drawing,
+    edits,
+    guiding,
+    latents,
+    learned,
+    opening,
+    own,
+    rollouts,
+    samplers,
+    starts,
+    students,
+)
 from diffusion.commands.datasets import load_data_of
 from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
 from diffusion.denoiser import Options, check_options
@@ -106,6 +118,7 @@ class Sampling(NamedTuple):
       table: the sampler.
       sampler, steps, tau: the names and the number that the table was asked for by; a table from a file has its own
         grid, and steps 0 and tau "".
+      edit: what images start from and keep, or None.
     """
 
     source: Source
@@ -113,11 +126,13 @@ class Sampling(NamedTuple):
     sampler: str
     steps: int
     tau: str
+    edit: edits.Edit | None = None
 
     def title(self, num: int) -> str:
         """Says in one line which model draws how many images with what."""
         on = f" on {self.tau}" if self.tau else ""
-        drawn = f"{num:,} images{self._of_classes()} with {self.table.name}{on}"
+        edited = "" if self.edit is None else self.edit.words
+        drawn = f"{num:,} images{self._of_classes()}{edited} with {self.table.name}{on}"
         return f"{self.source.title()}: {drawn}, {self.table.nfe} network calls"
 
     def _of_classes(self):
@@ -136,7 +151,9 @@ class Sampling(NamedTuple):
         yield from learned.notes(self.table, self.source.facts())
         model = self.source.trained.model
         if not self.table.facts:  # a learned table knows where it starts
-            yield from starts.start_notes(self.table, model.schedule, model.prediction, self.source.settings["clip"])
+            noise, clip = self.edit is None or self.edit.from_noise, self.source.settings["clip"]
+            yield from starts.start_notes(self.table, model.schedule, model.prediction, clip, noise=noise)
+        yield from () if self.edit is None else self.edit.notes
 
     def record(self) -> dict[str, Any]:
         """Returns everything that determines image number i, for JSON."""
@@ -159,6 +176,7 @@ class Sampling(NamedTuple):
             "seed": source.seed,
             "generator": keys.GENERATOR,
             "config": source.trained.config.to_dict(),
+            **({} if self.edit is None else self.edit.settings),
         }
 
     def _file_record(self):
@@ -172,7 +190,8 @@ class Sampling(NamedTuple):
         """Yields the images with these numbers, batch by batch."""
         (model, params, *_), source = self.source.trained, self.source
         shared = {"seed": source.seed, "labels": source.labels, "mesh": mesh, "batch_size": batch_size}
-        return drawing.generate(model, params, self.table, ids, **shared, **source.sampling_options())
+        images = drawing.generate(model, params, self.table, ids, **shared, **self._options())
+        return images if self.edit is None else map(self.edit.paste, images)
 
     def picture(self, images: UInt8[np.ndarray, "N H W C"], ids: Sequence[int]) -> UInt8[np.ndarray, "H W C"]:
         """Returns a sheet of images with these numbers, see `drawing.picture`."""
@@ -182,7 +201,12 @@ class Sampling(NamedTuple):
         """Returns what these images look like before each network call, and at the end."""
         (model, params, *_), source = self.source.trained, self.source
         shared = {"seed": source.seed, "labels": source.labels}
-        return drawing.frames(model, params, self.table, ids, **shared, **source.sampling_options())
+        passed = drawing.frames(model, params, self.table, ids, **shared, **self._options())
+        return passed if self.edit is None else np.concatenate([passed[:-1], self.edit.paste(passed[-1:])])
+
+    def _options(self):
+        """Returns what goes to `drawing` besides the table."""
+        return self.source.sampling_options() | ({} if self.edit is None else self.edit.sampling_options())
 
 
 def open_source() -> Source:
@@ -274,6 +298,7 @@ def _learned_table(source, steps, tau, eta):
 def open_sampling() -> Sampling:
     """Returns the model and the sampler that the flags ask for; raises as `open_source` and `make_sampling`."""
     given = flags.FLAGS
+    edits.check(given)
     source = open_source()
     config = source.trained.config.sample
     sampler = own.stored("sampler", "sampler", given.sampler, config.sampler)
@@ -284,6 +309,7 @@ def open_sampling() -> Sampling:
         useless = [name for name in ("steps", "tau") if given[name].value is not None]
         if useless:
             raise InputError(f"the table in {sampler} has its own grid; leave out --{useless[0]}")
-    return make_sampling(
-        source, sampler, samplers.chosen_steps(tau, given.steps, students.default_steps(source.trained)), tau, given.eta
-    )
+    steps = samplers.chosen_steps(tau, given.steps, students.default_steps(source.trained))
+    sampling = make_sampling(source, sampler, steps, edits.started(given, sampler, tau), given.eta)
+    table = edits.repeated(given, sampling.table)
+    return sampling._replace(table=table, edit=edits.open_edit(given, source.trained.model, source.labels, table))

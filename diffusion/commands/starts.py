@@ -15,18 +15,21 @@ MAX_GAIN = 100
 """A step that multiplies the network's errors by more than this leaves nothing of an image but those errors."""
 
 
-def start_notes(table: SamplerTable, schedule: NoiseSchedule, prediction: str, clip: str) -> Iterator[str]:
-    """Yields what is wrong with starting this sampler from pure noise, a line for each.
+def start_notes(
+    table: SamplerTable, schedule: NoiseSchedule, prediction: str, clip: str, *, noise: bool = True
+) -> Iterator[str]:
+    """Yields what is wrong with where this sampler starts, a line for each.
 
     Args:
       table, schedule: the sampler, and the noise schedule.
       prediction: what the network predicts.
       clip: what bounds its estimates of x_0, if anything does.
+      noise: whether it starts from pure noise, and not from a noised picture.
     """
     start = float(table.tau[0])
-    signal, noise = (float(power) for power in schedule.powers(start))
-    share = signal / (signal + noise)
-    if share > MAX_SIGNAL:
+    powers = [float(power) for power in schedule.powers(start)]
+    share = powers[0] / sum(powers)
+    if noise and share > MAX_SIGNAL:
         below = "" if start == schedule.num_timesteps else f", below T = {schedule.num_timesteps}"
         remedy = "use a schedule with less signal at T" if not below else "start higher"
         yield (
