@@ -7,9 +7,23 @@ import sys
 
 import pytest
 from commands import ROOT, error_line, run, train
+from tiny import made_autoencoder
 
-from configs import cifar, default, digits, digits_classes, digits_edm, images, images_small, small
-from diffusion.commands import config_files, forecast
+from configs import (
+    cifar,
+    default,
+    digits,
+    digits_autoencoder,
+    digits_classes,
+    digits_edm,
+    digits_latent,
+    digits_meanflow,
+    images,
+    images_small,
+    small,
+)
+from diffusion.autoencoder import make_network
+from diffusion.commands import autoencoders, config_files, forecast
 from diffusion.commands.experiment import check_numbers, require_levels, with_classes
 from diffusion.devices import training_mesh
 from diffusion.errors import InputError
@@ -169,6 +183,17 @@ def test_a_forecast_counts_every_operation_and_long_ones_are_told():
     operations = 3 * 128 * 10**8 * 0.013e9
     assert operations / 1e16 < one < operations / 1e9
     assert two == pytest.approx(2 * one, rel=0.8)  # two measurements of a busy machine
+
+
+@pytest.mark.parametrize("recipe", [digits_autoencoder, digits_meanflow, digits_latent])
+def test_a_forecast_is_made_for_all_that_is_trained(recipe):
+    config, mesh = recipe.get_config(), training_mesh(128, 1, 1)
+    if recipe is digits_autoencoder:
+        trained = autoencoders.make_trainee(make_network(config.autoencoder, (8, 8, 1)), (8, 8, 1))
+    else:
+        latent = made_autoencoder() if config.latents else None
+        trained = make_model(config, (8, 8, 1), autoencoder=latent)
+    assert forecast.training_seconds(trained, 128, 10**8, mesh) > 0
 
 
 def test_the_pace_leaves_out_compilation_and_pauses(monkeypatch):

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from commands import run
 from PIL import Image
-from test_latents import made_autoencoder
-from tiny import MODEL, make_params
+from tiny import MODEL, made_autoencoder, make_params
 
 from diffusion import devices, editing, keys, sample, solvers, spaces, timesteps
 from diffusion.commands import drawing, edits

@@ -12,11 +12,11 @@ import pytest
 from commands import digest, error_line, run, saved_steps, train
 from ml_collections import ConfigDict
 from PIL import Image
-from tiny import IMAGES, MODEL, make_params
+from tiny import IMAGES, MODEL, made_autoencoder, make_params
 
 from configs import default
 from diffusion import autoencoder as autoencoders
-from diffusion import data, devices, keys, sealed, solvers, spaces, timesteps
+from diffusion import data, devices, solvers, spaces, timesteps
 from diffusion.commands import drawing, students
 from diffusion.data import Dataset
 from diffusion.data.latents import Latents
@@ -39,15 +39,6 @@ def identity(std=0.0):
     return autoencoders.TrainedAutoencoder(
         made, {"scaling": autoencoders.unscaled(1)}, ConfigDict(), 1, "0.9", f"{std}".ljust(64, "0")
     )
-
-
-def made_autoencoder(channels=(8, 8), seed=0):
-    """An untrained autoencoder of the digits, as a run would have it."""
-    config = default.get_config()
-    config.train.objective, config.train.ema_decays, config.autoencoder.channels = "kl_autoencoder", (0.9,), channels
-    made = autoencoders.make_autoencoder(config.autoencoder, (8, 8, 1))
-    params = made.init(keys.make(seed))
-    return autoencoders.TrainedAutoencoder(made, params, config, 3, "0.9", sealed.digest(params))
 
 
 @pytest.fixture

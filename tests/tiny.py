@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from diffusion import devices, schedules
+from configs import default
+from diffusion import autoencoder as autoencoders
+from diffusion import devices, keys, schedules, sealed
 from diffusion.model import Conditions, Model
 from diffusion.objectives.losses import simple_loss
 from diffusion.spaces import pixels
@@ -72,3 +74,12 @@ def assert_close(a, b, tolerance):
 
 def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def made_autoencoder(channels=(8, 8), seed=0):
+    """An untrained autoencoder of the digits, as a run would have it."""
+    config = default.get_config()
+    config.train.objective, config.train.ema_decays, config.autoencoder.channels = "kl_autoencoder", (0.9,), channels
+    made = autoencoders.make_autoencoder(config.autoencoder, (8, 8, 1))
+    params = made.init(keys.make(seed))
+    return autoencoders.TrainedAutoencoder(made, params, config, 3, "0.9", sealed.digest(params))

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from diffusion import keys, predictions
 from diffusion.devices import batch_sharding
 from diffusion.model import Model
+from diffusion.training.state import Trainee
 
 LONG = 3 * 86400
 """Seconds above which a training is worth a word before it starts."""
@@ -20,13 +21,13 @@ _SHARE = 0.5  # of the speed of matrix products that training reached on CPUs: 0
 _SLOWEST = 1e10  # operations a second; what even a slow machine does within `LONG` needs no measuring
 
 
-def training_seconds(model: Model, batch_size: int, num_steps: int, mesh: Mesh) -> float:
+def training_seconds(model: Model | Trainee, batch_size: int, num_steps: int, mesh: Mesh) -> float:
     """Returns roughly how many seconds a training takes, by its operations and a short measurement of the devices.
 
     Trainings that are short on any machine give 0, without a measurement.
 
     Args:
-      model: the network; it is traced and not run.
+      model: what is trained; its network is traced and not run.
       batch_size: images in a step.
       num_steps: steps still to be made.
       mesh: the devices, all of this process.
@@ -37,9 +38,10 @@ def training_seconds(model: Model, batch_size: int, num_steps: int, mesh: Mesh) 
     most = 2 * sum(leaf.size for leaf in jax.tree.leaves(params)) * math.prod(model.image_shape[:-1]) * images
     if most < LONG * _SLOWEST:
         return 0.0
-    x = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((1, 2) if predictions.sees_end(model.prediction) else (1,), jnp.float32)
-    cost = jax.jit(model.apply_fn).lower(params, x, t).cost_analysis() or {}
+    inputs = [jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)]
+    if isinstance(model, Model):  # an autoencoder is told no time
+        inputs.append(jax.ShapeDtypeStruct((1, 2) if predictions.sees_end(model.prediction) else (1,), jnp.float32))
+    cost = jax.jit(model.apply_fn).lower(params, *inputs).cost_analysis() or {}
     return cost.get("flops", 0.0) * images / (_SHARE * _product_speed(mesh))
 
 
