@@ -169,6 +169,12 @@ def test_a_model_that_learns_its_variance_is_sampled_by_any_table_and_measured(t
     rows = json.loads((tmp_path / "runs" / "digits" / "bound.json").read_text())["rows"]
     wanted = [(variance, steps) for variance in ("small", "large", "learned") for steps in (2, 5)]
     assert [(row["variance"], row["steps"]) for row in rows] == wanted
+    published = run("evaluate.py", "--bound=5", "--variances=large_published", "--first=20", cwd=tmp_path)
+    assert published.returncode == 0, published.stderr
+    added = json.loads((tmp_path / "runs" / "digits" / "bound.json").read_text())["rows"][-1]
+    large = next(row for row in rows if (row["variance"], row["steps"]) == ("large", 5))
+    assert added["variance"] == "large_published"
+    assert added["bits"] != large["bits"]
     likelihood = json.loads((tmp_path / "runs" / "digits" / "likelihood.json").read_text())
     assert likelihood["num"] == 20
     assert all(0 < row["bits"] < 50 for row in [*rows, *likelihood["rows"]]), likelihood

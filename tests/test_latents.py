@@ -242,6 +242,13 @@ def test_a_latent_run_is_sampled_converted_and_measured_as_any_other(run_of):
     np.testing.assert_array_equal(a, b)
     record = json.loads((cwd / "a/sampling.json").read_text())
     assert record["clip"] == "none"
+    args = ["--workdir=runs/latent", "--out=half.safetensors", "--dtype=float16"]
+    assert run("convert.py", *args, cwd=cwd).returncode == 0
+    half = run("sample.py", "--workdir=half.safetensors", "--num=5", "--steps=3", "--out=c", cwd=cwd)
+    assert half.returncode == 0, half.stderr
+    rounded = np.load(cwd / "c/samples.npz")["samples"]
+    np.testing.assert_allclose(rounded.astype(int), a.astype(int), atol=4)  # to a few of 255 grey levels
+    assert (cwd / "half.safetensors").stat().st_size < 0.7 * (cwd / "one.safetensors").stat().st_size
     refusals = {
         ("sample.py", "--clip=recompute"): "clip recompute is for models of pixels in .-1, 1., and this one works in",
         ("sample.py", "--dynamic_threshold=0.9", "--clip=recompute"): "dynamic_threshold is for models of pixels",

@@ -51,6 +51,33 @@ def test_the_same_model_gives_the_same_file(trained, file, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("dtype", weights.HALVES)
+def test_half_precision_halves_the_file_and_is_the_rounded_model(trained, file, tmp_path, dtype):
+    half = tmp_path / "half.safetensors"
+    weights.save(half, trained, dtype=dtype)
+    numbers = [leaf.size for leaf in jax.tree.leaves(trained.params) if leaf.ndim > 1]
+    assert file.stat().st_size - half.stat().st_size == pytest.approx(2 * sum(numbers), abs=500)
+    loaded = weights.load(half)
+    rounded = jax.tree.map(lambda a: a.astype(dtype).astype("float32") if a.ndim > 1 else a, trained.params)
+    assert_same(loaded.params, rounded)
+    weights.save(tmp_path / "again.safetensors", loaded, dtype=dtype)  # rounding twice changes nothing
+    assert (tmp_path / "again.safetensors").read_bytes() == half.read_bytes()
+    content = bytearray(half.read_bytes())
+    content[-1] ^= 1
+    half.write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        weights.load(half)
+
+
+def test_a_weight_that_half_precision_does_not_hold_is_refused(trained, tmp_path):
+    large = jax.tree.map(lambda a: a + 7e4, trained.params)
+    with pytest.raises(InputError, match="which float16 does not hold; write float32"):
+        weights.save(tmp_path / "half.safetensors", trained._replace(params=large), dtype="float16")
+    with pytest.raises(InputError, match="dtype is 'half'; valid: float32, float16, bfloat16"):
+        weights.save(tmp_path / "half.safetensors", trained, dtype="half")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_flipped_bit_of_the_weights_is_found(file):
     content = file.read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")  # behind the header

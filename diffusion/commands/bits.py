@@ -10,14 +10,19 @@ from diffusion import files, keys, sealed
 from diffusion.commands import latents, samplers, students
 from diffusion.commands.sources import Source
 from diffusion.data import Dataset, fingerprint
-from diffusion.errors import InputError
+from diffusion.errors import InputError, nearest
 from diffusion.evaluation import bound, likelihood
 
 
 def measure_bound(
-    source: Source, out: Path, steps: Sequence[int], tau: str, load: Callable[[], tuple[Dataset, str]]
+    source: Source,
+    out: Path,
+    steps: Sequence[int],
+    tau: str,
+    load: Callable[[], tuple[Dataset, str]],
+    variances: Sequence[str] | None = None,
 ) -> None:
-    """Prints and writes the variational bound of the data in bits per dimension, with each variance the model has.
+    """Prints and writes the variational bound of the data in bits per dimension, with each variance asked for.
 
     Args:
       source: the model.
@@ -25,6 +30,7 @@ def measure_bound(
       steps: numbers of steps.
       tau: the grid, by name.
       load: returns the images and the name of their split.
+      variances: as `bound.variational_bound` takes them; None for those that the model can be sampled with.
 
     Raises:
       InputError: the model has no such bound, or the grid has its own number of steps.
@@ -32,6 +38,7 @@ def measure_bound(
     # What to measure, on which grids.
     _check(source, "--bound")
     model, clip = source.trained.model, source.settings["clip"]
+    variances = _variances(model, variances)
     if tau.partition(":")[0] in samplers.OWN_LENGTH:
         raise InputError(f"--bound gives the number of steps, and tau {tau} has its own; name a grid, as uniform")
     grids = [samplers.make_tau(model.schedule, tau, count) for count in steps]
@@ -39,16 +46,30 @@ def measure_bound(
     rows = Rows(out / "bound.json", source, images, {"split": split, "grid": tau, "clip": clip})
     # A row for each variance and number of steps.
     print(f"{source.title()}: variational bound of {len(images.images):,} images of its data on {tau}, clip {clip}")
-    print(f"{'variance':10} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
-    for variance in bound.variances_of(model):
+    print(f"{'variance':15} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
+    for variance in variances:
         for grid in grids:
             asked = {"grids": [grid], "variances": [variance], "clip": clip}
             row = rows.get(
                 {"variance": variance, "steps": len(grid) - 1, "times": [float(t) for t in grid[:-1]]},
                 lambda asked=asked: bound.bits_table(source.trained, images, keys.make(source.seed), **asked)[0],
             )
-            print(f"{variance:10} {row['steps']:5} {row['bits']:19.4f} {row['standard_error']:15.4f}", flush=True)
+            print(f"{variance:15} {row['steps']:5} {row['bits']:19.4f} {row['standard_error']:15.4f}", flush=True)
     print(f"wrote {rows.path}")
+
+
+def _variances(model, asked):
+    """Returns the variances that are measured; raises InputError for one that the model has not."""
+    if asked is None:
+        return bound.variances_of(model)
+    if not asked or len(set(asked)) < len(asked):
+        raise InputError(f"variances is {','.join(asked)!r}; name each once, as small,large_published")
+    for variance in asked:
+        if variance not in bound.BOUND_VARIANCES:
+            raise InputError(f"variances has {variance!r}; {nearest(variance, bound.BOUND_VARIANCES)}")
+        if variance == "learned" and not model.learned_variance:
+            raise InputError("variances has learned, and the model predicts none; train with objective=hybrid")
+    return tuple(asked)
 
 
 def measure_likelihood(

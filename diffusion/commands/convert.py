@@ -22,6 +22,9 @@ _EMA = flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_dec
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.", lower_bound=1)
 _NETWORK = flags.DEFINE_string("network", None, "The run's own network, as package.module:function, which is imported.")
 _OUT = flags.DEFINE_string("out", None, "File to write, NAME.safetensors. Default: one named after the run folder.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", *weights.HALVES], "How matrices are kept; half precision halves the file."
+)
 _FIGURES = flags.DEFINE_string("figures", None, "JSON file with figures to keep as well, as evaluate.py writes them.")
 
 
@@ -43,11 +46,11 @@ def _write(folder, out, figures):
     if reconstructions.is_autoencoder(folder):
         found = load_autoencoder(folder.path, _EMA.value or "", _STEP.value)
         own.check_used(_NETWORK.value, found.config)
-        autoencoders.save(out, found, figures)
+        autoencoders.save(out, found, figures, _DTYPE.value)
         return found
     trained = load_trained(folder, _EMA.value or "", _STEP.value, own.networks(_NETWORK.value))
     own.check_used(_NETWORK.value, trained.config)
-    weights.save(out, trained, figures)
+    weights.save(out, trained, figures, _DTYPE.value)
     return trained
 
 

@@ -39,7 +39,7 @@ from diffusion.commands import (
     usage,
 )
 from diffusion.errors import InputError
-from diffusion.evaluation import features
+from diffusion.evaluation import bound, features
 from diffusion.training import environment
 
 shared_flags.define_source_flags()
@@ -66,6 +66,11 @@ _FIRST = flags.DEFINE_integer(
     "first", None, "Images that --bound and --likelihood take, or an autoencoder. Default: all.", lower_bound=1
 )
 _BOUND = flags.DEFINE_list("bound", None, "Print the variational bound with each of these numbers of steps, as 10,25.")
+_VARIANCES = flags.DEFINE_list(
+    "variances",
+    None,
+    f"With --bound: of {', '.join(bound.BOUND_VARIANCES)}. Default: those that the model can be sampled with.",
+)
 _LIKELIHOOD = flags.DEFINE_list(
     "likelihood", None, "Print the likelihood under the probability flow with each of these numbers of steps, as 25,50."
 )
@@ -86,6 +91,8 @@ def main() -> None:
         _refuse(OF_SAMPLES, "is for samples, which --bound and --likelihood do not draw")
     if _BOUND.value is None and _LIKELIHOOD.value is not None:
         _refuse(["tau", "clip"], "goes with --bound or samples, not with --likelihood alone")
+    if _BOUND.value is None:
+        _refuse(["variances"], "goes with --bound")
     found = reconstructions.open_autoencoder(flags.FLAGS.workdir, flags.FLAGS.ema or "")
     if found is not None:
         measure_autoencoder(found)
@@ -98,7 +105,8 @@ def main() -> None:
         measure_samples(source, out)
     if _BOUND.value is not None:
         tau = source.trained.config.sample.tau if _TAU.value is None else _TAU.value
-        bits.measure_bound(source, out, _numbers("bound", _BOUND.value, int), tau, lambda: _first_images(source))
+        steps = _numbers("bound", _BOUND.value, int)
+        bits.measure_bound(source, out, steps, tau, lambda: _first_images(source), _VARIANCES.value)
     if _LIKELIHOOD.value is not None:
         steps = _numbers("likelihood", _LIKELIHOOD.value, int)
         bits.measure_likelihood(source, out, steps, lambda: _first_images(source))

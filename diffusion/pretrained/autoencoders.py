@@ -13,19 +13,22 @@ from diffusion.pretrained import weights
 from diffusion.records import autoencoder_from_record
 
 
-def save(path: str | os.PathLike, trained: TrainedAutoencoder, figures: dict[str, Any] | None = None) -> None:
+def save(
+    path: str | os.PathLike, trained: TrainedAutoencoder, figures: dict[str, Any] | None = None, dtype: str = "float32"
+) -> None:
     """Writes an autoencoder to a file, from which `load_autoencoder` reads it.
 
     Args:
       path: ends in .safetensors; an existing file is replaced.
       trained: from `load_autoencoder`.
       figures: what was measured.
+      dtype: as for `weights.save`.
 
     Raises:
-      InputError: a parameter is not finite.
+      InputError: a parameter is not finite, or not in dtype.
     """
     facts = {**trained.facts(), "class_names": [], "figures": figures or {}}
-    weights.write(path, trained.params, facts)
+    weights.write(path, trained.params, facts, dtype)
 
 
 def load(path: str | os.PathLike, ema: str = "") -> TrainedAutoencoder:

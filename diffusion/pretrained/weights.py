@@ -30,19 +30,25 @@ _FORMATS, _ENTRY = ("jax-fast-diffusion 1", "jax-fast-diffusion 2"), "model"
 _NETWORK, _AUTOENCODER = "network", "autoencoder"
 """The two trees of parameters in the file of a latent model; that of any other has only one, without a name."""
 
+HALVES = ("float16", "bfloat16")
+"""The types in which matrices may be kept to halve the size of a file; vectors stay in float32."""
+
 _FACTS = {"config": dict, "image_shape": list, "class_names": list, "step": int, "ema": str, "sha256": str}
 
 
-def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | None = None) -> None:
+def save(
+    path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | None = None, dtype: str = "float32"
+) -> None:
     """Writes the parameters, config and figures to a file, whole or not at all.
 
     Args:
       path: ends in .safetensors; an existing file is replaced.
       trained: from `run_folder.load_trained`.
       figures: what was measured, as anything JSON can hold; `describe` returns it to whoever asks.
+      dtype: "float32", or one of `HALVES`; the model in the file is then the rounded one, again in float32.
 
     Raises:
-      InputError: a parameter is not finite.
+      InputError: a parameter is not finite, or not in dtype.
     """
     facts = {
         "config": trained.config.to_dict(),
@@ -55,26 +61,52 @@ def save(path: str | os.PathLike, trained: Trained, figures: dict[str, Any] | No
     params, autoencoder = trained.params, trained.model.space.autoencoder
     if autoencoder is not None:
         params = {_NETWORK: params, _AUTOENCODER: autoencoder.params}
-        facts[_AUTOENCODER] = autoencoder.facts()
-    write(path, params, facts)
+        kept = _restored(_kept(autoencoder.params, dtype))
+        facts[_AUTOENCODER] = autoencoder._replace(sha256=digest(kept)).facts()
+    write(path, params, facts, dtype)
 
 
-def write(path: str | os.PathLike, params: Params, facts: Mapping[str, Any]) -> None:
+def write(path: str | os.PathLike, params: Params, facts: Mapping[str, Any], dtype: str = "float32") -> None:
     """Writes parameters and facts to a file, sealed, whole or not at all; raises as `save`.
 
     Args:
       path: ends in .safetensors; an existing file is replaced.
       params: nested dicts of arrays.
       facts: config, image_shape, class_names, step, ema and figures.
+      dtype: as for `save`.
     """
     check_finite(params, "the model")
-    arrays = {name: np.asarray(leaf) for name, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()}
-    facts = {"format": _FORMATS[-1], **facts, "sha256": digest(arrays)}
+    arrays = flax.traverse_util.flatten_dict(_kept(params, dtype), sep="/")
+    # The digest is of the parameters as they are read, whatever the type in which they are kept.
+    facts = {"format": _FORMATS[-1], **facts, "sha256": digest(_restored(arrays))}
     facts["digest"] = digest_of(facts)  # of the text, which has that of the weights in it
     # One entry holds all facts: safetensors writes several in any order, and the same model should give the same file.
     path = Path(path)
     remove_temporaries(path.parent, re.escape(path.name))
     write_atomically(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(facts, sort_keys=True)}))
+
+
+def _kept(params, dtype):
+    """Returns parameters as a file keeps them."""
+    if dtype != "float32" and dtype not in HALVES:
+        raise InputError(f"dtype is {dtype!r}; valid: float32, {', '.join(HALVES)}")
+
+    def half(leaf):
+        leaf = np.asarray(leaf)
+        if dtype == "float32" or leaf.ndim < 2 or leaf.dtype != np.float32:
+            return leaf
+        with np.errstate(over="ignore"):
+            small = leaf.astype(dtype)
+        if not np.isfinite(small).all():
+            raise InputError(f"a weight is {np.abs(leaf).max():.3g}, which {dtype} does not hold; write float32")
+        return small
+
+    return jax.tree.map(half, params)
+
+
+def _restored(arrays):
+    """Returns parameters that a file keeps as the model has them; no network has parameters of half precision."""
+    return jax.tree.map(lambda leaf: leaf.astype(np.float32) if leaf.dtype.name in HALVES else leaf, arrays)
 
 
 def load(path: str | os.PathLike, networks: Mapping[str, Callable[..., Any]] = MappingProxyType({})) -> Trained:
@@ -120,10 +152,11 @@ def read_params(path: str | os.PathLike, header: Header, facts: Mapping[str, Any
       InputError: they are not.
     """
     wanted = flax.traverse_util.flatten_dict(like, sep="/")
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in header.tensors.items()}
+    halves = {np.dtype(name): np.dtype(np.float32) for name in HALVES}
+    shapes = {name: (tensor.shape, halves.get(tensor.dtype, tensor.dtype)) for name, tensor in header.tensors.items()}
     if shapes != {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}:
         raise InputError(f"{path} holds weights of another network than its config describes; convert it again")
-    arrays = read_tensors(Path(path).expanduser(), header.tensors)
+    arrays = _restored(read_tensors(Path(path).expanduser(), header.tensors))
     if digest(arrays) != facts["sha256"]:
         raise InputError(f"{path} is damaged: its weights are not those that were written; get it again")
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
