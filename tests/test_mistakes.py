@@ -34,8 +34,8 @@ RUN = "--workdir=$TRAINED/runs/digits"
 # (script, arguments, what the line says); $TRAINED is a folder with a trained run
 MISTAKES = [
     ("train.py", ["--workdri=x"], "no flag --workdri; did you mean 'workdir'.*--config.FIELD"),
-    ("train.py", ["--config.model.widht=8"], "no field 'widht'; did you mean 'width'"),
-    ("train.py", ["--config.modle.width=8"], "no field 'modle'; did you mean 'model'"),
+    ("train.py", ["--config.model.widht=8"], "no field 'widht'; did you mean 'config.model.width'"),
+    ("train.py", ["--config.modle.width=8"], "no field 'modle'; did you mean 'config.model.width'"),
     ("train.py", [f"--config={ROOT}/README.md"], "README.md' is no config file; .*valid"),
     ("train.py", ["--config=$FILE.py"], "file.py, line 1: invalid syntax"),
     ("train.py", ["--config.train.learning_rate=1e-3"], "did you mean 'config.optimizer.learning_rate'"),

@@ -195,7 +195,7 @@ def _fail_below_value(argv: Sequence[str]) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags for absl's `app.run`; a mistake ends the program with a line that says what would be right."""
-    overridden = {part for arg in argv if arg.startswith("--config.") for part in arg[2:].split("=")[0].split(".")}
+    overridden = [arg[2:].partition("=")[0] for arg in argv if arg.startswith("--config.")]
     try:
         remaining = flags.FLAGS(list(argv))
     except flags.UnrecognizedFlagError as error:
@@ -216,11 +216,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (KeyError, AttributeError) as error:  # a misspelt field
         below = re.search(r"lookup: ([\w.]+)", str(error))  # the override looked inside a number
         name = below[1].rpartition(".")[2] if below else re.search(r"\w+", str(error))[0]
-        if name not in overridden:
+        written = [field for field in overridden if name in field.split(".")]
+        if not written:
             raise
-        guess = re.search(r'Did you mean "(\w+)"', str(error))
-        elsewhere = config_files.fields_named(name, _read_config(argv[1].partition("=")[2]))
-        hint = f"did you mean {guess[1]!r}? " if guess else f"did you mean {elsewhere[0]!r}? " if elsewhere else ""
+        hint = config_files.guess(written[0], _read_config(argv[1].partition("=")[2]))
         fail(f"the config has no field {name!r}; {hint}configs/default.py holds every field")
     except TypeError:
         _fail_below_value(argv)

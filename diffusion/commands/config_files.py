@@ -59,7 +59,7 @@ def check(config: ConfigDict, where: str = "") -> None:
         section, _, last = name.rpartition(".")
         inside = _at(known, section)
         if not isinstance(inside, ConfigDict) or last not in inside:
-            raise InputError(f"{where}there is no field {name}; {_guess(name, known)}{_EVERY}")
+            raise InputError(f"{where}there is no field {name}; {guess(name, known)}{_EVERY}")
         if not _fits(field, inside[last]):
             kind = _KINDS.get(type(inside[last]), "a section")
             raise InputError(f"{where}{name} is {_shown(field)}; it must be {kind}, as {_shown(inside[last])}")
@@ -111,14 +111,7 @@ def fields() -> list[Field]:
     return found
 
 
-def _at(config: ConfigDict, section: str) -> Any:
-    """Returns the section of a full name such as config.model, or None if there is none."""
-    for part in section.split(".")[1:]:
-        config = config.get(part) if isinstance(config, ConfigDict) else None
-    return config
-
-
-def _guess(name: str, known: ConfigDict) -> str:
+def guess(name: str, known: ConfigDict) -> str:
     """Returns the question "did you mean ...?" with the field that is nearest to a name, or ""."""
     last = name.rpartition(".")[2]
     if elsewhere := fields_named(last, known):
@@ -126,6 +119,13 @@ def _guess(name: str, known: ConfigDict) -> str:
     every = [full for full, _ in leaves(known)]
     sections = {full.rpartition(".")[0] for full in every} - {"config"}
     return nearest(name, [*every, *sections]).partition("valid:")[0]
+
+
+def _at(config: ConfigDict, section: str) -> Any:
+    """Returns the section of a full name such as config.model, or None if there is none."""
+    for part in section.split(".")[1:]:
+        config = config.get(part) if isinstance(config, ConfigDict) else None
+    return config
 
 
 def _fits(value: Any, example: Any) -> bool:
@@ -162,7 +162,7 @@ def _told(error: BaseException) -> str:
         # A name that the config lacks, as in config.trian.num_steps = 1.
         if isinstance(error, AttributeError | KeyError):
             name = re.search(r"\w+", words)[0]
-            return f"the config has no field {name!r}; {_guess(f'config.{name}', known)}{_EVERY}"
+            return f"the config has no field {name!r}; {guess(f'config.{name}', known)}{_EVERY}"
         # A value of another kind, as in config.train.num_steps = "many".
         if match := re.match(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type", words):
             name = (fields_named(match[1], known) or [f"config.{match[1]}"])[0]
