@@ -193,16 +193,18 @@ class _Duel(NamedTuple):
 
 
 def _duel(judge, critic, real, images, begun):
-    """Returns the hinge losses of the autoencoder and of its critic; 0 before the critic has begun."""
+    """Returns the hinge losses of the autoencoder and of its critic; 0, at no cost, before the critic has begun."""
     fixed = jax.lax.stop_gradient(images)
 
-    def fools(images):
-        return -_mean(judge(jax.lax.stop_gradient(critic), images))
+    def fight(critic):
+        loss, pull = jax.vjp(lambda images: -_mean(judge(jax.lax.stop_gradient(critic), images)), fixed)
+        hinge = _mean(jax.nn.relu(1 - judge(critic, real))) + _mean(jax.nn.relu(1 + judge(critic, fixed)))
+        return _Duel(loss, pull(jnp.ones_like(loss))[0], 0.5 * hinge)
 
-    loss, pull = jax.vjp(fools, fixed)
-    hinge = _mean(jax.nn.relu(1 - judge(critic, real))) + _mean(jax.nn.relu(1 + judge(critic, fixed)))
-    on = jnp.asarray(begun, real.dtype)
-    return _Duel(on * loss, on * pull(jnp.ones_like(loss))[0], on * 0.5 * hinge)
+    def wait(critic):
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fight, critic))
+
+    return jax.lax.cond(begun, fight, wait, critic)
 
 
 def curve_names(parts: Parts) -> tuple[str, ...]:
