@@ -44,15 +44,15 @@ def run(script, *args, cwd, **kwargs):
     return subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=600, **kwargs)
 
 
-def train(cwd, *args, **kwargs):
-    return run("train.py", *TINY, *args, cwd=cwd, **kwargs)
+def train(cwd, *args, size=TINY, **kwargs):
+    return run("train.py", *size, *args, cwd=cwd, **kwargs)
 
 
-def start_training(cwd, *args, env=None, **kwargs):
+def start_training(cwd, *args, env=None, size=TINY, **kwargs):
     """A training process whose output, stderr included, is read from its stdout."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     env = None if env is None else {**os.environ, **env}
-    return subprocess.Popen(command("train.py", *TINY, *args), cwd=cwd, env=env, **pipes, **kwargs)
+    return subprocess.Popen(command("train.py", *size, *args), cwd=cwd, env=env, **pipes, **kwargs)
 
 
 def read_until(process, text):

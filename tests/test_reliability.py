@@ -46,15 +46,15 @@ from diffusion.training.step import StepOptions, init_state, make_train_step
 pytestmark = [pytest.mark.reliability, pytest.mark.usefixtures("compile_once")]
 
 
-RUN = (
+SAVING = (
     "--workdir=run",
     "--config.train.log_every=70",
     "--config.train.save_every=50",
     "--config.train.grid_every=400",
     "--config.train.ema_decays=0.9,0.99",
-    "--config.model.dropout=0.1",
     "--config.data.flip=True",
 )
+RUN = (*SAVING, "--config.model.dropout=0.1")
 
 
 def wait_for_save(folder, seconds):
@@ -66,14 +66,26 @@ def wait_for_save(folder, seconds):
     return False
 
 
-def test_1_a_run_killed_thirty_times_ends_in_the_same_bits_and_metrics(tmp_path, report):
+ADVERSARIAL = (
+    "--config=configs/digits_autoencoder.py",
+    "--config.autoencoder.channels=8,8",
+    "--config.optimizer.decay=constant",
+    "--config.train.batch_size=8",
+    "--config.train.objective=kl_autoencoder:adversarial=0.5,adversarial_start=30",
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "args", "count"), [(TINY, RUN, 30), (ADVERSARIAL, SAVING, 6)], ids=["digits", "adversarial autoencoder"]
+)
+def test_1_a_run_killed_many_times_ends_in_the_same_bits_and_metrics(tmp_path, report, size, args, count):
     rng = random.Random(0)
     folder = tmp_path / "killed" / "run"
     folder.parent.mkdir()
     kills = {signal.SIGKILL: 0, signal.SIGTERM: 0}
     during_saves = 0
-    while sum(kills.values()) < 30:
-        process = start_training(folder.parent, *RUN, "--config.train.num_steps=1000000")
+    while sum(kills.values()) < count:
+        process = start_training(folder.parent, *args, "--config.train.num_steps=1000000", size=size)
         read_until(process, "first step")
         number = rng.choice(list(kills))
         if sum(kills.values()) % 3 == 0:
@@ -90,9 +102,9 @@ def test_1_a_run_killed_thirty_times_ends_in_the_same_bits_and_metrics(tmp_path,
     whole = tmp_path / "whole"
     whole.mkdir()
     for cwd in (folder.parent, whole):
-        result = train(cwd, *RUN, end)
+        result = train(cwd, *args, end, size=size)
         assert result.returncode == 0, result.stderr
-    assert during_saves >= 8
+    assert during_saves >= count // 4
     assert digest(folder, reached + 100) == digest(whole / "run", reached + 100)
     assert (folder / "metrics.csv").read_bytes() == (whole / "run" / "metrics.csv").read_bytes()
     grids = [{p.name: p.read_bytes() for p in (f / "grids").iterdir()} for f in (folder, whole / "run")]
@@ -228,7 +240,7 @@ def test_9_other_images_behind_the_same_config_are_refused_before_the_first_step
     more = (*options, "--config.train.num_steps=9")
     assert "config.data.size is 16" in error_line(train(tmp_path, *more, "--config.data.size=16"))
     write_png(folder / "0.png", rng.integers(0, 256, (8, 8, 3), np.uint8))
-    assert "is another run: data is" in error_line(train(tmp_path, *more, "--config.data.size=8"))
+    assert "is another run: data differs (by its SHA-256)" in error_line(train(tmp_path, *more, "--config.data.size=8"))
     (folder / "0.png").unlink()
     assert "num_examples is 7, the run has 8" in error_line(train(tmp_path, *more, "--config.data.size=8"))
     assert saved_steps(tmp_path / "run") == [5]
