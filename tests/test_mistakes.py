@@ -162,7 +162,7 @@ MISTAKES = [
     (
         "train.py",
         ["--network=unnet"],
-        "config.network is 'unnet'; it must be unet, transformer, or your own as package",
+        "config.network is 'unnet'; it must be unet, transformer, unet2d, or your own as package",
     ),
     (
         "train.py",
