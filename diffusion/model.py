@@ -200,7 +200,8 @@ def _own_network(text, networks, image_shape, channels, num_classes, sees):
     name = options.own_name(text)
     if not name:
         raise InputError(
-            f"config.network is {text!r}; it must be {UNET}, {TRANSFORMER}, {UNET2D}, or your own as package.module:function"
+            f"config.network is {text!r}; it must be {UNET}, {TRANSFORMER}, {UNET2D}, or your own as "
+            "package.module:function"
         )
     if name not in networks:
         raise InputError(

@@ -22,9 +22,9 @@ _NETWORKS = ("config.network", "config.model.", "config.transformer.", "config.u
 _TAKEN = ("config.latents", "config.data.", "config.schedule", *_NETWORKS, "config.train.prediction")
 """The fields in which a student is as its teacher, unless the recipe sets them."""
 
-_ITS_OWN = tuple(
-    f"config.{kind}.{name}" for kind in ("model", "transformer", "unet2d") for name in ("dropout", "remat", "dtype")
-)
+_SECTIONS, _OF_TRAINING = ("model", "transformer", "unet2d"), ("dropout", "remat", "dtype")
+
+_ITS_OWN = tuple(f"config.{section}.{name}" for section in _SECTIONS for name in _OF_TRAINING)
 """Those of them that a student does not take over: they say how it is trained."""
 
 _ALIKE = ("config.latents", "config.schedule", *_NETWORKS)

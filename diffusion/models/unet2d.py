@@ -26,7 +26,7 @@ class UNet2D(nn.Module):
 
     Attributes:
       block_out_channels: channels of each level; from level to level the image halves.
-      down_block_types, up_block_types: keys of `unet2d_blocks.DOWN` and `UP`, one for each level; up, the deepest first.
+      down_block_types, up_block_types: keys of `unet2d_blocks.DOWN` and `UP`, one a level; up, the deepest first.
       mid_block_type: UNetMidBlock2D, or "" for none.
       add_attention: whether the middle has attention.
       layers_per_block: residual blocks in each level on the way down; the way up has one more.
@@ -226,8 +226,8 @@ class UNet2D(nn.Module):
         factor = 2 ** (levels - 1)
         if x.shape[1] % factor or x.shape[2] % factor:
             raise InputError(
-                f"images of {x.shape[1]}x{x.shape[2]} cannot be halved {levels - 1} times; use sizes that are multiples "
-                f"of {factor} or fewer unet2d.block_out_channels"
+                f"images of {x.shape[1]}x{x.shape[2]} cannot be halved {levels - 1} times; use sizes that are "
+                f"multiples of {factor} or fewer unet2d.block_out_channels"
             )
         if cond is not None and not self.num_classes and not self.class_embed_type:
             raise InputError("class labels were given to an unconditional model; set model.num_classes")

@@ -1,10 +1,14 @@
 """Folders that diffusers' save_pretrained writes are read here without it, and compute and draw the same."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
+from diffusion.commands import samplers
 from diffusion.interop import diffusers as interop
+from diffusion.sampling import sample
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -60,6 +64,8 @@ SMALL = {
     "layers_per_block": 1,
 }
 GREY = {"in_channels": 1, "out_channels": 1}
+TINY = {**SMALL, **GREY, "block_out_channels": (8,), "add_attention": False}
+TINY |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 CONFIGURATIONS = {
     "ddpm-cifar10": CIFAR,
     "ddpm-church": {**CIFAR, "down_block_types": ("DownBlock2D",) * 2, "layers_per_block": 1},
@@ -131,3 +137,83 @@ def test_a_network_read_from_its_folder_computes_the_same(name, tmp_path):
     trained = interop.load(tmp_path, scheduler=DDPM)
     assert sum(leaf.size for leaf in jax.tree.leaves(trained.params)) == sum(w.numel() for w in model.parameters())
     assert_equal_networks(model, trained)
+
+
+DETERMINISTIC = {
+    "DDIM": ("DDIMScheduler", {}),
+    "DDIM of Stable Diffusion": (
+        "DDIMScheduler",
+        {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+    ),
+    "DDIM from no signal": (
+        "DDIMScheduler",
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ),
+    "DDIM of 100 timesteps that predicts x_0": (
+        "DDIMScheduler",
+        {"prediction_type": "sample", "num_train_timesteps": 100, "beta_end": 0.1},
+    ),
+    "PLMS of Stable Diffusion": (
+        "PNDMScheduler",
+        {"beta_schedule": "scaled_linear", "skip_prk_steps": True, "steps_offset": 1},
+    ),
+    "PNDM": ("PNDMScheduler", {"set_alpha_to_one": True}),
+    "DPM-Solver++": ("DPMSolverMultistepScheduler", {}),
+    "DPM-Solver++ of order 3": ("DPMSolverMultistepScheduler", {"solver_order": 3, "timestep_spacing": "leading"}),
+    "DPM-Solver++ exact": (
+        "DPMSolverMultistepScheduler",
+        {"solver_type": "heun", "timestep_spacing": "trailing", "beta_schedule": "squaredcos_cap_v2"},
+    ),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "UniPC of order 3": (
+        "UniPCMultistepScheduler",
+        {"solver_order": 3, "disable_corrector": [0, 1], "timestep_spacing": "leading", "steps_offset": 1},
+    ),
+    "Euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "Euler leading": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "prediction_type": "v_prediction"}),
+    "Heun": ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "LMS": ("LMSDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "EDM Euler": ("EDMEulerScheduler", {}),
+    "EDM DPM-Solver++": ("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential"}),
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline_parts(tmp_path_factory):
+    """A tiny network with the folder that it is saved in."""
+    model = network(TINY)
+    model.conv_out.weight.data *= 0.05
+    folder = tmp_path_factory.mktemp("unet")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def drawn_there(model, scheduler, steps, z):
+    """Their sample, and what it starts from in our scale."""
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # without it a scheduler looks its place up by the timestep, which may repeat
+    x = torch.from_numpy(z.transpose(0, 3, 1, 2).copy()) * scheduler.init_noise_sigma
+    divided = "Discrete" in type(scheduler).__name__  # k-diffusion's kind keeps x / a
+    begin = x / (1 + float(scheduler.sigmas[0]) ** 2) ** 0.5 if divided else x
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            seen = scheduler.scale_model_input(x, t)
+            x = scheduler.step(model(seen, t).sample, t, x).prev_sample
+    return x.numpy().transpose(0, 2, 3, 1), begin.numpy().transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_the_sampler_of_a_folder_draws_the_same(name, pipeline_parts, tmp_path):
+    """25 steps of the sampler, grid, clip and schedule that the folder's scheduler becomes here."""
+    (kind, options), (model, folder) = DETERMINISTIC[name], pipeline_parts
+    scheduler = getattr(diffusers, kind)(**options)
+    scheduler.save_pretrained(tmp_path)
+    trained = interop.load(folder, scheduler=json.loads((tmp_path / "scheduler_config.json").read_text()))
+    z = np.random.default_rng(3).standard_normal((2, 8, 8, 1)).astype(np.float32)
+    wanted, begin = drawn_there(model, scheduler, 25, z)
+    config = trained.config.sample
+    table = samplers.make_table(trained.model.schedule, config.sampler, 25, config.tau)
+    shared = {"prediction": trained.model.prediction, "clip": config.clip, "x_init": begin}
+    found = sample(trained.model.apply_fn, trained.params, table, jax.random.key(0), 2, (8, 8, 1), **shared)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=max(1, np.abs(wanted).max()) / 255)
