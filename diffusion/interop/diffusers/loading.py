@@ -54,7 +54,8 @@ def load(
         fields, found = unet2d.read_fields(str(where), config)
         shape = unet2d.image_shape(str(where), found, image_size)
     sampling = _scheduler(folder, scheduler)
-    whole = whole_config(UNET2D, fields | {"time_shift": sampling.time_shift}, found, sampling)
+    fields |= {"time_scale": 1.0, "time_shift": sampling.time_shift, "dtype": "float32"}
+    whole = whole_config(UNET2D, fields, found, sampling)
     with readable(str(where)):
         model = make_model(whole, shape)
     like = jax.eval_shape(model.init, keys.make(0))
@@ -108,13 +109,15 @@ def whole_config(network: str, fields: Mapping[str, Any], found: Mapping[str, An
     if out not in (channels, 2 * channels):
         raise InputError(f"out_channels is {out}, of {channels} in_channels; supported: as many, or twice as many")
     size = found["sample_size"]
-    classes = found["num_class_embeds"] or 0
+    null = unet2d.LABEL_DROPOUT in found
+    classes = (found["num_class_embeds"] or 0) - null
     return ConfigDict(
         {
             "latents": "",
             "data": {
                 "name": "images",
-                "path": "",
+                "path": "",  # nothing in the folder says where its images are
+                "split": "",
                 "size": size if isinstance(size, int) else 0,
                 "channels": channels,
                 "labels": "folders" if classes else "none",
@@ -122,11 +125,11 @@ def whole_config(network: str, fields: Mapping[str, Any], found: Mapping[str, An
             "schedule": sampling.schedule,
             "network": network,
             "model": {"num_classes": classes, "out_channels": 0},
-            network: {**fields, "null_class": not classes},
+            network: {**fields, "null_class": null or not classes},
             "train": {
                 "prediction": sampling.prediction,
                 "objective": "simple" if out == channels else "hybrid",
-                "label_dropout": 0.0,
+                "label_dropout": found.get(unet2d.LABEL_DROPOUT, 0.0),
                 "ema_decays": (),
             },
             "sample": {

@@ -7,7 +7,8 @@ from typing import Any
 from diffusion.errors import InputError
 from diffusion.interop.diffusers.state import LEAVES, fields_of, require
 
-CLASS = "UNet2DModel"
+CLASS, VERSION = "UNet2DModel", "0.42.0"
+"""The class, and the version of diffusers whose fields these are."""
 
 DEFAULTS = {
     "sample_size": None,
@@ -41,13 +42,17 @@ DEFAULTS = {
 }
 """The arguments of the class in diffusers 0.42 and their defaults."""
 
-_NOT_FIELDS = ("sample_size", "in_channels", "out_channels", "num_class_embeds")
+_NOT_FIELDS = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "_label_dropout")
 """Those that are no field of `UNet2D`: the images and the classes say them."""
 
 _NULL = {"time_embedding_dim": 0, "mid_block_type": "", "attention_head_dim": 0, "norm_num_groups": 0}
 _NULL |= {"attn_norm_num_groups": 0, "class_embed_type": "", "num_train_timesteps": 0, "downsample_type": "conv"}
 _NULL |= {"upsample_type": "conv"}
 """What null is here."""
+
+_NULLABLE = ("time_embedding_dim", "mid_block_type", "attention_head_dim", "norm_num_groups", "attn_norm_num_groups")
+_NULLABLE += ("class_embed_type", "num_train_timesteps")
+"""Those that are null there where they are 0 or "" here."""
 
 _FLOATS = ("mid_block_scale_factor", "norm_eps", "dropout")
 
@@ -59,6 +64,7 @@ def read_fields(where: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
       InputError: an unknown field or value, which is named.
     """
     found = fields_of(where, config, DEFAULTS)
+    found |= {LABEL_DROPOUT: float(config[LABEL_DROPOUT])} if LABEL_DROPOUT in config else {}
     require(where, found, {"mid_block_type": ("UNetMidBlock2D", None)})
     if found["class_embed_type"] is not None:
         found["num_class_embeds"] = None  # the class reads it only where there is no type
@@ -67,6 +73,40 @@ def read_fields(where: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     fields |= {name: float(fields[name]) for name in _FLOATS}
     fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     return fields, found
+
+
+LABEL_DROPOUT = "_label_dropout"
+"""What a config of ours says besides: that the last class means "no class", and how often it was trained.
+
+diffusers leaves fields alone whose names begin with "_".
+"""
+
+
+def write_config(fields: Mapping[str, Any], config: Any, shape: tuple[int, int, int], variance: bool) -> dict[str, Any]:
+    """Returns the config of a network, the inverse of `read_fields`.
+
+    Args:
+      fields: of `models.UNet2D`.
+      config: the whole config of the run.
+      shape: (H, W, C) of the images.
+      variance: whether the network also predicts its variance.
+    """
+    num_classes, null = config.model.num_classes, fields.get("null_class", True)
+    theirs = {name: value for name, value in fields.items() if name in DEFAULTS}
+    theirs = {name: list(value) if isinstance(value, tuple) else value for name, value in theirs.items()}
+    theirs |= {name: None for name in _NULLABLE if not theirs.get(name)}
+    height, width, channels = shape
+    classes = num_classes + bool(null) if num_classes else None
+    return {
+        "_class_name": CLASS,
+        "_diffusers_version": VERSION,
+        **theirs,
+        "sample_size": height if height == width else [height, width],
+        "in_channels": channels,
+        "out_channels": channels * (2 if variance else 1),
+        "num_class_embeds": classes,
+        **({LABEL_DROPOUT: config.train.label_dropout} if classes and null else {}),
+    }
 
 
 def image_shape(where: str, found: Mapping[str, Any], image_size: tuple[int, int] | None) -> tuple[int, int, int]:
