@@ -289,6 +289,8 @@ MISTAKES = [
     ("convert.py", ["--workdir=$FOLDER"], "UNet3DModel is not supported"),
     ("convert.py", ["--workdir=$FOLDER", "--step=3"], "--step is for runs, and .*folder is a folder of diffusers"),
     ("convert.py", ["--workdir=$FOLDER", "--out=it.bin"], "its name must end in .safetensors"),
+    ("convert.py", ["--workdir=shipped", "--to=diffusers"], "--to=diffusers needs --out"),
+    ("convert.py", ["--workdir=shipped", "--to=diffusers", "--out=x"], "makes norms of .* groups.*network=unet2d"),
     # Learned tables
     ("learn.py", [RUN, "--calls=0"], r"calls is '0'; give each number once, in 1\.\.50"),
     ("learn.py", [RUN, "--calls=1001"], r"calls is '1001'; .* 1\.\.50"),

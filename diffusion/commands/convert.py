@@ -1,14 +1,15 @@
 """Writes a trained run to one file: `python convert.py --workdir=runs/digits --out=digits.safetensors`.
 
 The file holds one EMA of the parameters, the config and, with --figures=FILE.json, what was measured. sample.py and
-evaluate.py take it as --workdir. A folder that diffusers wrote becomes such a file as well.
+evaluate.py take it as --workdir. A folder that diffusers wrote becomes such a file as well, and with --to=diffusers a
+run or a file becomes a folder that diffusers reads.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from diffusion.commands import cli, own, reconstructions, usage
+from diffusion.commands import cli, opening, own, reconstructions, usage
 from diffusion.errors import InputError
 from diffusion.files import read_json
 from diffusion.interop import diffusers
@@ -22,11 +23,17 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or a folder of diff
 _EMA = flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.", lower_bound=1)
 _NETWORK = flags.DEFINE_string("network", None, "The run's own network, as package.module:function, which is imported.")
-_OUT = flags.DEFINE_string("out", None, "File to write, NAME.safetensors. Default: one named after the run folder.")
+_TO = flags.DEFINE_enum("to", "file", ["file", "diffusers"], "What to write: one file, or a folder of diffusers.")
+_OUT = flags.DEFINE_string(
+    "out", None, "File to write, NAME.safetensors, or folder. Default: one named after the run folder."
+)
 _FIGURES = flags.DEFINE_string("figures", None, "JSON file with figures to keep as well, as evaluate.py writes them.")
 
 
 def main() -> None:
+    if _TO.value == "diffusers":
+        _write_folder()
+        return
     folder = _folder()
     out = Path(_OUT.value or f"{folder.absolute().name}{weights.SUFFIX}").expanduser()
     if out.suffix != weights.SUFFIX:
@@ -35,6 +42,18 @@ def main() -> None:
     trained = _write(folder, out, figures)
     size = out.stat().st_size / 2**20
     print(f"{folder}, step {trained.step:,}, EMA {trained.ema}: wrote {out}, {size:.2f} MiB")
+
+
+def _write_folder():
+    """Writes a model as a folder of diffusers."""
+    name = _WORKDIR.value
+    if not name or not _OUT.value:
+        raise InputError(f"--to=diffusers needs --{'out' if name else 'workdir'}; give the one")
+    if _FIGURES.value or _STEP.value:
+        raise InputError(f"--{'figures' if _FIGURES.value else 'step'} does nothing with --to=diffusers; leave it out")
+    _, _, trained = opening.open_named(name, _EMA.value or "", own.networks(_NETWORK.value))
+    diffusers.save(trained, _OUT.value)
+    print(f"{name}, step {trained.step:,}, EMA {trained.ema}: wrote {_OUT.value}, which diffusers reads")
 
 
 def _folder():

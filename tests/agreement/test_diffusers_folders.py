@@ -6,8 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from configs import default
+from diffusion import keys
 from diffusion.commands import samplers
+from diffusion.errors import InputError
 from diffusion.interop import diffusers as interop
+from diffusion.model import Trained, make_model
 from diffusion.sampling import sample
 
 torch = pytest.importorskip("torch")
@@ -217,3 +221,73 @@ def test_the_sampler_of_a_folder_draws_the_same(name, pipeline_parts, tmp_path):
     shared = {"prediction": trained.model.prediction, "clip": config.clip, "x_init": begin}
     found = sample(trained.model.apply_fn, trained.params, table, jax.random.key(0), 2, (8, 8, 1), **shared)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=max(1, np.abs(wanted).max()) / 255)
+
+
+def test_every_kind_of_file_holds_the_same_weights(tmp_path):
+    model = network({**SMALL, "num_class_embeds": 5})
+    files = {"one": {}, "parts": {"max_shard_size": "40KB"}, "bin": {"safe_serialization": False}}
+    files |= {"bin in parts": {"safe_serialization": False, "max_shard_size": "40KB"}}
+    for name, options in files.items():
+        model.save_pretrained(tmp_path / name, **options)
+    assert len(list((tmp_path / "parts").iterdir())) > 4
+    first, *others = (interop.load(tmp_path / name, scheduler=DDPM).params for name in files)
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, other, first)
+    model.half().save_pretrained(tmp_path / "half", variant="fp16")
+    half = interop.load(tmp_path / "half", scheduler=DDPM).params
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float16).astype(np.float32)), half, first)
+
+
+def test_a_pickle_that_wants_more_than_tensors_is_refused(tmp_path):
+    network(TINY).save_pretrained(tmp_path, safe_serialization=False)
+    file, made = tmp_path / "diffusion_pytorch_model.bin", tmp_path / "made"
+
+    class Attack:
+        def __reduce__(self):
+            return made.touch, ()
+
+    torch.save({"conv_in.weight": Attack()}, file)
+    with pytest.raises(InputError, match="which is no tensor"):
+        interop.load(tmp_path, scheduler=DDPM)
+    assert not made.exists()
+
+
+def test_a_model_made_here_computes_the_same_in_diffusers(tmp_path):
+    """A UNet of ours, whose timesteps begin with 1, and its scheduler."""
+    config = default.get_config()
+    with config.unlocked():
+        config.model.update(width=128, multipliers=(1, 1), num_blocks=1, attention_resolutions=(4,), num_classes=2)
+        config.schedule = "cosine"
+        config.train.prediction = "v"
+    model = make_model(config, (8, 8, 3))
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, keys.make(0))
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
+    interop.save(Trained(model, params, config, 1, "0.9999"), tmp_path)
+    pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+    unet = pipeline.unet.eval()
+    assert sum(weight.numel() for weight in unet.parameters()) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    x, t, cond = images(unet), np.array([1, 640]), np.array([1, 2])
+    wanted = theirs(unet, x, t - 1, cond)
+    np.testing.assert_allclose(
+        jax.jit(model.apply_fn)(params, x, t, cond), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max()
+    )
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    np.testing.assert_allclose(pipeline.scheduler.alphas_cumprod, model.schedule.alpha_bar[1:], rtol=1e-4)
+
+
+def test_what_diffusers_wrote_comes_back_as_it_was(tmp_path):
+    diffusers.DDPMPipeline(network(SMALL), diffusers.DDPMScheduler(variance_type="fixed_large")).save_pretrained(
+        tmp_path / "theirs"
+    )
+    interop.save(interop.load(tmp_path / "theirs"), tmp_path / "ours")
+    again = diffusers.DDPMPipeline.from_pretrained(tmp_path / "ours")
+    wanted = diffusers.DDPMPipeline.from_pretrained(tmp_path / "theirs")
+    for name, weight in wanted.unet.state_dict().items():
+        assert torch.equal(again.unet.state_dict()[name], weight)
+
+    def fields(part):
+        return {name: value for name, value in part.config.items() if not name.startswith("_")}
+
+    assert fields(again.unet) == fields(wanted.unet)
+    assert fields(again.scheduler) == fields(wanted.scheduler)

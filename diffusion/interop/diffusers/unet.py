@@ -89,8 +89,8 @@ def _head_dim(config, levels, attending):
     }
     if len(found) > 1:
         raise InputError(
-            f"config.model.num_heads is {heads} in levels of different channels, and UNet2DModel has heads of one size; "
-            "train with config.network=unet2d"
+            f"config.model.num_heads is {heads} in levels of different channels, and UNet2DModel has heads of one "
+            "size; train with config.network=unet2d"
         )
     return found.pop()
 
