@@ -22,7 +22,9 @@ pytestmark = [
 
 SHAPE, COUNT, STEPS = (8, 8, 1), 3, 5
 LINEAR = schedules.linear()
-TAU = timesteps.uniform(LINEAR, STEPS)
+START = 0.8
+"""Below T, where float32 would divide the rounding errors of eps by next to no signal."""
+TAU = timesteps.uniform(LINEAR, STEPS, START)
 
 
 def learned(table, seed=0):
@@ -32,16 +34,15 @@ def learned(table, seed=0):
     return dataclasses.replace(table, update=update, t=table.t - 0.37, name="learned")
 
 
-# Lower than T, where float32 divides rounding errors of eps by the little signal there is.
 TABLES = {
     "ddim": solvers.ddim(LINEAR, TAU),
     "ddim of eta 0.5": solvers.ddim(LINEAR, TAU, 0.5),
     "ddpm": solvers.ddpm(LINEAR, TAU, "large"),
     "dpm_solver_pp, exact": solvers.dpm_solver_pp(LINEAR, TAU, 3),
     "sde dpm_solver_pp": solvers.dpm_solver_pp(LINEAR, TAU, 2, sde_eta=0.7),
-    "unipc": solvers.unipc(LINEAR, timesteps.log_snr(LINEAR, STEPS, start=0.8)),
-    "heun": solvers.heun(LINEAR, timesteps.karras(LINEAR, STEPS, start=0.8)),
-    "singlestep": solvers.dpm_solver_pp_singlestep(LINEAR, timesteps.log_snr(LINEAR, STEPS, start=0.8), 3),
+    "unipc": solvers.unipc(LINEAR, timesteps.log_snr(LINEAR, STEPS, start=START)),
+    "heun": solvers.heun(LINEAR, timesteps.karras(LINEAR, STEPS, start=START)),
+    "singlestep": solvers.dpm_solver_pp_singlestep(LINEAR, timesteps.log_snr(LINEAR, STEPS, start=START), 3),
     "plms": solvers.plms(LINEAR, TAU),
     "learned": learned(solvers.unipc(LINEAR, TAU, 2)),
 }
