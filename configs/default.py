@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.schedule = "linear"  # linear, cosine, scaled_linear, shifted_cosine; edm and rectified_flow for edm and flow
 
     # The network. One of your own has its options after a second colon, as in mine:net:depth=4, not in config.model.
-    config.network = "unet"  # unet, transformer, or a function of your own as package.module:function
+    config.network = "unet"  # unet, transformer, unet2d, or a function of your own as package.module:function
 
     # The UNet: these are its arguments. Of these, num_classes also goes to the other networks.
     config.model = ml_collections.ConfigDict()
@@ -61,6 +61,37 @@ def get_config() -> ml_collections.ConfigDict:
     config.transformer.dropout = 0.0  # rate after attention and perceptron, in training
     config.transformer.dtype = "float32"  # or bfloat16, for the arithmetic
     config.transformer.remat = False  # compute the blocks again in the backward pass, to save memory
+
+    # UNet2DModel of diffusers, where config.network names it: its fields by the names that they have there.
+    config.unet2d = ml_collections.ConfigDict()
+    config.unet2d.block_out_channels = (128, 256, 256, 256)  # channels of each level; between two the image halves
+    config.unet2d.down_block_types = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")  # one a level
+    config.unet2d.up_block_types = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")  # the deepest first
+    config.unet2d.mid_block_type = "UNetMidBlock2D"  # "": no middle
+    config.unet2d.add_attention = True  # whether the middle has attention
+    config.unet2d.layers_per_block = 2  # residual blocks in each level on the way down; the way up has one more
+    config.unet2d.mid_block_scale_factor = 1.0  # what the sums of the middle are divided by
+    config.unet2d.downsample_padding = 1  # of the convolution that halves; 0 pads right and below only
+    config.unet2d.downsample_type = "conv"  # or resnet, of the blocks with attention
+    config.unet2d.upsample_type = "conv"  # or resnet, of the blocks with attention
+    config.unet2d.act_fn = "silu"  # or swish, relu, gelu, mish
+    config.unet2d.attention_head_dim = 8  # channels of a head; 0: one head
+    config.unet2d.norm_num_groups = 32  # groups of the norms; 0: a quarter of the channels, at most 32
+    config.unet2d.attn_norm_num_groups = 0  # groups before the attention of the middle; 0: as diffusers has it
+    config.unet2d.norm_eps = 1e-5  # epsilon of the norms
+    config.unet2d.resnet_time_scale_shift = "default"  # the time is added; scale_shift: it scales and shifts a norm
+    config.unet2d.time_embedding_type = "positional"  # or fourier, of the log of the time, or learned
+    config.unet2d.time_embedding_dim = 0  # width of the embedding; 0: four times the first channels
+    config.unet2d.freq_shift = 0  # 1: the lowest frequency of the embedding is 1e-4
+    config.unet2d.flip_sin_to_cos = True  # whether the cosines of the embedding come first
+    config.unet2d.num_train_timesteps = 0  # rows of a learned embedding
+    config.unet2d.center_input_sample = False  # whether x is scaled from [0, 1] to [-1, 1]
+    config.unet2d.class_embed_type = ""  # "": labels; timestep, identity: numbers and vectors, from Python only
+    config.unet2d.null_class = True  # whether label model.num_classes is "no class"; published networks have none
+    config.unet2d.time_scale = 1.0  # the network is told time_scale t + time_shift
+    config.unet2d.time_shift = -1.0  # -1, as timesteps count from 0 in diffusers
+    config.unet2d.dropout = 0.0  # rate inside the residual blocks, in training
+    config.unet2d.dtype = "float32"  # or bfloat16, for the arithmetic
 
     # The network of an autoencoder, for objective autoencoder, which has no use for schedule, network and model above.
     config.autoencoder = ml_collections.ConfigDict()

@@ -15,7 +15,7 @@ from diffusion import keys, options, schedules
 from diffusion.autoencoder import TrainedAutoencoder
 from diffusion.conditions import Conditions
 from diffusion.errors import InputError, require_range, users_code
-from diffusion.models import Network, Transformer, UNet, adapt, as_apply_fn
+from diffusion.models import Network, Transformer, UNet, UNet2D, adapt, as_apply_fn
 from diffusion.objectives import choice
 from diffusion.objectives.losses import LEARN_VARIANCE
 from diffusion.predictions import check_known, sees_end
@@ -23,8 +23,8 @@ from diffusion.schedules import NoiseSchedule
 from diffusion.spaces import Space, latents, pixels
 from diffusion.types import ApplyFn, Params
 
-UNET, TRANSFORMER = "unet", "transformer"
-"""What config.network is for the networks that come with the library, `models.UNet` and `models.Transformer`."""
+UNET, TRANSFORMER, UNET2D = "unet", "transformer", "unet2d"
+"""What config.network is for the networks that come with the library: `UNet`, `Transformer` and `UNet2D` of models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +139,11 @@ def make_model(
         _check_size(config.transformer, config.transformer.depth, "config.transformer")
         told = {"num_classes": num_classes, "out_channels": config.model.out_channels, **sees}
         network = _network(Transformer, {**config.transformer, **told}, shape, channels, objective.name)
+    elif name == UNET2D:
+        blocks = config.unet2d.layers_per_block * len(config.unet2d.block_out_channels)
+        _check_size(config.unet2d, blocks, "config.unet2d")
+        told = {"num_classes": num_classes, "out_channels": config.model.out_channels, **sees}
+        network = _network(UNet2D, {**config.unet2d, **told}, shape, channels, objective.name)
     else:
         network = _own_network(name, networks, shape, channels, num_classes, sees)
     names = tuple(class_names) or tuple(map(str, range(num_classes)))
@@ -195,7 +200,8 @@ def _own_network(text, networks, image_shape, channels, num_classes, sees):
     name = options.own_name(text)
     if not name:
         raise InputError(
-            f"config.network is {text!r}; it must be {UNET}, {TRANSFORMER}, or your own as package.module:function"
+            f"config.network is {text!r}; it must be {UNET}, {TRANSFORMER}, {UNET2D}, or your own as "
+            "package.module:function"
         )
     if name not in networks:
         raise InputError(

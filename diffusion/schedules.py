@@ -187,29 +187,45 @@ def from_betas(betas) -> NoiseSchedule:
     return NoiseSchedule(alpha_bar=alpha_bar, noise_var=0.0 - np.expm1(log_alpha_bar))
 
 
-def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """Builds beta_t linear in t (DDPM, arXiv:2006.11239, section 4). The ends are not rescaled with num_timesteps."""
-    return from_betas(np.linspace(beta_start, beta_end, _count(num_timesteps)))
+def linear(
+    num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, zero_snr: bool = False
+) -> NoiseSchedule:
+    """Builds beta_t linear in t (DDPM, arXiv:2006.11239, section 4). The ends are not rescaled with num_timesteps.
+
+    zero_snr rescales it so that no signal is left at T, see `zero_terminal_snr`.
+    """
+    schedule = from_betas(np.linspace(beta_start, beta_end, _count(num_timesteps)))
+    return zero_terminal_snr(schedule) if zero_snr else schedule
 
 
-def scaled_linear(num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
-    """Builds sqrt(beta_t) linear in t (latent diffusion, arXiv:2112.10752); the defaults are Stable Diffusion's."""
-    return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, _count(num_timesteps)) ** 2)
+def scaled_linear(
+    num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, zero_snr: bool = False
+) -> NoiseSchedule:
+    """Builds sqrt(beta_t) linear in t (latent diffusion, arXiv:2112.10752); the defaults are Stable Diffusion's.
+
+    zero_snr is as in `linear`.
+    """
+    schedule = from_betas(np.linspace(beta_start**0.5, beta_end**0.5, _count(num_timesteps)) ** 2)
+    return zero_terminal_snr(schedule) if zero_snr else schedule
 
 
-def cosine(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+def cosine(
+    num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999, zero_snr: bool = False
+) -> NoiseSchedule:
     """Builds alpha_bar as a squared cosine of t (improved DDPM, arXiv:2102.09672, Eq. 17), beta at most max_beta.
 
     Args:
       num_timesteps: T.
       offset: the paper's s, at least 0; it keeps beta from vanishing near t = 0.
       max_beta: the paper clips beta at 0.999 to avoid a singularity at t = T.
+      zero_snr: as in `linear`.
     """
     if offset < 0:
         raise InputError(f"offset is {offset}; it must be at least 0")
     u = np.arange(_count(num_timesteps) + 1) / num_timesteps
     f = np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2
-    return from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
+    schedule = from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
+    return zero_terminal_snr(schedule) if zero_snr else schedule
 
 
 def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:

@@ -37,10 +37,14 @@ def strided(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
     return _started(schedule, np.append(np.arange(schedule.num_timesteps, 0, -stride), 0), start)
 
 
-def linspace(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
-    """Rounds S evenly spaced reals, 1 to T inclusive (improved DDPM, arXiv:2102.09672, section 4); S = 1 takes T."""
-    ascending = np.round(np.linspace(schedule.num_timesteps, 1, _count(schedule, num_steps))).astype(int)
-    return _started(schedule, np.append(ascending, 0), start)
+def linspace(schedule: NoiseSchedule, num_steps: int, start: float = 1.0, last: bool = True) -> Tau:
+    """Rounds S evenly spaced reals, 1 to T inclusive (improved DDPM, arXiv:2102.09672, section 4); S = 1 takes T.
+
+    Without last they are the first S of S + 1, so that 1 is not among them, as in some schedulers of diffusers.
+    """
+    steps = _count(schedule, num_steps)
+    times = np.round(np.linspace(schedule.num_timesteps, 1, steps + (not last)))[:steps].astype(int)
+    return _started(schedule, np.append(times, 0), start)
 
 
 def quadratic(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
@@ -62,15 +66,16 @@ def quadratic(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Ta
     return _started(schedule, np.append(ascending[::-1], 0), start)
 
 
-def leading(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
-    """Takes i (T // S) + 1 for i < S, as diffusers' "leading" with steps_offset 0 (there counted from 0).
+def leading(schedule: NoiseSchedule, num_steps: int, start: float = 1.0, offset: int = 0, last: bool = True) -> Tau:
+    """Takes i (T // S) + 1 + offset for i < S, as diffusers' "leading" with this steps_offset (there counted from 0).
 
-    It starts at T - T // S + 1 or lower. With S = 1 it starts at t = 1, which serves to denoise and not to sample from
-    noise.
+    It starts at T - T // S + 1 + offset or lower. With S = 1 it starts at t = 1 + offset, which serves to denoise and
+    not to sample from noise. Without last they are those of S + 1 steps but for the lowest, as in `linspace`.
     """
     steps = _count(schedule, num_steps)
-    stride = schedule.num_timesteps // steps
-    return _started(schedule, np.append(np.arange(steps)[::-1] * stride + 1, 0), start)
+    stride = schedule.num_timesteps // (steps + (not last))
+    times = np.arange(not last, steps + (not last))[::-1] * stride + 1 + offset
+    return _started(schedule, np.append(times, 0), start)
 
 
 def trailing(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:

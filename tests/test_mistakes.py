@@ -162,7 +162,7 @@ MISTAKES = [
     (
         "train.py",
         ["--network=unnet"],
-        "config.network is 'unnet'; it must be unet, transformer, or your own as package",
+        "config.network is 'unnet'; it must be unet, transformer, unet2d, or your own as package",
     ),
     (
         "train.py",
@@ -286,6 +286,15 @@ MISTAKES = [
     ("evaluate.py", [RUN, "--steps=4", "--tau=sections:counts=2,2"], "leave out --steps"),
     ("evaluate.py", [RUN, "--split=test"], r"has no config\.data\.split='test'"),
     ("evaluate.py", [RUN, "--likelihood=5,0"], "steps is 0"),
+    # Folders of diffusers
+    ("sample.py", ["--workdir=$FOLDER", "--steps=5"], "UNet3DModel is not supported; supported: UNet2DModel"),
+    ("evaluate.py", ["--workdir=$FOLDER"], "UNet3DModel is not supported"),
+    ("learn.py", ["--workdir=$FOLDER"], "UNet3DModel is not supported"),
+    ("convert.py", ["--workdir=$FOLDER"], "UNet3DModel is not supported"),
+    ("convert.py", ["--workdir=$FOLDER", "--step=3"], "--step is for runs, and .*folder is a folder of diffusers"),
+    ("convert.py", ["--workdir=$FOLDER", "--out=it.bin"], "its name must end in .safetensors"),
+    ("convert.py", ["--workdir=shipped", "--to=diffusers"], "--to=diffusers needs --out"),
+    ("convert.py", ["--workdir=shipped", "--to=diffusers", "--out=x"], "makes norms of .* groups.*network=unet2d"),
     # Learned tables
     ("learn.py", [RUN, "--calls=0"], r"calls is '0'; give each number once, in 1\.\.50"),
     ("learn.py", [RUN, "--calls=1001"], r"calls is '1001'; .* 1\.\.50"),
@@ -333,8 +342,11 @@ def mistakes(trained, tmp_path_factory):
         (cwd / "other.json").write_text(OTHER_TABLE)
         (cwd / "learned.json").write_text(json.dumps(LEARNED))
         (cwd / "newer.json").write_text(json.dumps(NEWER))
+        (cwd / "folder").mkdir()
+        (cwd / "folder/config.json").write_text('{"_class_name": "UNet3DModel"}')
         names = {"LEARNED": cwd / "learned", "NEWER": cwd / "newer"}
         names |= {"TRAINED": trained, "FILE": cwd / "file", "OLD": cwd / "old", "OTHER": cwd / "other"}
+        names["FOLDER"] = cwd / "folder"
         args = [re.sub(r"\$([A-Z]+)", lambda m: str(names[m[1]]), a) for a in args]
         return run(script, *args, cwd=cwd), sorted(path.name for path in cwd.iterdir())
 
@@ -349,4 +361,5 @@ def mistakes(trained, tmp_path_factory):
 def test_a_mistake_is_one_line_with_code_2_and_leaves_nothing(mistakes, number):
     result, left = mistakes[number]
     assert re.search(MISTAKES[number][2], error_line(result)), result.stderr
-    assert left == ["file", "file.json", "file.py", "learned.json", "newer.json", "old.py", "other.json"]
+    made = ["file", "file.json", "file.py", "folder", "learned.json", "newer.json", "old.py", "other.json"]
+    assert left == made

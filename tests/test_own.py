@@ -163,7 +163,7 @@ def test_a_model_is_made_of_an_own_network_only_where_its_function_is_given():
     wrong = {
         "mine:net:sclae=2": "did you mean 'scale'",
         "mine:net:scale": "write mine:net:scale=VALUE",
-        "mine": "it must be unet, transformer, or your own",
+        "mine": "it must be unet, transformer, unet2d, or your own",
     }
     for config.network, message in wrong.items():
         with pytest.raises(InputError, match=message):

@@ -35,7 +35,7 @@ from diffusion.types import Params
 
 USELESS = ("config.schedule", "config.network", "config.model.", "config.train.prediction", "config.train.weighting")
 USELESS += ("config.train.label_dropout", "config.sample.sampler", "config.sample.steps", "config.sample.tau")
-USELESS += ("config.sample.clip", "config.latents", "config.transformer.")
+USELESS += ("config.sample.clip", "config.latents", "config.transformer.", "config.unet2d.")
 """The fields that mean nothing to an autoencoder."""
 
 COLUMNS = 8

@@ -1,48 +1,84 @@
 """Writes a trained run to one file: `python convert.py --workdir=runs/digits --out=digits.safetensors`.
 
 The file holds one EMA of the parameters, the config and, with --figures=FILE.json, what was measured. sample.py and
-evaluate.py take it as --workdir.
+evaluate.py take it as --workdir. A folder that diffusers wrote becomes such a file as well, and with --to=diffusers a
+run or a file becomes a folder that diffusers reads.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from diffusion.commands import cli, own, reconstructions, usage
+from diffusion.commands import cli, opening, own, reconstructions, usage
 from diffusion.errors import InputError
 from diffusion.files import read_json
+from diffusion.interop import diffusers
 from diffusion.pretrained import autoencoders, weights
 from diffusion.training import run_folder
 from diffusion.training.autoencoders import load_autoencoder
 from diffusion.training.run_folder import load_trained
 
 usage.group("The model, and the file")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. Default: the newest in runs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or a folder of diffusers. Default: the newest in runs/.")
 _EMA = flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.", lower_bound=1)
 _NETWORK = flags.DEFINE_string("network", None, "The run's own network, as package.module:function, which is imported.")
-_OUT = flags.DEFINE_string("out", None, "File to write, NAME.safetensors. Default: one named after the run folder.")
+_TO = flags.DEFINE_enum("to", "file", ["file", "diffusers"], "What to write: one file, or a folder of diffusers.")
+_OUT = flags.DEFINE_string(
+    "out", None, "File to write, NAME.safetensors, or folder. Default: one named after the run folder."
+)
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", *weights.HALVES], "How matrices are kept; half precision halves the file."
+    "dtype", "float32", ["float32", *weights.HALVES], "How a file keeps matrices; half precision halves its size."
 )
 _FIGURES = flags.DEFINE_string("figures", None, "JSON file with figures to keep as well, as evaluate.py writes them.")
 
 
 def main() -> None:
-    folder = run_folder.existing(_WORKDIR.value) if _WORKDIR.value else run_folder.newest("runs")
-    if folder is None:
-        raise InputError("there is no run in runs/; train one with `python train.py`, or name one with --workdir")
-    out = Path(_OUT.value or f"{folder.path.name}{weights.SUFFIX}").expanduser()
+    if _TO.value == "diffusers":
+        _write_folder()
+        return
+    folder = _folder()
+    out = Path(_OUT.value or f"{folder.absolute().name}{weights.SUFFIX}").expanduser()
     if out.suffix != weights.SUFFIX:
         raise InputError(f"out is {str(out)!r}; its name must end in {weights.SUFFIX}")
     figures = _read_figures(_FIGURES.value) if _FIGURES.value else {}
     trained = _write(folder, out, figures)
     size = out.stat().st_size / 2**20
-    print(f"{folder.path}, step {trained.step:,}, EMA {trained.ema}: wrote {out}, {size:.2f} MiB")
+    print(f"{folder}, step {trained.step:,}, EMA {trained.ema}: wrote {out}, {size:.2f} MiB")
 
 
-def _write(folder, out, figures):
-    """Writes the model, or autoencoder, of a run to a file; returns it."""
+def _write_folder():
+    """Writes a model as a folder of diffusers."""
+    name = _WORKDIR.value
+    if not name or not _OUT.value:
+        raise InputError(f"--to=diffusers needs --{'out' if name else 'workdir'}; give the one")
+    if useless := [flag.name for flag in (_FIGURES, _STEP, _DTYPE) if flag.value != flag.default]:
+        raise InputError(f"--{useless[0]} does nothing with --to=diffusers; leave it out")
+    _, _, trained = opening.open_named(name, _EMA.value or "", own.networks(_NETWORK.value))
+    diffusers.save(trained, _OUT.value)
+    print(f"{name}, step {trained.step:,}, EMA {trained.ema}: wrote {_OUT.value}, which diffusers reads")
+
+
+def _folder():
+    """Returns the folder of diffusers or the run that is written."""
+    name = _WORKDIR.value
+    if name and diffusers.is_folder(name):
+        if useless := [flag for flag in ("ema", "step", "network") if flags.FLAGS[flag].value is not None]:
+            raise InputError(f"--{useless[0]} is for runs, and {name} is a folder of diffusers; leave it out")
+        return Path(name).expanduser()
+    folder = run_folder.existing(name) if name else run_folder.newest("runs")
+    if folder is None:
+        raise InputError("there is no run in runs/; train one with `python train.py`, or name one with --workdir")
+    return folder.path
+
+
+def _write(path, out, figures):
+    """Writes the model, or autoencoder, in a folder to a file; returns it."""
+    if diffusers.is_folder(path):
+        trained = diffusers.load(path)
+        weights.save(out, trained, figures, _DTYPE.value)
+        return trained
+    folder = run_folder.existing(path)
     if reconstructions.is_autoencoder(folder):
         found = load_autoencoder(folder.path, _EMA.value or "", _STEP.value)
         own.check_used(_NETWORK.value, found.config)

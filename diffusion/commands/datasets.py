@@ -37,6 +37,11 @@ def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
       InputError: the data cannot be read, or has other classes than the model.
     """
     section = trained.config.data.copy_and_resolve_references()
+    if section.name == "images" and not section.path:
+        raise InputError(
+            "the images that this model was trained on are not known, as it comes from elsewhere; `python evaluate.py "
+            "--data=FOLDER` compares it with others"
+        )
     if split is not None:
         section.split = split
     found, conditions = load_data(section), trained.model.conditions
@@ -48,6 +53,26 @@ def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
             f"{some(conditions.names, 5)}; give the data that has the model's classes"
         )
     return found
+
+
+def compared_with(trained: Trained, data: str) -> Trained:
+    """Returns a model as if it had been trained on other images.
+
+    Args:
+      trained: the model.
+      data: digits, cifar10, or a folder or archive of images, which are brought to the size of the model's.
+    """
+    config = trained.config.copy_and_resolve_references()
+    section = {"name": data, "path": "", "split": ""}
+    if data not in ("digits", "cifar10"):
+        height, width, channels = trained.model.space.image_shape
+        if height != width:
+            raise InputError(f"data is {data!r}, and the model draws images of {height}x{width}; only squares compare")
+        labels = "none" if trained.model.conditions is None else "folders"
+        section |= {"name": "images", "path": data, "size": height, "channels": channels, "labels": labels}
+    with config.unlocked():
+        config.data = ConfigDict(section)
+    return trained._replace(config=config)
 
 
 def cache_folder(name: str = "evaluation") -> Path:

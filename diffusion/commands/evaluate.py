@@ -57,6 +57,12 @@ _METRICS = flags.DEFINE_list(
     "frechet, kernel, score, prdc, accuracy; in Inception's space the first three are fid, kid, is.",
 )
 _INCEPTION = flags.DEFINE_string("inception", None, "File of the standard Inception weights. Default: downloaded.")
+_DATA = flags.DEFINE_string(
+    "data",
+    None,
+    "Images to measure or compare with instead of the run's own: digits, cifar10, or a folder or archive. For a folder "
+    "of diffusers, which does not say what it was trained on.",
+)
 _SPLIT = flags.DEFINE_string("split", None, "Part of the data to measure or compare with, as test. Default: the run's.")
 _NUM = flags.DEFINE_integer(
     "num", None, "Number of samples. Default: as many as real images.", lower_bound=2, upper_bound=10**6
@@ -100,6 +106,8 @@ def main() -> None:
     if _BOUND.value is None and _LIKELIHOOD.value is None:
         _refuse(["first"], "goes with --bound and --likelihood, or an autoencoder")
     source = sources.open_source()
+    if _DATA.value is not None:
+        source = source._replace(trained=datasets.compared_with(source.trained, _DATA.value))
     out = Path(_OUT.value or source.home).expanduser()
     if _BOUND.value is None and _LIKELIHOOD.value is None:
         measure_samples(source, out)
@@ -114,7 +122,9 @@ def main() -> None:
 
 def measure_autoencoder(found: reconstructions.Source) -> None:
     """Measures how near what an autoencoder gives back comes to the images of its data."""
-    _refuse([*OF_DRAWING, "tau", "clip", "bound", "likelihood"], f"does nothing for {found.name}, an autoencoder")
+    _refuse(
+        [*OF_DRAWING, "tau", "clip", "bound", "likelihood", "data"], f"does nothing for {found.name}, an autoencoder"
+    )
     section = found.trained.config.data.copy_and_resolve_references()
     own = datasets.load_data(section)
     if _SPLIT.value is not None:

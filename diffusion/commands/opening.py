@@ -1,4 +1,4 @@
-"""Opens the model that a flag names: a run folder, a file of convert.py, or the model that ships."""
+"""Opens the model that a flag names: a run folder, a file of convert.py, a folder of diffusers, or what ships."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from diffusion import pretrained
 from diffusion.commands import own
 from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
 from diffusion.errors import InputError
+from diffusion.interop import diffusers
 from diffusion.model import Model, Trained
 from diffusion.pretrained import weights
 from diffusion.training import run_folder
@@ -19,7 +20,7 @@ SHIPPED_HOME = Path("runs", f"shipped-{SHIPPED}")
 
 
 def open_model(workdir: str | None, ema: str) -> tuple[str, Path, Trained]:
-    """Returns (source, home, trained): a run folder, a weights file, the newest run, or the model that ships.
+    """Returns (source, home, trained): a run, a weights file, a folder of diffusers, the newest run, or what ships.
 
     Args:
       workdir: as --workdir has it; None for the newest run, or else the model that ships.
@@ -46,7 +47,7 @@ def open_named(name: str | None, ema: str, networks: Mapping[str, Callable[..., 
     """Returns (source, home, trained) as `open_model`, for a name; None is the model that ships.
 
     Args:
-      name: a run folder, a file of convert.py, or what the model that ships is called.
+      name: a run folder, a file of convert.py, a folder of diffusers, or what the model that ships is called.
       ema: as for `open_model`.
       networks: see `make_model`.
 
@@ -54,15 +55,20 @@ def open_named(name: str | None, ema: str, networks: Mapping[str, Callable[..., 
       InputError: there is no such model, or it is damaged.
     """
     shipped = not name or (name == SHIPPED_NAME and not Path(name).exists())
-    if not shipped and not name.endswith(weights.SUFFIX):
+    imported = not shipped and diffusers.is_folder(name)
+    if not shipped and not imported and not name.endswith(weights.SUFFIX):
         folder = run_folder.existing(name)
         return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
-    trained = pretrained.load(SHIPPED) if shipped else weights.load(name, networks)
+    if imported:
+        trained = diffusers.load(name)
+    else:
+        trained = pretrained.load(SHIPPED) if shipped else weights.load(name, networks)
     if ema and ema != trained.ema:
-        raise InputError(f"ema is {ema}; this file holds only that of {trained.ema}")
+        raise InputError(f"ema is {ema}; this {'folder' if imported else 'file'} holds only that of {trained.ema}")
     if shipped:
         return f"the {SHIPPED} model that ships", SHIPPED_HOME, trained
-    return name, Path("runs", f"file-{Path(name).stem}"), trained
+    path = Path(name).expanduser().absolute()
+    return name, Path("runs", f"diffusers-{path.name}" if imported else f"file-{path.stem}"), trained
 
 
 def open_weaker(path: str, model: Model) -> Trained:

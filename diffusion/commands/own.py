@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusion import options
 from diffusion.errors import InputError, nearest, users_code
-from diffusion.model import TRANSFORMER, UNET
+from diffusion.model import TRANSFORMER, UNET, UNET2D
 
 
 def load(what: str, text: str) -> Callable[..., Any]:
@@ -86,7 +86,7 @@ def check_network_fields(text: str, argv: Sequence[str]) -> None:
       text: config.network.
       argv: the arguments of the command line. All networks take config.model.num_classes.
     """
-    sections = {UNET: "config.model.", TRANSFORMER: "config.transformer."}
+    sections = {UNET: "config.model.", TRANSFORMER: "config.transformer.", UNET2D: "config.unet2d."}
     given = [arg.lstrip("-").partition("=")[0] for arg in argv]
     for network, section in sections.items():
         fields = [field for field in given if field.startswith(section) and field != "config.model.num_classes"]

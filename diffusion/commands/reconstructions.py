@@ -17,6 +17,7 @@ from diffusion.evaluation import features
 from diffusion.evaluation.reconstruction import psnr, ssim
 from diffusion.evaluation.spaces import FeatureSpace
 from diffusion.images import to_floats, write_png
+from diffusion.interop import diffusers
 from diffusion.objectives import choice
 from diffusion.pretrained import weights
 from diffusion.training import checkpoints, environment, run_folder
@@ -61,7 +62,7 @@ def open_autoencoder(workdir: str | None, ema: str) -> Source | None:
         if not _names_autoencoder(weights.describe(workdir)["config"]):
             return None
         return Source(workdir, Path("runs", f"file-{Path(workdir).stem}"), load_autoencoder(workdir, ema))
-    if workdir == SHIPPED_NAME and not Path(workdir).exists():
+    if (workdir == SHIPPED_NAME and not Path(workdir).exists()) or (workdir and diffusers.is_folder(workdir)):
         return None
     folder = run_folder.existing(workdir) if workdir else run_folder.newest("runs")
     if folder is None or not is_autoencoder(folder):

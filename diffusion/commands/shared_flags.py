@@ -19,8 +19,8 @@ def define_source_flags() -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        f"Run folder, a file of convert.py, or {SHIPPED_NAME} for the {SHIPPED} model that ships. Default: the newest "
-        "run in runs/, or else that model.",
+        f"Run folder, a file of convert.py, a folder of diffusers, or {SHIPPED_NAME} for the {SHIPPED} model that "
+        "ships. Default: the newest run in runs/, or else that model.",
     )
     flags.DEFINE_string(
         "network",

@@ -17,12 +17,14 @@ from diffusion.schedules import NoiseSchedule
 from diffusion.sealed import digest
 from diffusion.solvers import SamplerTable, ddim
 
-_NETWORKS = ("config.network", "config.model.", "config.transformer.")
+_NETWORKS = ("config.network", "config.model.", "config.transformer.", "config.unet2d.")
 
 _TAKEN = ("config.latents", "config.data.", "config.schedule", *_NETWORKS, "config.train.prediction")
 """The fields in which a student is as its teacher, unless the recipe sets them."""
 
-_ITS_OWN = tuple(f"config.{kind}.{name}" for kind in ("model", "transformer") for name in ("dropout", "remat", "dtype"))
+_SECTIONS, _OF_TRAINING = ("model", "transformer", "unet2d"), ("dropout", "remat", "dtype")
+
+_ITS_OWN = tuple(f"config.{section}.{name}" for section in _SECTIONS for name in _OF_TRAINING)
 """Those of them that a student does not take over: they say how it is trained."""
 
 _ALIKE = ("config.latents", "config.schedule", *_NETWORKS)

@@ -74,13 +74,13 @@ def check_size(file: BinaryIO, limit: int = FILE_LIMIT) -> int:
     return size
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Returns a file's state dict: tensors by their names.
+def read_state_dict(path: str | os.PathLike, limit: int = FILE_LIMIT) -> dict[str, np.ndarray]:
+    """Returns a file's state dict: tensors by their names; the limit is that of `read`.
 
     Raises:
       InputError: as for `read`, or the file holds something other than a state dict.
     """
-    state = read(path)
+    state = read(path, limit)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, np.ndarray) for name, value in state.items()
     ):

@@ -8,9 +8,10 @@ from flax import linen as nn
 from diffusion.models.own import Network, adapt
 from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
+from diffusion.models.unet2d import UNet2D
 from diffusion.types import ApplyFn
 
-__all__ = ["Network", "Transformer", "UNet", "adapt", "as_apply_fn"]
+__all__ = ["Network", "Transformer", "UNet", "UNet2D", "adapt", "as_apply_fn"]
 
 
 def as_apply_fn(model: nn.Module) -> ApplyFn:

@@ -132,13 +132,17 @@ class GroupNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolves with a square kernel, a bias and "SAME" padding, [B, H, W, C] -> [B, H', W', features]."""
+    """Convolves with a square kernel and a bias, [B, H, W, C] -> [B, H', W', features].
+
+    Padding is "SAME", or pixels before and after each row and column.
+    """
 
     features: int
     kernel: int = 3
     stride: int = 1
     dtype: jnp.dtype = jnp.float32
     kernel_init: Callable = INIT
+    padding: str | tuple[tuple[int, int], tuple[int, int]] = "SAME"
 
     @nn.compact
     def __call__(self, x):
@@ -148,7 +152,7 @@ class Conv(nn.Module):
         bias = self.param("bias", ZERO, (self.features,), jnp.float32)
         x, kernel, bias = x.astype(self.dtype), kernel.astype(self.dtype), bias.astype(self.dtype)
         strides, layout = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC")
-        out = jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=layout)
+        out = jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=layout)
         return out + bias[None, None, None, :]
 
 

@@ -23,6 +23,7 @@ from diffusion.solvers.forms import (
     build,
     check_order,
     columns,
+    ended,
     eps_levels,
     eps_of,
     eps_weight,
@@ -121,7 +122,9 @@ def ipndm(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool 
     return _adams(name, tau, grid, orders, _classical)
 
 
-def plms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool = False) -> SamplerTable:
+def plms(
+    schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool = False, end: float = 0.0
+) -> SamplerTable:
     """Builds PLMS as in latent diffusion and diffusers (PNDM with skip_prk_steps): `ipndm` with a second-order start.
 
     PNDM, arXiv:2202.09778. The first step is made with eps_0, then made again with the mean of eps_0 and the eps found
@@ -134,13 +137,14 @@ def plms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool =
       tau: a grid from `diffusion.timesteps`.
       order: 2 to 4; the steps have order 2 (the start), 2, 3, 4, 4, ....
       lower_order_final: the last steps take the orders ..., 3, 2, 1; published: False, full order to the very end.
+      end: the time that the last step goes to; 1 is diffusers' set_alpha_to_one = False, which leaves that noise in.
 
     Raises:
       InputError: an order outside 2..4, zero signal at tau[0], or tau is not a grid of the schedule.
     """
     order = check_order(order, 4, lowest=2)
     name = f"plms(order={order})"
-    grid = eps_levels(name, schedule, tau)
+    grid = ended(name, schedule, eps_levels(name, schedule, tau), end)
     steps = len(grid) - 1
     x, *past, D, _ = columns(min(order, steps))
     stages = []
@@ -153,7 +157,7 @@ def plms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool =
     return build(name, tau, stages, len(past) + 1)
 
 
-def pndm(schedule: NoiseSchedule, tau, lower_order_final: bool = False) -> SamplerTable:
+def pndm(schedule: NoiseSchedule, tau, lower_order_final: bool = False, end: float = 0.0) -> SamplerTable:
     """Builds F-PNDM (arXiv:2202.09778): three pseudo Runge-Kutta steps of 4 calls, then `ipndm` of order 4.
 
     S + 9 calls. For S < 4 the last step is a multistep one all the same, as a Runge-Kutta step would call the network
@@ -165,11 +169,12 @@ def pndm(schedule: NoiseSchedule, tau, lower_order_final: bool = False) -> Sampl
       schedule: the noise schedule.
       tau: a grid from `diffusion.timesteps`.
       lower_order_final: the last steps take the orders ..., 3, 2, 1; published: False, full order to the very end.
+      end: the time that the last step goes to; 1 is diffusers' set_alpha_to_one = False, which leaves that noise in.
 
     Raises:
       InputError: zero signal at tau[0], or tau is not a grid of the schedule.
     """
-    grid = eps_levels("pndm", schedule, tau)
+    grid = ended("pndm", schedule, eps_levels("pndm", schedule, tau), end)
     steps = len(grid) - 1
     starts = min(3, steps - 1)
     registers = starts + 3 if starts else 1

@@ -7,14 +7,14 @@ import numpy as np
 from diffusion.errors import InputError, nearest
 from diffusion.gaussian import kept_noise, posterior_shares
 from diffusion.schedules import NoiseSchedule
-from diffusion.solvers.forms import Level, Stage, build, columns, eps_of, grid_levels
+from diffusion.solvers.forms import Level, Stage, build, columns, ended, eps_of, grid_levels
 from diffusion.solvers.table import SamplerTable
 from diffusion.timesteps import require_concrete
 
 VARIANCES = ("small", "large", "learned")
 
 
-def ddim(schedule: NoiseSchedule, tau, eta: float = 0.0) -> SamplerTable:
+def ddim(schedule: NoiseSchedule, tau, eta: float = 0.0, end: float = 0.0) -> SamplerTable:
     """Builds Denoising Diffusion Implicit Models (arXiv:2010.02502, Eq. 12), from deterministic to DDPM's posterior.
 
     x_s = a_s D + n_s (A eps + B z), where sigma = n_s B is the paper's std of the fresh noise.
@@ -23,14 +23,15 @@ def ddim(schedule: NoiseSchedule, tau, eta: float = 0.0) -> SamplerTable:
       schedule: the noise schedule.
       tau: a grid from `diffusion.timesteps`.
       eta: 0 is deterministic; 1 is the respaced DDPM posterior, `ddpm(variance="small")`.
+      end: the time that the last step goes to; 1 is diffusers' set_alpha_to_one = False, which leaves that noise in.
 
     Raises:
-      InputError: eta lies outside 0..1, or tau is not a grid of the schedule.
+      InputError: eta lies outside 0..1, end outside the last step, or tau is not a grid of the schedule.
     """
     check_eta(eta)
     x, D, z = columns(1)
     stages = []
-    for at, to in pairwise(grid_levels(schedule, tau)):
+    for at, to in pairwise(ended("ddim", schedule, grid_levels(schedule, tau), end)):
         A, B = split_noise(at, to, eta)
         stages.append(Stage(at, [to.signal * D + to.noise * (A * eps_of(at, x, D) + B * z)]))
     return build(f"ddim(eta={eta:g})", tau, stages, num_registers=1)

@@ -125,6 +125,17 @@ def grid_levels(schedule: NoiseSchedule, tau) -> list[Level]:
     return levels(schedule, timesteps.check(schedule, tau))
 
 
+def ended(name: str, schedule: NoiseSchedule, grid: list[Level], end: float) -> list[Level]:
+    """Returns the levels of a grid whose last step goes to another time than 0, and keeps the noise of that time.
+
+    Raises:
+      InputError: the time lies outside the last step.
+    """
+    if not 0 <= end <= grid[-2].t:
+        raise InputError(f"{name}: end is {end}; it must lie in 0..{grid[-2].t:g}, in the last step of tau")
+    return [*grid[:-1], *levels(schedule, [end])] if end else grid
+
+
 def eps_levels(name: str, schedule: NoiseSchedule, tau) -> list[Level]:
     """Does the same as `grid_levels` for a solver in the eps basis, which cannot start where the signal is zero.
 

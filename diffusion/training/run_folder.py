@@ -146,7 +146,10 @@ def existing(path: str | os.PathLike) -> RunFolder:
     if not checkpoints.steps(folder.checkpoints):
         runs = [str(run) for run in folder.path.parent.glob("*") if run.is_dir()] if not folder.path.exists() else []
         guess = nearest(str(path), runs).partition("valid:")[0]
-        raise InputError(f"{path} holds no checkpoint; {guess}--workdir names a run folder such as runs/digits")
+        raise InputError(
+            f"{path} holds no checkpoint; {guess}--workdir names a run folder such as runs/digits, or a "
+            "folder of diffusers, which has model_index.json or the config.json of a network"
+        )
     return folder
 
 

@@ -1,0 +1,7 @@
+"""Reads and writes the folders of diffusers' save_pretrained, without torch and without diffusers."""
+
+from diffusion.interop.diffusers.folders import is_folder
+from diffusion.interop.diffusers.loading import load
+from diffusion.interop.diffusers.saving import save
+
+__all__ = ["is_folder", "load", "save"]

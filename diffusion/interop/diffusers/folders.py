@@ -1,0 +1,137 @@
+"""Finds and reads what lies in a folder of diffusers: its configs, and its weights, whatever files they are in."""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion.errors import InputError
+from diffusion.files import open_to_read, read_json
+from diffusion.interop import torch_file
+from diffusion.interop.safetensors_file import read_header, read_tensors
+
+INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
+
+STEM = "diffusion_pytorch_model"
+"""What files of weights are called, before their variant and suffix."""
+
+_POINTER = b"version https://git-lfs"
+
+
+class Weights(NamedTuple):
+    """The tensors of a network.
+
+    Attributes:
+      where: the file or index, for errors.
+      shapes: of the tensors by name.
+      read: name -> the tensor.
+    """
+
+    where: str
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """Tells whether a folder holds a pipeline or a network of diffusers."""
+    path = Path(path).expanduser()
+    if (path / INDEX).is_file():
+        return True
+    try:
+        return isinstance(read_json(path / CONFIG), dict) and "_class_name" in read_json(path / CONFIG)
+    except (OSError, InputError):
+        return False
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a config; raises InputError if it is not there, or says of no class what it is."""
+    try:
+        config = read_json(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); get the whole folder again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+        raise InputError(f"{path} is no config of diffusers, it names no _class_name; name a folder of save_pretrained")
+    return config
+
+
+def part(folder: Path, name: str) -> Path:
+    """Returns the folder of a pipeline's part; early pipelines have their parts in the folder itself."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def open_weights(folder: Path, numbers: int, variant: str = "") -> Weights:
+    """Opens the weights of a network.
+
+    Args:
+      folder: of the network.
+      numbers: how many it has; much larger files of torch are not read.
+      variant: as fp16; "" for the full precision, or fp16 where there is nothing else.
+
+    Raises:
+      InputError: there are none, they are damaged, incomplete, or hold something other than tensors.
+    """
+    for dot in [f".{variant}"] if variant else ["", ".fp16"]:
+        for suffix in ("safetensors", "bin"):
+            for path in (folder / f"{STEM}{dot}.{suffix}", folder / f"{STEM}.{suffix}.index{dot}.json"):
+                if path.is_file():
+                    return _open(path, suffix, numbers)
+    wanted = f"{STEM}{f'.{variant}' if variant else ''}.safetensors"
+    found = sorted(file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin", ".msgpack"))
+    also = f"; it has {', '.join(found)[:200]}" if found else ""
+    raise InputError(f"{folder} holds no weights {wanted} or .bin, nor an index of them{also}; get the whole folder")
+
+
+def _open(path, suffix, numbers):
+    """Opens a file, or all files that an index names."""
+    try:
+        files = [path] if path.suffix != ".json" else _listed(path)
+        for file in files:
+            _refuse_pointer(file)
+        parts = [_open_safetensors(file) if suffix == "safetensors" else _open_torch(file, numbers) for file in files]
+    except OSError as error:
+        missing = error.filename or path
+        raise InputError(f"{missing} cannot be read ({error.strerror or error}); get the whole folder again") from None
+    readers = {name: found.read for found in parts for name in found.shapes}
+    if len(readers) < sum(len(found.shapes) for found in parts):
+        raise InputError(f"{path} names files that have tensors in common; get the whole folder again")
+    shapes = {name: shape for found in parts for name, shape in found.shapes.items()}
+    return Weights(str(path), shapes, lambda name: readers[name](name))
+
+
+def _listed(path):
+    """Returns the files that an index names, which lie beside it."""
+    index = read_json(path)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{path} is no index of weights, it has no weight_map; get the whole folder again")
+    files = sorted(set(names.values()))
+    if not files or not all(re.fullmatch(r"[\w.-]+", name) and name[0] != "." for name in files):
+        raise InputError(f"{path} names files outside its folder; get the whole folder again")
+    return [path.parent / name for name in files]
+
+
+def _refuse_pointer(path):
+    with open_to_read(path) as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise InputError(f"{path} is a pointer of git lfs and not the weights; run `git lfs pull` in its folder")
+
+
+def _open_safetensors(path):
+    header = read_header(path)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    return Weights(str(path), shapes, lambda name: read_tensors(path, {name: header.tensors[name]})[name])
+
+
+def _open_torch(path, numbers):
+    # Eight bytes are the most that a number takes, and a file has little besides.
+    state = torch_file.read_state_dict(path, 8 * numbers + torch_file.FILE_LIMIT)
+    return Weights(str(path), {name: array.shape for name, array in state.items()}, state.pop)
+
+
+def count(shapes: Any) -> int:
+    """Counts the numbers of arrays, or of what has their shapes."""
+    return sum(math.prod(leaf.shape) for leaf in shapes)

@@ -1,0 +1,126 @@
+"""Writes a trained model of ours as a folder that diffusers' from_pretrained reads."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+from diffusion import files, options, schedules
+from diffusion.errors import InputError
+from diffusion.interop.diffusers import folders, unet, unet2d
+from diffusion.interop.diffusers.state import to_tensors
+from diffusion.model import UNET, UNET2D, Model, Trained
+from diffusion.objectives import choice
+from diffusion.solvers.ddim import VARIANCES, ddpm
+from diffusion.types import Params
+
+_CLIP = {"recompute": True, "keep_eps": True, "none": False}
+
+
+def save(trained: Trained, folder: str | os.PathLike) -> None:
+    """Writes a model of pixels as a pipeline: a UNet2DModel, and a DDPMScheduler or a DDIMScheduler.
+
+    The scheduler is DDPM's where the model's own sampler is ddpm, or else DDIM's, which other schedulers of diffusers
+    take over by from_config. A network of `models.UNet` is written with its times from 1 folded into a layer, so that
+    it is told the times from 0 that diffusers counts.
+
+    Args:
+      trained: the model.
+      folder: where it is written, with its parts; an older model there gives way.
+
+    Raises:
+      InputError: diffusers has no network, schedule or prediction like these; the field is named. Nothing is written
+        then.
+    """
+    folder, model = Path(folder).expanduser(), trained.model
+    network, params = _network(trained)
+    scheduler = _scheduler(trained.config, model)
+    name = scheduler["_class_name"]
+    index = {
+        "_class_name": name.replace("Scheduler", "Pipeline"),
+        "_diffusers_version": unet2d.VERSION,
+        "scheduler": ["diffusers", name],
+        "unet": ["diffusers", unet2d.CLASS],
+    }
+    tensors = safetensors.numpy.save(to_tensors(params, unet2d.name_of), {"format": "pt"})
+    for part in ("unet", "scheduler"):
+        files.make_folder(folder / part, folder)
+    # Without its index it is no pipeline, so half of one is never taken for the whole.
+    files.remove(folder / folders.INDEX, folder)
+    files.write_atomically(folder / "unet" / f"{folders.STEM}.safetensors", tensors, folder)
+    for path, content in (
+        (folder / "unet" / folders.CONFIG, network),
+        (folder / "scheduler" / folders.SCHEDULER, scheduler),
+        (folder / folders.INDEX, index),
+    ):
+        files.write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), folder)
+
+
+def _network(trained) -> tuple[dict[str, Any], Params]:
+    """Returns the config of UNet2DModel, and the parameters of `models.UNet2D`, that compute what a model computes."""
+    config, model = trained.config, trained.model
+    if model.space.autoencoder is not None:
+        raise InputError("this is a model of latents, which cannot be written for diffusers yet; give one of pixels")
+    if choice.is_student(config.train.objective):
+        raise InputError(f"diffusers has no students of objective {config.train.objective}; give their teacher")
+    if config.network == UNET2D:
+        fields, params = dict(config.unet2d), trained.params
+        if fields["time_scale"] != 1 or fields["time_shift"] != -1:
+            raise InputError(
+                f"config.unet2d.time_scale is {fields['time_scale']} and time_shift {fields['time_shift']}; diffusers "
+                "tells its networks t - 1: give 1 and -1"
+            )
+    elif config.network == UNET:
+        fields, params = unet.fields_and_params(config.model, trained.params, model.image_shape)
+    else:
+        raise InputError(
+            f"config.network is {config.network!r}, which diffusers does not have; train with config.network={UNET2D}"
+        )
+    return unet2d.write_config(fields, config, model.image_shape, model.learned_variance), params
+
+
+_BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+_PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_SPACINGS = {"leading": "leading", "linspace": "linspace"}
+
+
+def _scheduler(config: ConfigDict, model: Model) -> dict[str, Any]:
+    """Returns the config of the scheduler that samples a model."""
+    if model.prediction not in _PREDICTION_TYPES:
+        raise InputError(
+            f"config.train.prediction is {model.prediction!r}, which cannot be written for diffusers; those that can: "
+            f"{', '.join(_PREDICTION_TYPES)}"
+        )
+    (name, _, given), clip = config.sample.sampler.partition(":"), config.sample.clip or model.space.clip
+    shared = {
+        "_diffusers_version": unet2d.VERSION,
+        **_betas(config.schedule),
+        "prediction_type": _PREDICTION_TYPES[model.prediction],
+        "clip_sample": _CLIP[clip],
+        "timestep_spacing": _SPACINGS.get(config.sample.tau.partition(":")[0], "trailing"),
+    }
+    if name == "ddpm":
+        variance = options.parse("sampler", config.sample.sampler, {name: ddpm}, leading=2).complete(leading=2)
+        kind = dict(zip(VARIANCES, ("fixed_small", "fixed_large", "learned_range"), strict=True))[variance["variance"]]
+        return {"_class_name": "DDPMScheduler", **shared, "variance_type": kind}
+    return {"_class_name": "DDIMScheduler", **shared, "set_alpha_to_one": "end=1" not in given}
+
+
+def _betas(text: str) -> Mapping[str, Any]:
+    """Returns the fields of a schedule."""
+    chosen = options.parse("config.schedule", text, schedules.SCHEDULES, leading=0)
+    if chosen.name not in _BETA_SCHEDULES:
+        raise InputError(
+            f"config.schedule is {text!r}, which cannot be written for diffusers; those that can: "
+            f"{', '.join(_BETA_SCHEDULES)}"
+        )
+    given = chosen.complete(leading=0)
+    if chosen.name == "cosine" and (given["offset"], given["max_beta"]) != (0.008, 0.999):
+        raise InputError(f"config.schedule is {text!r}; diffusers has the cosine one with its defaults only")
+    ends = {end: given[end] for end in ("beta_start", "beta_end") if end in given}
+    betas = {"num_train_timesteps": given["num_timesteps"], "beta_schedule": _BETA_SCHEDULES[chosen.name], **ends}
+    return betas | ({"rescale_betas_zero_snr": True} if given["zero_snr"] else {})

@@ -1,0 +1,311 @@
+"""Says what the config of a scheduler is here: a schedule, a prediction, a clip, a sampler and a grid.
+
+Every argument of a class is mapped, or has only the values that `_SUPPORTED` lists, or has no effect beside those.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from diffusion import options, schedules
+from diffusion.errors import InputError, nearest
+from diffusion.interop.diffusers.state import fields_of, require
+
+
+class Sampling(NamedTuple):
+    """What a scheduler is here.
+
+    Attributes:
+      schedule, prediction, clip, sampler, tau: as config.schedule, config.train.prediction and config.sample have them.
+      steps: how many its pipeline makes unless told otherwise.
+      time_shift: what is added to a time of ours to make theirs.
+    """
+
+    schedule: str
+    prediction: str
+    clip: str
+    sampler: str
+    tau: str
+    steps: int
+    time_shift: float = -1.0
+
+
+class _Class(NamedTuple):
+    """One class of schedulers.
+
+    Attributes:
+      defaults: its arguments.
+      sampler: arguments -> the sampler's text.
+      grid: arguments -> the grid's text.
+      steps: of its pipeline.
+      clip: what its clip_sample does.
+      levels: arguments -> (schedule, prediction).
+      time_shift: see `Sampling`.
+    """
+
+    defaults: Mapping[str, Any]
+    sampler: Callable[[Mapping[str, Any]], str]
+    grid: Callable[[Mapping[str, Any]], str]
+    steps: int = 50
+    clip: str = "recompute"
+    levels: Callable[[Mapping[str, Any]], tuple[str, str]] = lambda fields: (_schedule(fields), _prediction(fields))
+    time_shift: float = -1.0
+
+
+# Arguments that many classes share.
+_BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+_BETAS |= {"trained_betas": None, "prediction_type": "epsilon", "steps_offset": 0}
+_ZERO_SNR = {"rescale_betas_zero_snr": False}
+_STABLE = {"beta_start": 0.00085, "beta_end": 0.012}
+_THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+_CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
+_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_FLOW = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "time_shift_type": "exponential"}
+_FINAL = {"final_sigmas_type": "zero"}
+_LAMBDA = {"lambda_min_clipped": -float("inf")}
+_DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True}
+_EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras", "rho": 7.0}
+_EDM |= {"num_train_timesteps": 1000, "prediction_type": "epsilon", **_FINAL}
+
+_SUPPORTED = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "trained_betas": (None,),
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
+    "thresholding": (False,),
+    "use_beta_sigmas": (False, None),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+    "final_sigmas_type": ("zero",),
+    "euler_at_final": (False,),
+    "lambda_min_clipped": (-float("inf"), None),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "predict_x0": (True,),
+    "solver_p": (None,),
+    "shift_terminal": (None,),
+    "sigma_data": (0.5,),
+    "sigma_schedule": ("karras", "exponential"),
+    "shift": (1.0, 1),
+    "invert_sigmas": (False,),
+    "stochastic_sampling": (False,),
+}
+"""The values of the arguments that have not all of them here."""
+
+
+def _choice(name, function, given):
+    """Writes a choice with its options as text, without those at their defaults."""
+    return options.write(options.Choice(name, function, given), leading=0)
+
+
+_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+
+
+def _schedule(fields):
+    name = _SCHEDULES[fields["beta_schedule"]]
+    given = {"num_timesteps": int(fields["num_train_timesteps"])}
+    if name != "cosine":
+        given |= {end: float(fields[end]) for end in ("beta_start", "beta_end")}
+    given |= {"zero_snr": True} if fields.get("rescale_betas_zero_snr") else {}
+    return _choice(name, schedules.SCHEDULES[name], given)
+
+
+_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+
+def _prediction(fields):
+    return _PREDICTIONS[fields["prediction_type"]]
+
+
+def _with(name, **given):
+    """Writes a name with the options that are given."""
+    settings = ",".join(f"{key}={str(value).lower()}" for key, value in given.items() if value is not None)
+    return f"{name}:{settings}" if settings else name
+
+
+def _grid(fields):
+    """Returns the grid of schedulers that take S timesteps."""
+    if fields.get("use_karras_sigmas"):
+        return "karras"
+    if fields.get("use_exponential_sigmas") or fields.get("use_lu_lambdas"):
+        return "log_snr"
+    spacing = fields["timestep_spacing"]
+    return _with(spacing, offset=fields["steps_offset"] or None if spacing == "leading" else None)
+
+
+def _inner_grid(fields):
+    """Returns the grid of those that space S + 1 timesteps and leave out the last, which is at the data."""
+    grid = _grid(fields)
+    if fields["timestep_spacing"] == "trailing" or grid in ("karras", "log_snr"):
+        return grid
+    return f"{grid}{',' if ':' in grid else ':'}last=false"
+
+
+def _end(fields):
+    """Returns the option of solvers whose last step goes to timestep 0 of theirs, not to the data."""
+    return None if fields["set_alpha_to_one"] else 1
+
+
+def _ddpm(fields):
+    kind = {"fixed_large": "large", "learned_range": "learned"}.get(fields["variance_type"], "small")
+    return _with("ddpm", variance=kind)
+
+
+def _pndm(fields):
+    return _with("plms" if fields["skip_prk_steps"] else "pndm", end=_end(fields))
+
+
+_VARIANTS = {"midpoint": "official", "heun": "exact"}
+
+
+def _multistep(fields):
+    """Returns DPM-Solver++ and its stochastic kind; in the eps basis only what DEIS and DDIM are as well."""
+    order, kind, solver = (fields[name] for name in ("solver_order", "algorithm_type", "solver_type"))
+    final = None if fields["lower_order_final"] and order < 3 else False  # there it is lowered below 15 steps only
+    if kind == "dpmsolver" and (order == 1 or (order == 2 and solver == "heun")):
+        return "ddim" if order == 1 else "deis:order=2,lower_order_final=false"
+    if kind not in ("dpmsolver++", "sde-dpmsolver++") or solver not in _VARIANTS or order not in (1, 2, 3):
+        raise InputError(
+            f"algorithm_type is {kind!r} with solver_type {solver!r} and solver_order {order}, which is not supported; "
+            "supported: dpmsolver++ and sde-dpmsolver++ of order 1 to 3 with midpoint or heun, and dpmsolver of order "
+            "1, or 2 with heun"
+        )
+    noise = 1 if kind.startswith("sde") else None
+    return _with("dpm_solver_pp", order=order, sde_eta=noise, variant=_VARIANTS[solver], lower_order_final=final)
+
+
+def _singlestep(fields):
+    order, kind = fields["solver_order"], fields["algorithm_type"]
+    if kind not in ("dpmsolver", "dpmsolver++") or order not in (1, 2, 3):
+        raise InputError(
+            f"algorithm_type is {kind!r} with solver_order {order}, which is not supported; supported: dpmsolver and "
+            "dpmsolver++ of order 1 to 3"
+        )
+    return _with("dpm_solver_pp_singlestep" if kind == "dpmsolver++" else "dpm_solver", order=order)
+
+
+def _unipc(fields):
+    kept = fields["lower_order_final"] or None
+    skipped = ",".join(map(str, fields["disable_corrector"])) or None
+    return _with(
+        "unipc",
+        order=fields["solver_order"],
+        variant=fields["solver_type"],
+        lower_order_final=None if kept else False,
+        disable_corrector=skipped,
+    )
+
+
+def _deis(fields):
+    return _with("deis", order=fields["solver_order"], lower_order_final=False)
+
+
+def _edm_levels(fields):
+    require("", fields, {"prediction_type": ("epsilon",)})
+    given = {"num_timesteps": int(fields["num_train_timesteps"])}
+    given |= {name: float(fields[name]) for name in ("sigma_min", "sigma_max", "rho")}
+    return _choice("edm", schedules.edm, given), "edm"
+
+
+def _edm_grid(fields):
+    return "log_snr" if fields["sigma_schedule"] == "exponential" else _with("karras", rho=float(fields["rho"]))
+
+
+def _flow_levels(fields):
+    given = {"num_timesteps": int(fields["num_train_timesteps"])}
+    return _choice("rectified_flow", schedules.rectified_flow, given), "flow"
+
+
+_DDPM = {**_BETAS, **_ZERO_SNR, **_CLIP, **_THRESHOLD, "variance_type": "fixed_small", "timestep_spacing": "leading"}
+_DDIM = {**_BETAS, **_ZERO_SNR, **_CLIP, **_THRESHOLD, "set_alpha_to_one": True, "timestep_spacing": "leading"}
+_PNDM = {**_BETAS, "skip_prk_steps": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}
+_MULTISTEP = {**_BETAS, **_ZERO_SNR, **_THRESHOLD, **_DPM, **_SIGMAS, **_FLOW, **_FINAL, **_LAMBDA}
+_MULTISTEP |= {"euler_at_final": False, "use_lu_lambdas": False, "variance_type": None, "timestep_spacing": "linspace"}
+_SINGLESTEP = {**_BETAS, **_THRESHOLD, **_DPM, **_SIGMAS, **_FLOW, **_FINAL, **_LAMBDA, "lower_order_final": False}
+_SINGLESTEP |= {"variance_type": None, "timestep_spacing": "linspace"}
+_UNIPC = {**_BETAS, **_ZERO_SNR, **_THRESHOLD, **_SIGMAS, **_FLOW, **_FINAL, "solver_order": 2, "predict_x0": True}
+_UNIPC |= {"solver_type": "bh2", "lower_order_final": True, "disable_corrector": (), "solver_p": None}
+_UNIPC |= {"timestep_spacing": "linspace", "sigma_min": None, "sigma_max": None, "shift_terminal": None}
+_DEIS = {**_BETAS, **_THRESHOLD, **_SIGMAS, **_FLOW, "solver_order": 2, "algorithm_type": "deis"}
+_DEIS |= {"solver_type": "logrho", "lower_order_final": True, "timestep_spacing": "linspace"}
+_EULER = {**_BETAS, **_ZERO_SNR, **_SIGMAS, **_FINAL, "interpolation_type": "linear", "timestep_type": "discrete"}
+_EULER |= {"sigma_min": None, "sigma_max": None, "timestep_spacing": "linspace"}
+_ANCESTRAL = {**_BETAS, **_ZERO_SNR, "timestep_spacing": "linspace"}
+_LMS = {**_BETAS, **_SIGMAS, "timestep_spacing": "linspace"}
+_HEUN = {**_LMS, **_STABLE, "clip_sample": False, "clip_sample_range": 1.0}
+_EDM_DPM = {**_EDM, **_THRESHOLD, **_DPM, "euler_at_final": False}
+_FLOW_EULER = {"num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5}
+_FLOW_EULER |= {"max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096, "invert_sigmas": False}
+_FLOW_EULER |= {"shift_terminal": None, **_SIGMAS, "time_shift_type": "exponential", "stochastic_sampling": False}
+
+_DDPM_CLASS = _Class(_DDPM, _ddpm, _grid, steps=1000)
+_DDIM_CLASS = _Class(_DDIM, lambda fields: _with("ddim", end=_end(fields)), _grid, clip="keep_eps")
+
+CLASSES = {
+    "DDPMScheduler": _DDPM_CLASS,
+    "DDPMParallelScheduler": _DDPM_CLASS,
+    "DDIMScheduler": _DDIM_CLASS,
+    "DDIMParallelScheduler": _DDIM_CLASS,
+    "PNDMScheduler": _Class(_PNDM, _pndm, _grid),
+    "DPMSolverMultistepScheduler": _Class(_MULTISTEP, _multistep, _inner_grid),
+    "DPMSolverSinglestepScheduler": _Class(_SINGLESTEP, _singlestep, _inner_grid),
+    "UniPCMultistepScheduler": _Class(_UNIPC, _unipc, _inner_grid),
+    "DEISMultistepScheduler": _Class(_DEIS, _deis, _inner_grid),
+    "EulerDiscreteScheduler": _Class(_EULER, lambda fields: "euler", _grid),
+    "EulerAncestralDiscreteScheduler": _Class(_ANCESTRAL, lambda fields: "euler_ancestral", _grid),
+    "HeunDiscreteScheduler": _Class(_HEUN, lambda fields: "heun", _grid),
+    "KDPM2DiscreteScheduler": _Class({**_LMS, **_STABLE}, lambda fields: "dpm_solver:order=2", _grid),
+    "LMSDiscreteScheduler": _Class(_LMS, lambda fields: "lms", _grid),
+    "EDMEulerScheduler": _Class(_EDM, lambda fields: "euler", _edm_grid, levels=_edm_levels, time_shift=0.0),
+    "EDMDPMSolverMultistepScheduler": _Class(_EDM_DPM, _multistep, _edm_grid, levels=_edm_levels, time_shift=0.0),
+    "FlowMatchEulerDiscreteScheduler": _Class(
+        _FLOW_EULER, lambda fields: "euler", lambda fields: "linspace", levels=_flow_levels, time_shift=0.0
+    ),
+}
+"""The schedulers by the names of their classes."""
+
+_FOREIGN = {name for kind in CLASSES.values() for name in kind.defaults}
+_FOREIGN |= {"tensor_format", "original_inference_steps", "timestep_scaling", "predict_epsilon"}
+"""Arguments that a config may keep from another class, and that its own class does not read."""
+
+PIPELINE_STEPS = {"ConsistencyModelPipeline": 1}
+"""The steps of pipelines that make others than is usual for their scheduler."""
+
+
+def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
+    """Returns what the config of a scheduler is here.
+
+    Args:
+      where: what errors call the config.
+      config: as scheduler_config.json has it.
+
+    Raises:
+      InputError: a class, field or value that is not supported, which is named.
+    """
+    name = config["_class_name"]
+    if name not in CLASSES:
+        raise InputError(f"{where}: {name} is not supported; {nearest(name, CLASSES)}")
+    kind = CLASSES[name]
+    if config.get("predict_epsilon") is False and "prediction_type" not in config:  # as files of 2022 have it
+        config = {**config, "prediction_type": "sample"}
+    fields = fields_of(where, config, kind.defaults, _FOREIGN)
+    allowed = dict(_SUPPORTED)
+    if kind.defaults.get("variance_type", "") is None:
+        allowed["variance_type"] = (None,)
+    if fields.get("clip_sample"):
+        allowed["clip_sample_range"] = (1.0, 1)
+    if name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler"):
+        allowed |= {"sigma_min": (None,), "sigma_max": (None,)}
+    if name == "FlowMatchEulerDiscreteScheduler":
+        allowed |= {"use_karras_sigmas": (False, None), "use_exponential_sigmas": (False, None)}
+    require(where, fields, allowed)
+    try:
+        schedule, prediction = kind.levels(fields)
+        sampler, tau = kind.sampler(fields), kind.grid(fields)
+    except InputError as error:
+        raise InputError(f"{where}: {str(error).removeprefix(': ')}") from None
+    clip = kind.clip if fields.get("clip_sample") else "none"
+    steps = min(kind.steps, int(fields["num_train_timesteps"]))
+    if sampler.startswith("dpm_solver") and "singlestep" in name.lower():
+        steps = max(1, steps // fields["solver_order"])  # theirs counts network calls
+    return Sampling(schedule, prediction, clip, sampler, tau, steps, kind.time_shift)

@@ -1,0 +1,300 @@
+"""Defines the UNet of published diffusers folders, UNet2DModel, block by block and under its names of fields.
+
+Layers are called as in their files, with "_" for ".": down_blocks_0/resnets_1/norm1 is down_blocks.0.resnets.1.norm1.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
+
+from diffusion.errors import InputError, nearest, require_range
+from diffusion.models.layers import DTYPES, INIT, ZERO, Conv, GroupNorm
+from diffusion.models.unet2d_blocks import ACTIVATIONS, DOWN, UP, DownBlock, MiddleBlock, Style, UpBlock, plain_name
+
+TIME_TYPES = ("positional", "fourier", "learned")
+CLASS_TYPES = ("", "timestep", "identity")
+
+
+class UNet2D(nn.Module):
+    """Predicts what a `diffusion.models.UNet` predicts, with the layers of UNet2DModel in diffusers.
+
+    Fields have the names that diffusers gives them; where it has null, this has 0 or "".
+
+    Attributes:
+      block_out_channels: channels of each level; from level to level the image halves.
+      down_block_types, up_block_types: keys of `unet2d_blocks.DOWN` and `UP`, one a level; up, the deepest first.
+      mid_block_type: UNetMidBlock2D, or "" for none.
+      add_attention: whether the middle has attention.
+      layers_per_block: residual blocks in each level on the way down; the way up has one more.
+      mid_block_scale_factor: what the sums of the middle are divided by.
+      downsample_padding: of the convolution that halves; 0 pads right and below only.
+      downsample_type, upsample_type: conv or resnet, of the blocks with attention.
+      act_fn: a key of `unet2d_blocks.ACTIVATIONS`.
+      attention_head_dim: channels of a head; 0 for one head.
+      norm_num_groups: groups of the norms; 0 for a quarter of the channels, at most 32.
+      attn_norm_num_groups: groups before the attention of the middle; 0 for norm_num_groups, or for no norm where
+        resnet_time_scale_shift is scale_shift.
+      norm_eps: of the norms.
+      resnet_time_scale_shift: default or scale_shift: whether the time is added, or scales and shifts a norm.
+      time_embedding_type: positional, fourier (of the log of the time, which then divides the output) or learned.
+      time_embedding_dim: width of the embedding; 0 for four times the first channels.
+      freq_shift, flip_sin_to_cos: which frequencies the positional embedding has, and whether cosines come first.
+      num_train_timesteps: rows of a learned embedding.
+      center_input_sample: whether x is taken to be in [0, 1], and scaled to [-1, 1].
+      class_embed_type: "" for labels; timestep for real numbers [B]; identity for vectors [B, time_embedding_dim].
+      num_classes: of the labels; 0 for a network that is told none.
+      null_class: whether the label num_classes means "no class"; published networks have no such label.
+      time_scale, time_shift: the network is told time_scale t + time_shift. Theirs counts from 0, hence the -1.
+      out_channels: of the prediction; 0 for as many as the input has.
+      dropout: rate inside the residual blocks, used only where dropout_keys are given.
+      dtype: "float32" or "bfloat16" for the arithmetic; parameters and normalisation stay in float32.
+      sees_end, sees_scale: must be False; UNet2DModel is told neither.
+    """
+
+    block_out_channels: Sequence[int] = (128, 256, 256, 256)
+    down_block_types: Sequence[str] = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
+    up_block_types: Sequence[str] = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    mid_block_type: str = "UNetMidBlock2D"
+    add_attention: bool = True
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1.0
+    downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    act_fn: str = "silu"
+    attention_head_dim: int = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int = 0
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int = 0
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    num_train_timesteps: int = 0
+    center_input_sample: bool = False
+    class_embed_type: str = ""
+    num_classes: int = 0
+    null_class: bool = True
+    time_scale: float = 1.0
+    time_shift: float = -1.0
+    out_channels: int = 0
+    dropout: float = 0.0
+    dtype: str = "float32"
+    sees_end: bool = False
+    sees_scale: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Float[Array, "B"] | Int[Array, "B"],
+        cond: Int[Array, "B"] | Float[Array, "B"] | Float[Array, "B D"] | None = None,
+        *,
+        dropout_keys: Key[Array, "B"] | None = None,
+    ) -> Float[Array, "B H W out_channels"]:
+        """Returns the prediction in float32.
+
+        Args:
+          x: noisy images.
+          t: timesteps in 1..T, whole or real; a learned embedding takes the nearest.
+          cond: see `class_embed_type`.
+          dropout_keys: typed JAX keys in training, one for each sample; None for no dropout.
+        """
+        self._check(x, t, cond)
+        dtype, style = DTYPES[self.dtype], self._style()
+        time = self.time_scale * t.astype(jnp.float32) + self.time_shift
+        told = (self._embed(time, cond, dtype), dropout_keys)
+        numbers = itertools.count()  # of the residual blocks; dropout masks differ by this number
+        out_channels = self.out_channels or x.shape[-1]
+        last = len(self.block_out_channels) - 1
+
+        # The way down: every result is kept, for the way up to use at the same resolution.
+        small = x = (2 * x - 1 if self.center_input_sample else x).astype(dtype)
+        h = Conv(self.block_out_channels[0], dtype=dtype, name="conv_in")(x)
+        kept = [h]
+        for i, (kind, features) in enumerate(zip(self.down_block_types, self.block_out_channels, strict=True)):
+            block = DownBlock(plain_name(kind), features, i < last, style, name=f"down_blocks_{i}")
+            h, results, small = block(h, small, told, numbers)
+            kept += results
+
+        if self.mid_block_type:
+            fields = (self.add_attention, self.attn_norm_num_groups, self.mid_block_scale_factor, style)
+            h = MiddleBlock(*fields, name="mid_block")(h, told, numbers)
+
+        # The way up: each residual block takes the newest result that is still kept. Skip blocks add up an image.
+        image = None
+        for i, (kind, features) in enumerate(zip(self.up_block_types, reversed(self.block_out_channels), strict=True)):
+            block = UpBlock(plain_name(kind), features, i < last, style, name=f"up_blocks_{i}")
+            results = [kept.pop() for _ in range(self.layers_per_block + 1)]
+            h, image = block(h, results, image, told, numbers)
+
+        # The last convolution starts at zero, so an untrained network predicts zero.
+        groups = self.norm_num_groups or min(self.block_out_channels[0] // 4, 32)
+        h = nn.silu(GroupNorm(groups=groups, epsilon=self.norm_eps, name="conv_norm_out")(h))
+        out = Conv(out_channels, dtype=dtype, kernel_init=ZERO, name="conv_out")(h).astype(jnp.float32)
+        out = out if image is None else out + image
+        return out / time[:, None, None, None] if self.time_embedding_type == "fourier" else out
+
+    def _style(self):
+        """Returns what all blocks have in common."""
+        return Style(
+            layers=self.layers_per_block,
+            groups=self.norm_num_groups,
+            eps=self.norm_eps,
+            scale_shift=self.resnet_time_scale_shift == "scale_shift",
+            act=self.act_fn,
+            head_dim=self.attention_head_dim,
+            padding=self.downsample_padding,
+            down=self.downsample_type,
+            up=self.upsample_type,
+            dropout=self.dropout,
+            dtype=DTYPES[self.dtype],
+        )
+
+    def _embed(self, time, cond, dtype):
+        """Returns the embedding of the time, to which a class adds its own, [B, width]."""
+        width = self.time_embedding_dim or 4 * self.block_out_channels[0]
+        features = self._time_features()
+
+        def mlp(name, numbers):
+            h = TimeEmbedding(width, dtype, name=name)
+            return h(features(numbers).astype(dtype))
+
+        embedding = mlp("time_embedding", time)
+        if not self.num_classes and not self.class_embed_type:
+            return embedding
+        if cond is None:
+            cond = self._no_condition(time, width)
+        if self.class_embed_type == "timestep":
+            return embedding + mlp("class_embedding", cond)
+        if self.class_embed_type == "identity":
+            return embedding + cond.astype(dtype)
+        rows = self.num_classes + self.null_class
+        table = nn.Embed(rows, width, dtype=dtype, name="class_embedding")
+        return embedding + table(cond)
+
+    def _time_features(self):
+        """Returns a function from times [B] to what the embedding is made of; its layer is shared with a class's."""
+        channels = self.block_out_channels[0]
+        if self.time_embedding_type == "fourier":
+            weight = self.param("time_proj", nn.initializers.normal(16.0), (channels,), jnp.float32)
+            return lambda numbers: fourier_features(numbers, weight)
+        if self.time_embedding_type == "learned":
+            table = nn.Embed(self.num_train_timesteps, channels, name="time_proj")
+            return lambda numbers: table(jnp.clip(jnp.round(numbers).astype(jnp.int32), 0, table.num_embeddings - 1))
+        return lambda numbers: positional_features(numbers, channels, self.flip_sin_to_cos, self.freq_shift)
+
+    def _no_condition(self, time, width):
+        """Returns what stands for no condition, or raises InputError where the network was not trained without one."""
+        if not self.class_embed_type and self.null_class:
+            return jnp.full(time.shape, self.num_classes)
+        if not self.is_initializing():
+            wanted = {"timestep": "numbers [B]", "identity": f"vectors [B, {width}]"}
+            labels = f"labels in 0..{self.num_classes - 1}"
+            raise InputError(f"cond is None; this network is always told {wanted.get(self.class_embed_type, labels)}")
+        return jnp.zeros((*time.shape, width) if self.class_embed_type == "identity" else time.shape, jnp.int32)
+
+    def _check(self, x, t, cond):
+        """Raises InputError if the fields allow no network, or x, t or cond do not suit it."""
+        levels = len(self.block_out_channels)
+        choices = (("dtype", DTYPES), ("act_fn", ACTIVATIONS), ("resnet_time_scale_shift", ("default", "scale_shift")))
+        choices += (("downsample_type", ("conv", "resnet")), ("upsample_type", ("conv", "resnet")))
+        choices += (("time_embedding_type", TIME_TYPES), ("class_embed_type", CLASS_TYPES))
+        choices += (("mid_block_type", ("UNetMidBlock2D", "")),)
+        for name, allowed in choices:
+            if getattr(self, name) not in allowed:
+                raise InputError(f"unet2d.{name} is {getattr(self, name)!r}; {nearest(getattr(self, name), allowed)}")
+        if not levels or not all(isinstance(width, int) and width >= 4 for width in self.block_out_channels):
+            raise InputError(f"unet2d.block_out_channels are {self.block_out_channels}; give widths of at least 4")
+        for name, low in (("layers_per_block", 1), ("downsample_padding", 0), ("attention_head_dim", 0)):
+            require_range(f"unet2d.{name}", getattr(self, name), low)
+        require_range("unet2d.dropout", self.dropout, 0, 1, open_ends="high")
+        require_range("unet2d.mid_block_scale_factor", self.mid_block_scale_factor, 0, open_ends="low")
+        if self.time_embedding_type == "learned":
+            require_range("unet2d.num_train_timesteps", self.num_train_timesteps, 1)
+        if self.time_embedding_type == "positional" and self.block_out_channels[0] // 2 <= self.freq_shift:
+            raise InputError(f"unet2d.freq_shift is {self.freq_shift}; it must be below half of the first channels")
+        _check_kinds(self.down_block_types, self.up_block_types, levels, x.shape[-1], self.out_channels)
+        self._check_widths()
+        if self.sees_end or self.sees_scale:
+            raise InputError("network unet2d cannot be told where a step ends or a guidance scale; take network unet")
+        factor = 2 ** (levels - 1)
+        if x.shape[1] % factor or x.shape[2] % factor:
+            raise InputError(
+                f"images of {x.shape[1]}x{x.shape[2]} cannot be halved {levels - 1} times; use sizes that are "
+                f"multiples of {factor} or fewer unet2d.block_out_channels"
+            )
+        if cond is not None and not self.num_classes and not self.class_embed_type:
+            raise InputError("class labels were given to an unconditional model; set model.num_classes")
+        if t.ndim != 1:
+            raise InputError(f"t has shape {t.shape}; this network takes [B]")
+
+    def _check_widths(self):
+        """Raises InputError if channels are no multiples of the groups, or narrower than a head."""
+        for width in self.block_out_channels:
+            for name in ("norm_num_groups", "attn_norm_num_groups"):
+                groups = getattr(self, name)
+                if groups < 0 or (groups and width % groups):
+                    raise InputError(f"unet2d.{name} is {groups}; it must divide the {width} channels of each level")
+            if self.attention_head_dim > width:
+                raise InputError(f"unet2d.attention_head_dim is {self.attention_head_dim}, of {width} channels")
+
+
+class TimeEmbedding(nn.Module):
+    """A perceptron from features [B, F] of a number to its embedding [B, width]."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, features):
+        h = nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="linear_1")(features)
+        return nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="linear_2")(nn.silu(h))
+
+
+def positional_features(
+    numbers: Float[Array, "B"], dim: int, flip_sin_to_cos: bool, freq_shift: float
+) -> Float[Array, "B dim"]:
+    """Returns sines and cosines at dim // 2 frequencies from 1 down, in float32; an odd dim ends in a zero.
+
+    Args:
+      numbers: timesteps from 0 on.
+      dim: width of the result.
+      flip_sin_to_cos: whether cosines come first.
+      freq_shift: 1 makes the lowest frequency 1e-4, 0 leaves it above.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = numbers.astype(jnp.float32)[:, None] * frequencies[None, :]
+    parts = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1), ((0, 0), (0, dim % 2)))
+
+
+def fourier_features(numbers: Float[Array, "B"], weight: Float[Array, "C"]) -> Float[Array, "B 2*C"]:
+    """Returns sines and cosines of the log of positive numbers, at frequencies that are parameters (score-SDE)."""
+    angles = jnp.log(numbers.astype(jnp.float32))[:, None] * weight[None, :] * 2 * jnp.pi
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def _check_kinds(down, up, levels, in_channels, out_channels):
+    """Raises InputError if the types of blocks are unknown, too many, or do not go together."""
+    for name, kinds, known in (("down_block_types", down, DOWN), ("up_block_types", up, UP)):
+        for kind in kinds:
+            if plain_name(kind) not in known:
+                raise InputError(f"unet2d.{name} has {kind!r}; {nearest(str(kind), known)}")
+        if len(kinds) != levels:
+            raise InputError(f"unet2d.{name} has {len(kinds)} entries for {levels} block_out_channels; give one each")
+    # The image that skip blocks carry along changes its size with theirs only.
+    skips = [DOWN[plain_name(kind)].skip for kind in down[:-1]]
+    if skips != sorted(skips, reverse=True):
+        raise InputError(f"unet2d.down_block_types are {tuple(down)}; blocks with Skip must come first")
+    skips_up = {UP[plain_name(kind)].skip for kind in up}
+    if len(skips_up) > 1:
+        raise InputError(f"unet2d.up_block_types are {tuple(up)}; either all or none can have Skip")
+    if (any(skips) and in_channels != 3) or (True in skips_up and levels > 1 and (out_channels or in_channels) != 3):
+        raise InputError(f"blocks with Skip take images of 3 channels, and these have {in_channels}; take other blocks")

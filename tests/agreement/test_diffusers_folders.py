@@ -1,0 +1,293 @@
+"""Folders that diffusers' save_pretrained writes are read here without it, and compute and draw the same."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import default
+from diffusion import keys
+from diffusion.commands import samplers
+from diffusion.errors import InputError
+from diffusion.interop import diffusers as interop
+from diffusion.model import Trained, make_model
+from diffusion.sampling import sample
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("torchvision"),
+]
+
+DDPM = {"_class_name": "DDPMScheduler"}
+
+CIFAR = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+CONSISTENCY = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "resnet_time_scale_shift": "scale_shift",
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "attention_head_dim": 16,
+    "attn_norm_num_groups": 32,
+    "num_class_embeds": 7,
+}
+SKIP = {
+    "sample_size": 16,
+    "block_out_channels": (32, 64, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
+    "up_block_types": ("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    "time_embedding_type": "fourier",
+    "mid_block_scale_factor": 2**0.5,
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+}
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (16, 24),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
+GREY = {"in_channels": 1, "out_channels": 1}
+TINY = {**SMALL, **GREY, "block_out_channels": (8,), "add_attention": False}
+TINY |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+CONFIGURATIONS = {
+    "ddpm-cifar10": CIFAR,
+    "ddpm-church": {**CIFAR, "down_block_types": ("DownBlock2D",) * 2, "layers_per_block": 1},
+    "mnist": {**SMALL, **GREY, "sample_size": 28, "block_out_channels": (32, 64, 64), "norm_num_groups": 32}
+    | {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")}
+    | {"up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")},
+    "not square": {**SMALL, "sample_size": (8, 12)},
+    "consistency": CONSISTENCY,
+    "early consistency": {**CONSISTENCY, "attn_norm_num_groups": None},
+    "added time, resnet resampling": {**CONSISTENCY, "resnet_time_scale_shift": "default"},
+    "ncsnpp": SKIP,
+    "ncsnpp without fourier": {**SKIP, "time_embedding_type": "positional", "block_out_channels": (32, 32, 64)},
+    "class numbers": {**SMALL, "class_embed_type": "timestep"},
+    "class vectors": {**SMALL, **GREY, "class_embed_type": "identity", "time_embedding_dim": 12},
+    "learned times": {**SMALL, "time_embedding_type": "learned", "num_train_timesteps": 1000},
+    "no middle": {**SMALL, "mid_block_type": None, "act_fn": "gelu"},
+    "middle without attention": {**SMALL, "add_attention": False, "act_fn": "mish", "center_input_sample": True},
+    "variance and odd width": {**SMALL, "out_channels": 6, "block_out_channels": (17, 24), "norm_num_groups": 1},
+}
+
+
+def network(fields):
+    """A UNet2DModel none of whose weights is at its start."""
+    torch.manual_seed(0)
+    model = diffusers.UNet2DModel(**fields).eval()
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, std=0.15)
+        if "norm" in name and name.endswith("weight"):
+            weight.data += 1
+    return model
+
+
+def told(model, batch):
+    """Classes for a model that is told any, as it takes them."""
+    kind, config = model.config.class_embed_type, model.config
+    if kind == "timestep":
+        return np.array([3.0, 700.0], np.float32)[:batch]
+    if kind == "identity":
+        return np.random.default_rng(2).standard_normal((batch, config.time_embedding_dim)).astype(np.float32)
+    return np.arange(batch) if config.num_class_embeds else None
+
+
+def images(model, batch=2):
+    size = model.config.sample_size
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    return np.random.default_rng(1).standard_normal((batch, *shape, model.config.in_channels)).astype(np.float32)
+
+
+def theirs(model, x, t, cond):
+    with torch.no_grad():
+        labels = None if cond is None else torch.from_numpy(cond)
+        out = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(t), labels).sample
+    return out.numpy().transpose(0, 2, 3, 1)
+
+
+def assert_equal_networks(model, trained):
+    x, t, cond = images(model), np.array([2, 977]), told(model, 2)
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(trained.model.apply_fn)(trained.params, x, t + 1, cond)  # their timesteps count from 0
+    wanted = theirs(model, x, t, cond)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    assert np.std(wanted) > 1e-3
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_network_read_from_its_folder_computes_the_same(name, tmp_path):
+    model = network(CONFIGURATIONS[name])
+    model.save_pretrained(tmp_path)
+    trained = interop.load(tmp_path, scheduler=DDPM)
+    assert sum(leaf.size for leaf in jax.tree.leaves(trained.params)) == sum(w.numel() for w in model.parameters())
+    assert_equal_networks(model, trained)
+
+
+DETERMINISTIC = {
+    "DDIM": ("DDIMScheduler", {}),
+    "DDIM of Stable Diffusion": (
+        "DDIMScheduler",
+        {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+    ),
+    "DDIM from no signal": (
+        "DDIMScheduler",
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ),
+    "DDIM of 100 timesteps that predicts x_0": (
+        "DDIMScheduler",
+        {"prediction_type": "sample", "num_train_timesteps": 100, "beta_end": 0.1},
+    ),
+    "PLMS of Stable Diffusion": (
+        "PNDMScheduler",
+        {"beta_schedule": "scaled_linear", "skip_prk_steps": True, "steps_offset": 1},
+    ),
+    "PNDM": ("PNDMScheduler", {"set_alpha_to_one": True}),
+    "DPM-Solver++": ("DPMSolverMultistepScheduler", {}),
+    "DPM-Solver++ of order 3": ("DPMSolverMultistepScheduler", {"solver_order": 3, "timestep_spacing": "leading"}),
+    "DPM-Solver++ exact": (
+        "DPMSolverMultistepScheduler",
+        {"solver_type": "heun", "timestep_spacing": "trailing", "beta_schedule": "squaredcos_cap_v2"},
+    ),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "UniPC of order 3": (
+        "UniPCMultistepScheduler",
+        {"solver_order": 3, "disable_corrector": [0, 1], "timestep_spacing": "leading", "steps_offset": 1},
+    ),
+    "Euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "Euler leading": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "prediction_type": "v_prediction"}),
+    "Heun": ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "LMS": ("LMSDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "EDM Euler": ("EDMEulerScheduler", {}),
+    "EDM DPM-Solver++": ("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential"}),
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline_parts(tmp_path_factory):
+    """A tiny network with the folder that it is saved in."""
+    model = network(TINY)
+    model.conv_out.weight.data *= 0.05
+    folder = tmp_path_factory.mktemp("unet")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def drawn_there(model, scheduler, steps, z):
+    """Their sample, and what it starts from in our scale."""
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # without it a scheduler looks its place up by the timestep, which may repeat
+    x = torch.from_numpy(z.transpose(0, 3, 1, 2).copy()) * scheduler.init_noise_sigma
+    divided = "Discrete" in type(scheduler).__name__  # k-diffusion's kind keeps x / a
+    begin = x / (1 + float(scheduler.sigmas[0]) ** 2) ** 0.5 if divided else x
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            seen = scheduler.scale_model_input(x, t)
+            x = scheduler.step(model(seen, t).sample, t, x).prev_sample
+    return x.numpy().transpose(0, 2, 3, 1), begin.numpy().transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_the_sampler_of_a_folder_draws_the_same(name, pipeline_parts, tmp_path):
+    """25 steps of the sampler, grid, clip and schedule that the folder's scheduler becomes here."""
+    (kind, options), (model, folder) = DETERMINISTIC[name], pipeline_parts
+    scheduler = getattr(diffusers, kind)(**options)
+    scheduler.save_pretrained(tmp_path)
+    trained = interop.load(folder, scheduler=json.loads((tmp_path / "scheduler_config.json").read_text()))
+    z = np.random.default_rng(3).standard_normal((2, 8, 8, 1)).astype(np.float32)
+    wanted, begin = drawn_there(model, scheduler, 25, z)
+    config = trained.config.sample
+    table = samplers.make_table(trained.model.schedule, config.sampler, 25, config.tau)
+    shared = {"prediction": trained.model.prediction, "clip": config.clip, "x_init": begin}
+    found = sample(trained.model.apply_fn, trained.params, table, jax.random.key(0), 2, (8, 8, 1), **shared)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=max(1, np.abs(wanted).max()) / 255)
+
+
+def test_every_kind_of_file_holds_the_same_weights(tmp_path):
+    model = network({**SMALL, "num_class_embeds": 5})
+    files = {"one": {}, "parts": {"max_shard_size": "40KB"}, "bin": {"safe_serialization": False}}
+    files |= {"bin in parts": {"safe_serialization": False, "max_shard_size": "40KB"}}
+    for name, options in files.items():
+        model.save_pretrained(tmp_path / name, **options)
+    assert len(list((tmp_path / "parts").iterdir())) > 4
+    first, *others = (interop.load(tmp_path / name, scheduler=DDPM).params for name in files)
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, other, first)
+    model.half().save_pretrained(tmp_path / "half", variant="fp16")
+    half = interop.load(tmp_path / "half", scheduler=DDPM).params
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float16).astype(np.float32)), half, first)
+
+
+def test_a_pickle_that_wants_more_than_tensors_is_refused(tmp_path):
+    network(TINY).save_pretrained(tmp_path, safe_serialization=False)
+    file, made = tmp_path / "diffusion_pytorch_model.bin", tmp_path / "made"
+
+    class Attack:
+        def __reduce__(self):
+            return made.touch, ()
+
+    torch.save({"conv_in.weight": Attack()}, file)
+    with pytest.raises(InputError, match="which is no tensor"):
+        interop.load(tmp_path, scheduler=DDPM)
+    assert not made.exists()
+
+
+def test_a_model_made_here_computes_the_same_in_diffusers(tmp_path):
+    """A UNet of ours, whose timesteps begin with 1, and its scheduler."""
+    config = default.get_config()
+    with config.unlocked():
+        config.model.update(width=128, multipliers=(1, 1), num_blocks=1, attention_resolutions=(4,), num_classes=2)
+        config.schedule = "cosine"
+        config.train.prediction = "v"
+    model = make_model(config, (8, 8, 3))
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, keys.make(0))
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
+    interop.save(Trained(model, params, config, 1, "0.9999"), tmp_path)
+    pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+    unet = pipeline.unet.eval()
+    assert sum(weight.numel() for weight in unet.parameters()) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    x, t, cond = images(unet), np.array([1, 640]), np.array([1, 2])
+    wanted = theirs(unet, x, t - 1, cond)
+    np.testing.assert_allclose(
+        jax.jit(model.apply_fn)(params, x, t, cond), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max()
+    )
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    np.testing.assert_allclose(pipeline.scheduler.alphas_cumprod, model.schedule.alpha_bar[1:], rtol=1e-4)
+
+
+def test_what_diffusers_wrote_comes_back_as_it_was(tmp_path):
+    diffusers.DDPMPipeline(network(SMALL), diffusers.DDPMScheduler(variance_type="fixed_large")).save_pretrained(
+        tmp_path / "theirs"
+    )
+    interop.save(interop.load(tmp_path / "theirs"), tmp_path / "ours")
+    again = diffusers.DDPMPipeline.from_pretrained(tmp_path / "ours")
+    wanted = diffusers.DDPMPipeline.from_pretrained(tmp_path / "theirs")
+    for name, weight in wanted.unet.state_dict().items():
+        assert torch.equal(again.unet.state_dict()[name], weight)
+
+    def fields(part):
+        return {name: value for name, value in part.config.items() if not name.startswith("_")}
+
+    assert fields(again.unet) == fields(wanted.unet)
+    assert fields(again.scheduler) == fields(wanted.scheduler)

@@ -1,0 +1,332 @@
+"""Laws of diffusers folders that need neither torch nor diffusers; tests/agreement compares with diffusers itself."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from tiny import assert_same
+
+from configs import default
+from diffusion import keys
+from diffusion.errors import InputError
+from diffusion.interop import diffusers
+from diffusion.interop.diffusers import schedulers, unet2d
+from diffusion.model import Trained, make_model
+from diffusion.models import UNet2D
+from diffusion.pretrained import weights
+
+STEM = "diffusion_pytorch_model"
+
+
+def make_trained(shape=(8, 8, 1), **sections):
+    """A model of small random weights, after the defaults and these fields."""
+    config = default.get_config()
+    with config.unlocked(), config.ignore_type():
+        for name, fields in sections.items():
+            config[name] = fields if isinstance(fields, str) else {**config[name], **fields}
+    model = make_model(config, shape)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, keys.make(0))
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32), shapes)
+    return Trained(model, params, config, 7, "0.9999")
+
+
+FIELDS = {
+    "block_out_channels": (8, 12),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return make_trained(network="unet2d", unet2d=FIELDS, sample={"sampler": "ddpm:variance=large", "clip": "recompute"})
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    diffusers.save(trained, tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def answers(trained):
+    x = np.random.default_rng(1).standard_normal((2, *trained.model.image_shape)).astype(np.float32)
+    return jax.jit(trained.model.apply_fn)(trained.params, x, jnp.array([1, 640]))
+
+
+def test_a_model_comes_back_from_its_folder(trained, folder):
+    found = diffusers.load(folder)
+    assert_same(found.params, trained.params)
+    assert found.config.unet2d.to_dict() == trained.config.unet2d.to_dict()
+    assert found.config.schedule == trained.config.schedule
+    sample = found.config.sample
+    assert (sample.sampler, sample.tau, sample.clip) == ("ddpm:variance=large", "trailing", "recompute")
+    np.testing.assert_array_equal(answers(found), answers(trained))
+    diffusers.save(found, folder.parent / "again")
+    for name in ("model_index.json", "unet/config.json", f"unet/{STEM}.safetensors", "scheduler/scheduler_config.json"):
+        assert (folder.parent / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_an_imported_model_comes_back_from_a_file_of_ours(folder, tmp_path):
+    found = diffusers.load(folder)
+    weights.save(tmp_path / "it.safetensors", found)
+    again = weights.load(tmp_path / "it.safetensors")
+    assert_same(again.params, found.params)
+    np.testing.assert_array_equal(answers(again), answers(found))
+    assert json.loads(again.config.to_json()) == json.loads(found.config.to_json())
+
+
+def test_classes_and_what_no_class_means_come_back(tmp_path):
+    trained = make_trained(network="unet2d", unet2d=FIELDS, model={"num_classes": 3}, train={"label_dropout": 0.2})
+    diffusers.save(trained, tmp_path)
+    assert json.loads((tmp_path / "unet/config.json").read_text())["num_class_embeds"] == 4
+    found = diffusers.load(tmp_path)
+    assert found.model.conditions.null == 3
+    assert found.config.train.label_dropout == 0.2
+    np.testing.assert_array_equal(answers(found), answers(trained))
+
+
+def test_our_unet_becomes_a_unet2d_that_is_told_one_less(tmp_path):
+    """Its timesteps from 1 are folded into the first layer of the embedding, exactly but for rounding."""
+    fields = {"width": 128, "multipliers": (1, 1), "num_blocks": 1, "attention_resolutions": (4,), "num_classes": 2}
+    trained = make_trained((8, 8, 1), model=fields)
+    diffusers.save(trained, tmp_path)
+    found = diffusers.load(tmp_path)
+    assert found.config.network == "unet2d"
+    wanted = answers(trained)
+    np.testing.assert_allclose(answers(found), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+UNET2D = {"network": "unet2d", "unet2d": FIELDS}
+HEADS = {"width": 128, "multipliers": (1, 2), "num_heads": 4, "attention_resolutions": (8,)}
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"model": {"width": 32, "multipliers": (1, 2)}}, "makes norms of 8, 16, 24, 32 groups.*network=unet2d"),
+        ({"model": HEADS}, "num_heads is 4 in levels of different"),
+        ({"network": "transformer"}, "network is 'transformer', which diffusers does not have"),
+        (
+            {"network": "unet2d", "unet2d": {**FIELDS, "time_shift": 0.0}},
+            "time_shift 0.0; diffusers tells its networks",
+        ),
+        (
+            {"network": "unet2d", "unet2d": FIELDS, "train": {"prediction": "flow"}},
+            "prediction is 'flow', which cannot",
+        ),
+        ({"network": "unet2d", "unet2d": FIELDS, "schedule": "edm"}, "schedule is 'edm', which cannot"),
+    ],
+)
+def test_what_diffusers_lacks_is_refused_before_anything_is_written(sections, said, tmp_path):
+    trained = make_trained((8, 8, 1), **sections)
+    with pytest.raises(InputError, match=said):
+        diffusers.save(trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# How files can lie in a folder.
+
+
+def read(folder):
+    return safetensors.numpy.load_file(folder / f"unet/{STEM}.safetensors")
+
+
+def test_weights_in_parts_are_read_as_in_one_file(trained, folder):
+    tensors = read(folder)
+    (folder / f"unet/{STEM}.safetensors").unlink()
+    parts, listed = {}, {}
+    for i, name in enumerate(sorted(tensors)):
+        file = f"{STEM}-0000{i % 3 + 1}-of-00003.safetensors"
+        parts.setdefault(file, {})[name], listed[name] = tensors[name], file
+    for file, part in parts.items():
+        safetensors.numpy.save_file(part, folder / "unet" / file)
+    (folder / f"unet/{STEM}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    assert_same(diffusers.load(folder).params, trained.params)
+    (folder / "unet" / sorted(parts)[1]).unlink()
+    with pytest.raises(InputError, match=r"00002-of-00003\.safetensors cannot be read"):
+        diffusers.load(folder)
+
+
+def test_half_precision_is_taken_where_it_is_asked_for_or_alone(trained, folder):
+    half = {name: array.astype(np.float16) for name, array in read(folder).items()}
+    safetensors.numpy.save_file(half, folder / f"unet/{STEM}.fp16.safetensors")
+    assert_same(diffusers.load(folder).params, trained.params)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float16).astype(jnp.float32), trained.params)
+    assert_same(diffusers.load(folder, variant="fp16").params, rounded)
+    (folder / f"unet/{STEM}.safetensors").unlink()
+    assert_same(diffusers.load(folder).params, rounded)
+
+
+def test_early_folders_have_their_parts_in_one_place_and_old_names(trained, folder):
+    def old(name):
+        for new, before in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+            name = name.replace(new, before)
+        return name
+
+    early = folder.parent / "early"
+    early.mkdir()
+    safetensors.numpy.save_file({old(n): a for n, a in read(folder).items()}, early / f"{STEM}.safetensors")
+    for file in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        shutil.copy(folder / file, early)
+    assert_same(diffusers.load(early).params, trained.params)
+
+
+def test_a_network_alone_takes_the_scheduler_beside_it_or_the_one_that_is_given(folder):
+    assert diffusers.load(folder / "unet").config.sample.sampler == "ddpm:variance=large"
+    given = {"_class_name": "DDIMScheduler", "num_train_timesteps": 10}
+    assert diffusers.load(folder / "unet", scheduler=given).model.schedule.num_timesteps == 10
+    alone = folder.parent / "alone"
+    shutil.copytree(folder / "unet", alone)
+    with pytest.raises(InputError, match="has a network without its scheduler; name the folder of its pipeline"):
+        diffusers.load(alone)
+    assert diffusers.load(alone, scheduler=given).config.sample.steps == 10
+
+
+# What is refused, in one line.
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+CONFIG, SCHEDULER, WEIGHTS = "unet/config.json", "scheduler/scheduler_config.json", f"unet/{STEM}.safetensors"
+
+
+def damage(folder, what):
+    """Does something to a folder."""
+    tensors = read(folder)
+    path = folder / WEIGHTS
+    if what == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif what == "pointer":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    elif what == "none":
+        path.rename(path.with_name("flax_model.msgpack"))
+    elif what == "missing":
+        del tensors["conv_in.bias"], tensors["conv_out.bias"]
+        safetensors.numpy.save_file(tensors, path)
+    elif what == "extra":
+        safetensors.numpy.save_file({**tensors, "controlnet.weight": np.zeros(3, np.float32)}, path)
+    elif what == "shape":
+        safetensors.numpy.save_file({**tensors, "conv_in.bias": np.zeros(3, np.float32)}, path)
+    elif what == "nan":
+        safetensors.numpy.save_file({**tensors, "conv_in.bias": np.full(8, np.nan, np.float32)}, path)
+    elif what == "whole":
+        safetensors.numpy.save_file({**tensors, "conv_in.bias": np.zeros(8, np.int32)}, path)
+    else:
+        path.with_suffix(".safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../secret"}}))
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("cut", "is damaged, or no safetensors file"),
+        ("pointer", "is a pointer of git lfs and not the weights; run `git lfs pull`"),
+        ("none", r"holds no weights .*; it has flax_model.msgpack"),
+        ("missing", "lacks conv_in.bias, conv_out.bias: it holds another network"),
+        ("extra", "has, and this network does not, controlnet.weight"),
+        ("shape", r"conv_in.bias has shape \(3,\), and its config wants \(8,\)"),
+        ("nan", "conv_in.bias is not finite"),
+        ("whole", "conv_in.bias has numbers of type int32"),
+        ("outside", "names files outside its folder"),
+    ],
+)
+def test_damaged_weights_are_refused_by_name(what, said, folder):
+    damage(folder, what)
+    with pytest.raises(InputError, match=said) as error:
+        diffusers.load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "said"),
+    [
+        (CONFIG, {"_class_name": "UNet3DModel"}, "UNet3DModel is not supported; supported: UNet2DModel"),
+        (CONFIG, {"down_block_types": ["KDownBlock2D", "DownBlock2D"]}, "down_block_types has 'KDownBlock2D'; .*valid"),
+        (CONFIG, {"mid_block_type": "UNetMidBlock3D"}, "mid_block_type is 'UNetMidBlock3D', which is not supported"),
+        (CONFIG, {"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift is 'spatial'; valid: default, scale"),
+        (CONFIG, {"act_fn": "elu"}, "act_fn is 'elu'; .*valid: gelu"),
+        (CONFIG, {"window_size": 8}, "has a field 'window_size', which this version does not know"),
+        (CONFIG, {"sample_size": None}, "sample_size is null; give image_size"),
+        (CONFIG, {"sample_size": 7}, "images of 7x7 cannot be halved 1 times"),
+        (CONFIG, {"out_channels": 5}, "out_channels is 5, of 1 in_channels"),
+        (CONFIG, {"norm_num_groups": 5}, "norm_num_groups is 5; it must divide the 8 channels"),
+        (CONFIG, {"layers_per_block": 5000}, "more than 1,000 blocks"),
+        (CONFIG, {"block_out_channels": "wide"}, "describes no model that this version knows|give widths"),
+        (SCHEDULER, {"_class_name": "TCDScheduler"}, "TCDScheduler is not supported; .*valid: DDIMParallelScheduler"),
+        (SCHEDULER, {"thresholding": True}, "thresholding is True, which is not supported; supported: False"),
+        (SCHEDULER, {"trained_betas": [0.1]}, "trained_betas is .*, which is not supported; supported: null"),
+        (SCHEDULER, {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid', .*supported: linear, scaled_linear"),
+        (SCHEDULER, {"clip_sample_range": 2.0}, "clip_sample_range is 2.0, which is not supported"),
+        (SCHEDULER, {"variance_type": "learned"}, "variance_type is 'learned', which is not supported"),
+        (SCHEDULER, {"snr_shift": 3.0}, "has a field 'snr_shift', which this version does not know"),
+        (SCHEDULER, {"beta_end": "a lot"}, "describes no scheduler that this version knows"),
+        (SCHEDULER, {"beta_end": 2.0}, "one-step variances lie between 0 and 1"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(file, fields, said, folder):
+    edit(folder / file, **fields)
+    with pytest.raises(InputError, match=said) as error:
+        diffusers.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_other_folders_are_told_apart(folder, tmp_path):
+    assert diffusers.is_folder(folder)
+    assert diffusers.is_folder(folder / "unet")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps({"seed": 0}))
+    for other in (tmp_path / "run", tmp_path / "nowhere", folder / WEIGHTS):
+        assert not diffusers.is_folder(other)
+        with pytest.raises(InputError, match=r"is no folder of diffusers: it has neither model_index\.json"):
+            diffusers.load(other)
+
+
+def test_a_config_keeps_fields_that_its_class_does_not_read():
+    """As the configs of Stable Diffusion do."""
+    config = {"_class_name": "PNDMScheduler", "clip_sample": False, "skip_prk_steps": True, "steps_offset": 1}
+    found = schedulers.read_scheduler("it", config)
+    assert (found.sampler, found.tau, found.clip) == ("plms:end=1", "leading:offset=1", "none")
+
+
+PUBLISHED = {
+    "ddpm-cifar10-32": (
+        {
+            "attention_head_dim": None,
+            "block_out_channels": [128, 256, 256, 256],
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+            "sample_size": 32,
+        },
+        35_746_307,
+    ),
+    "ddpm-celebahq-256": (
+        {
+            "attention_head_dim": None,
+            "block_out_channels": [128, 128, 256, 256, 512, 512],
+            "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+            "sample_size": 256,
+        },
+        113_673_219,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_have_the_published_number_of_parameters(name):
+    config, wanted = PUBLISHED[name]
+    shared = {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6}
+    fields, found = unet2d.read_fields(name, {**shared, **config})
+    x = jax.ShapeDtypeStruct((1, *unet2d.image_shape(name, found, None)), jnp.float32)
+    shapes = jax.eval_shape(UNet2D(**fields).init, jax.random.key(0), x, jnp.ones(1))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == wanted
