@@ -138,6 +138,15 @@ def test_what_does_not_belong_in_a_checkpoint_is_damage_and_never_waited_for(run
     assert "checkpoints/2 is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["a pipe for data", "a pipe more", "a link more", "a link to a folder"])
+def test_metadata_of_a_checkpoint_that_nobody_has_verified_are_never_waited_for(run, state, damage):
+    save(run, state, [1])
+    name, change = DAMAGES[damage]
+    change(run / "checkpoints" / "1" / name)
+    with pytest.raises(InputError, match=f"cannot be read .{name} is no regular file"):
+        checkpoints.metadata(run / "checkpoints", 1)
+
+
 def test_only_what_this_program_has_written_is_removed(run, outside, state):
     folder = run / "checkpoints"
     save(run, state, [1, 2, 3])

@@ -139,6 +139,8 @@ def run(experiment: Experiment, folder: run_folder.RunFolder, stop: StopRequest,
     begin = begin or 0
     # A run stopped while it drew its last sheet still has that to do.
     if begin >= plan.num_steps and (begin > plan.num_steps or folder.sheet(begin).exists()):
+        if jax.process_index() == 0:
+            folder.clear()
         finish(experiment, folder, begin)
         say(f"{folder.path} is trained to step {begin:,}, and config.train.num_steps asks for {plan.num_steps:,}")
         return 0

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ def verify(folder: Path) -> dict[str, Any]:
         if not _is_as_described(folder / name, folder, expected[name]):
             raise ValueError(f"{name} is damaged")
     return content
+
+
+def odd_names(folder: Path) -> list[str]:
+    """Returns the names of what lies below a folder and is neither a file nor a folder: links, pipes and devices."""
+    paths = ((path, path.lstat().st_mode) for path in folder.rglob("*"))
+    odd = (path for path, mode in paths if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode))
+    return sorted(path.relative_to(folder).as_posix() for path in odd)
 
 
 def _names(folder):

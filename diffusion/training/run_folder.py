@@ -97,6 +97,18 @@ class RunFolder:
         checkpoints.require_plain_path(self.path)
         return files.locked(self.path, "training in")
 
+    def clear(self) -> None:
+        """Removes what killed starts left, also that of a run that has come to its end; the caller must hold the lock.
+
+        Raises:
+          InputError: a part of the folder that is written to is a link.
+        """
+        for folder in (self.checkpoints, self.grids, self.profile / "plugins" / "profile"):
+            files.refuse_links(folder, self.path)
+        files.remove_temporaries(self.path, _WRITTEN, self.path)
+        files.remove_temporaries(self.grids, r"step_\d+\.png", self.path)
+        saving.remove_unfinished(self.checkpoints)
+
     def load_autoencoder(self) -> TrainedAutoencoder:
         """Returns the autoencoder in whose latents the run's model works.
 
@@ -113,14 +125,9 @@ class RunFolder:
     def create(self, config: ConfigDict, start: dict[str, Any], autoencoder: TrainedAutoencoder | None = None) -> None:
         """Clears away what killed starts left, writes config.json, and adds this start to environment.json.
 
-        The caller must hold the lock. Links are refused here, before the training. A latent model gets a copy of its
-        autoencoder.
+        The caller must hold the lock. A latent model gets a copy of its autoencoder.
         """
-        for folder in (self.checkpoints, self.grids, self.profile / "plugins" / "profile"):
-            files.refuse_links(folder, self.path)
-        files.remove_temporaries(self.path, _WRITTEN, self.path)
-        files.remove_temporaries(self.grids, r"step_\d+\.png", self.path)
-        saving.remove_unfinished(self.checkpoints)
+        self.clear()
         files.make_folder(self.grids, self.path)
         if autoencoder is not None and not self.autoencoder.exists():
             files.refuse_links(self.autoencoder, self.path)
