@@ -12,6 +12,7 @@ from diffusion.commands import samplers
 from diffusion.errors import InputError
 from diffusion.interop import diffusers as interop
 from diffusion.model import Trained, make_model
+from diffusion.pretrained import autoencoders, weights
 from diffusion.sampling import sample
 
 torch = pytest.importorskip("torch")
@@ -291,3 +292,86 @@ def test_what_diffusers_wrote_comes_back_as_it_was(tmp_path):
 
     assert fields(again.unet) == fields(wanted.unet)
     assert fields(again.scheduler) == fields(wanted.scheduler)
+
+
+def encoder(levels, **fields):
+    """The arguments of an autoencoder with these levels."""
+    return {
+        "block_out_channels": levels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(levels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(levels),
+        "norm_num_groups": 4,
+        "sample_size": 16,
+        **fields,
+    }
+
+
+AUTOENCODERS = {
+    "as in Stable Diffusion": ("AutoencoderKL", encoder((8, 16, 16), layers_per_block=2)),
+    "grey, of one level": ("AutoencoderKL", encoder((8,), **GREY, latent_channels=2, scaling_factor=1.0)),
+    "shifted": ("AutoencoderKL", encoder((8, 8), scaling_factor=0.3611, shift_factor=0.1159)),
+    "without quantising convolutions": (
+        "AutoencoderKL",
+        encoder((8, 12), use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False),
+    ),
+    "a codebook": ("VQModel", encoder((8, 16), num_vq_embeddings=11, scaling_factor=1.0)),
+    "a codebook of other channels": ("VQModel", encoder((8, 8, 8), num_vq_embeddings=16, vq_embed_dim=2)),
+}
+
+
+def coder(kind, fields):
+    torch.manual_seed(0)
+    model = getattr(diffusers, kind)(**fields).eval()
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+        if "norm" in name and name.endswith("weight"):
+            weight.data += 1
+    return model
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_an_autoencoder_read_from_its_folder_computes_the_same(name, tmp_path):
+    kind, fields = AUTOENCODERS[name]
+    model = coder(kind, fields)
+    model.save_pretrained(tmp_path)
+    found = interop.load_autoencoder(tmp_path)
+    params = found.params
+    size, channels = fields["sample_size"], model.config.in_channels
+    x = np.random.default_rng(0).uniform(-1, 1, (2, size, size, channels)).astype(np.float32)
+    shift, scale = getattr(model.config, "shift_factor", None) or 0, model.config.scaling_factor
+    with torch.no_grad():
+        encoded = model.encode(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
+        z = encoded.latents if kind == "VQModel" else encoded.latent_dist.mean
+        decoded = model.decode(z).sample
+    latents = (z.numpy().transpose(0, 2, 3, 1) - shift) * scale
+    pairs = [(found.encode(params, x), latents), (found.decode(params, latents), decoded.numpy().transpose(0, 2, 3, 1))]
+    for ours, wanted in pairs:
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    autoencoders.save(tmp_path / "it.safetensors", found)
+    jax.tree.map(np.testing.assert_array_equal, autoencoders.load(tmp_path / "it.safetensors").params, params)
+
+
+def test_a_pipeline_of_latents_draws_the_same_images(tmp_path):
+    """LDM's: a codebook, a network of its latents, and DDIM without clip."""
+    vqvae = coder("VQModel", encoder((8, 16), num_vq_embeddings=11, scaling_factor=1.0))
+    unet = network({**TINY, "in_channels": 3, "out_channels": 3})
+    unet.conv_out.weight.data *= 0.05
+    scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    pipeline = diffusers.LDMPipeline(vqvae, unet, scheduler)
+    pipeline.save_pretrained(tmp_path / "ldm")
+    trained = interop.load(tmp_path / "ldm")
+    assert trained.model.image_shape == (8, 8, 3)
+    assert trained.model.space.image_shape == (16, 16, 3)
+    z = np.random.default_rng(3).standard_normal((2, 8, 8, 3)).astype(np.float32)
+    wanted, begin = drawn_there(unet, scheduler, 10, z)
+    table = samplers.make_table(trained.model.schedule, "ddim", 10, trained.config.sample.tau)
+    found = sample(trained.model.apply_fn, trained.params, table, jax.random.key(0), 2, (8, 8, 3), x_init=begin)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+    with torch.no_grad():
+        images = vqvae.decode(torch.from_numpy(wanted.transpose(0, 3, 1, 2).copy())).sample.clamp(-1, 1)
+    wanted = np.round(127.5 * (images.numpy().transpose(0, 2, 3, 1) + 1))
+    assert np.mean(np.abs(trained.model.space.decode(found) - wanted) > 1) < 0.01  # but where another code is nearest
+    weights.save(tmp_path / "it.safetensors", trained)
+    again = weights.load(tmp_path / "it.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)
+    assert again.model.space.autoencoder.sha256 == trained.model.space.autoencoder.sha256

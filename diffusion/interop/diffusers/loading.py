@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from diffusion import keys
 from diffusion.errors import InputError
 from diffusion.interop.diffusers import folders, unet2d
+from diffusion.interop.diffusers.autoencoders import autoencoder_factor, load_autoencoder
 from diffusion.interop.diffusers.schedulers import Sampling, read_scheduler
 from diffusion.interop.diffusers.state import to_params
 from diffusion.model import UNET2D, Trained, make_model
@@ -53,11 +54,13 @@ def load(
     with readable(str(where)):
         fields, found = unet2d.read_fields(str(where), config)
         shape = unet2d.image_shape(str(where), found, image_size)
-    sampling = _scheduler(folder, scheduler)
+    sampling, autoencoder = _scheduler(folder, scheduler), _autoencoder(folder, shape, variant)
     fields |= {"time_scale": 1.0, "time_shift": sampling.time_shift, "dtype": "float32"}
     whole = whole_config(UNET2D, fields, found, sampling)
+    if autoencoder is not None:
+        shape, whole.latents = autoencoder.autoencoder.image_shape, str(folder)
     with readable(str(where)):
-        model = make_model(whole, shape)
+        model = make_model(whole, shape, autoencoder=autoencoder)
     like = jax.eval_shape(model.init, keys.make(0))
     weights = folders.open_weights(at, folders.count(jax.tree.leaves(like)), variant)
     return Trained(model, to_params(weights, like, unet2d.name_of), whole, 0, EMA)
@@ -70,6 +73,21 @@ def _network(folder):
     if config["_class_name"] != unet2d.CLASS:
         raise InputError(f"{at / folders.CONFIG}: {config['_class_name']} is not supported; supported: {unet2d.CLASS}")
     return at, at / folders.CONFIG
+
+
+def _autoencoder(folder, shape, variant):
+    """Returns the autoencoder in whose latents a pipeline's network works, None for one of pixels."""
+    if not any((folder / name).is_dir() for name in ("vae", "vqvae")):
+        return None
+    height, width, channels = shape
+    factor = autoencoder_factor(folder)
+    found = load_autoencoder(folder, variant=variant, image_size=(height * factor, width * factor))
+    if found.autoencoder.latent_channels != channels:
+        raise InputError(
+            f"{folder}: the network has {channels} in_channels, and its autoencoder latents of "
+            f"{found.autoencoder.latent_channels}"
+        )
+    return found
 
 
 def _scheduler(folder, given) -> Sampling:
