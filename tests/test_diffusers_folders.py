@@ -250,7 +250,11 @@ def test_damaged_weights_are_refused_by_name(what, said, folder):
 @pytest.mark.parametrize(
     ("file", "fields", "said"),
     [
-        (CONFIG, {"_class_name": "UNet3DModel"}, "UNet3DModel is not supported; supported: UNet2DModel"),
+        (
+            CONFIG,
+            {"_class_name": "UNet3DModel"},
+            "UNet3DModel is not supported; supported: UNet2DModel, DiT",
+        ),
         (CONFIG, {"down_block_types": ["KDownBlock2D", "DownBlock2D"]}, "down_block_types has 'KDownBlock2D'; .*valid"),
         (CONFIG, {"mid_block_type": "UNetMidBlock3D"}, "mid_block_type is 'UNetMidBlock3D', which is not supported"),
         (CONFIG, {"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift is 'spatial'; valid: default, scale"),

@@ -375,3 +375,61 @@ def test_a_pipeline_of_latents_draws_the_same_images(tmp_path):
     again = weights.load(tmp_path / "it.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)
     assert again.model.space.autoencoder.sha256 == trained.model.space.autoencoder.sha256
+
+
+TRANSFORMERS = {
+    "of latents": {"sample_size": 8, "in_channels": 4, "out_channels": 8, "num_attention_heads": 2, "num_layers": 3},
+    "of pixels": {"sample_size": 16, "in_channels": 3, "patch_size": 4, "num_attention_heads": 3, "num_layers": 1},
+    "of single pixels": {"sample_size": 4, "in_channels": 1, "patch_size": 1, "num_attention_heads": 1},
+}
+
+
+def transformer(**fields):
+    torch.manual_seed(0)
+    shared = {"attention_head_dim": 8, "num_embeds_ada_norm": 5, "num_layers": 2}
+    model = diffusers.DiTTransformer2DModel(**{**shared, **fields}).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    for block in model.transformer_blocks[1:]:  # published files have one embedder, many times
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformer_read_from_its_folder_computes_the_same(name, tmp_path):
+    model = transformer(**TRANSFORMERS[name])
+    model.save_pretrained(tmp_path)
+    trained = interop.load(tmp_path, scheduler=DDPM)
+    embedder = sum(weight.numel() for weight in model.transformer_blocks[0].norm1.emb.parameters())
+    wanted = sum(weight.numel() for weight in model.parameters()) - (len(model.transformer_blocks) - 1) * embedder
+    assert sum(leaf.size for leaf in jax.tree.leaves(trained.params)) == wanted
+    x, t, labels = images(model), np.array([0, 977]), np.array([4, 5])  # 5 is no class
+    with torch.no_grad():
+        seen = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+        out = model(seen, timestep=torch.from_numpy(t), class_labels=torch.from_numpy(labels)).sample
+    wanted = out.numpy().transpose(0, 2, 3, 1)
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(trained.model.apply_fn)(trained.params, x, t + 1, labels)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_a_pipeline_of_dit_has_its_classes_latents_and_guidance(tmp_path):
+    model, vae = transformer(**TRANSFORMERS["of latents"]), coder("AutoencoderKL", encoder((8, 8)))
+    names = {number: f"kind {number}" for number in range(5)}
+    pipeline = diffusers.DiTPipeline(model, vae, diffusers.DDIMScheduler(clip_sample=False))
+    pipeline.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": names}))  # as the published one has it
+    trained = interop.load(tmp_path)
+    assert trained.model.conditions.names == tuple(names.values())
+    assert trained.model.conditions.null == 5
+    assert trained.model.space.image_shape == (16, 16, 3)
+    assert trained.config.train.label_dropout > 0
+
+
+def test_blocks_with_different_embedders_are_refused(tmp_path):
+    model = transformer(**TRANSFORMERS["of latents"])
+    model.transformer_blocks[2].norm1.emb.timestep_embedder.linear_2.bias.data += 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"transformer_blocks\.2.*differs from transformer_blocks\.0"):
+        interop.load(tmp_path, scheduler=DDPM)
