@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from diffusion import keys
 from diffusion.errors import InputError
 from diffusion.interop.diffusers import dit, folders, unet2d
-from diffusion.interop.diffusers.autoencoders import autoencoder_factor, load_autoencoder
+from diffusion.interop.diffusers.autoencoders import autoencoder_factor, is_autoencoder, load_autoencoder
 from diffusion.interop.diffusers.schedulers import Sampling, read_scheduler
 from diffusion.interop.diffusers.state import to_params
 from diffusion.model import TRANSFORMER, UNET2D, Trained, make_model
@@ -50,6 +50,8 @@ def load(
             f"{folder} is no folder of diffusers: it has neither {folders.INDEX} nor a {folders.CONFIG} with a "
             "_class_name"
         )
+    if is_autoencoder(folder):
+        raise InputError(f"{folder} holds an autoencoder alone, which draws no samples; `load_autoencoder` reads it")
     network = _unet(folder, image_size) if _is_unet(folder) else _transformer(folder, image_size)
     sampling, autoencoder = _scheduler(folder, scheduler), _autoencoder(folder, network.shape, variant)
     whole, shape = _whole_config(network, sampling), network.shape

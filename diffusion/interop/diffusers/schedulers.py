@@ -298,6 +298,8 @@ def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
         allowed |= {"sigma_min": (None,), "sigma_max": (None,)}
     if name == "FlowMatchEulerDiscreteScheduler":
         allowed |= {"use_karras_sigmas": (False, None), "use_exponential_sigmas": (False, None)}
+    if fields.get("algorithm_type") == "dpmsolver":
+        allowed["final_sigmas_type"] = ("zero", "sigma_min")  # it knows no other end there; here it goes to the data
     require(where, fields, allowed)
     try:
         schedule, prediction = kind.levels(fields)
