@@ -1,6 +1,7 @@
 """Folders that diffusers' save_pretrained writes are read here without it, and compute and draw the same."""
 
 import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -433,3 +434,40 @@ def test_blocks_with_different_embedders_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"transformer_blocks\.2.*differs from transformer_blocks\.0"):
         interop.load(tmp_path, scheduler=DDPM)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_consistency_model_draws_the_same(steps, tmp_path):
+    """With noise of ours in the place of theirs."""
+    model = network({**TINY, "num_class_embeds": 3})
+    scheduler = diffusers.CMStochasticIterativeScheduler()
+    diffusers.ConsistencyModelPipeline(model, scheduler).save_pretrained(tmp_path)
+    trained = interop.load(tmp_path)
+    assert trained.config.sample.steps == 1
+    labels = np.array([2, 0])
+    noise = [
+        np.stack(
+            [
+                jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), i), k), (8, 8, 1))
+                for i in (0, 1)
+            ]
+        )
+        for k in range(steps + 1)
+    ]
+    drawn = iter(torch.from_numpy(z.transpose(0, 3, 1, 2).copy()) for z in noise)
+    x = next(drawn) * scheduler.init_noise_sigma
+    begin = x.numpy().transpose(0, 2, 3, 1)
+    scheduler.set_timesteps(steps)
+    place = "diffusers.schedulers.scheduling_consistency_models.randn_tensor"
+    with torch.no_grad(), mock.patch(place, side_effect=drawn):
+        for t in scheduler.timesteps:
+            x = scheduler.step(
+                model(scheduler.scale_model_input(x, t), t, torch.from_numpy(labels)).sample, t, x
+            ).prev_sample
+    wanted = x.numpy().transpose(0, 2, 3, 1)
+    config = trained.config.sample
+    table = samplers.make_table(trained.model.schedule, config.sampler, steps, config.tau)
+    shared = {"prediction": trained.model.prediction, "clip": config.clip, "x_init": begin, "cond": labels}
+    found = sample(trained.model.apply_fn, trained.params, table, jax.random.key(0), 2, (8, 8, 1), **shared)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+    assert np.mean(np.abs(wanted) < 1) > 0.1  # or clipping would hide what differs

@@ -71,7 +71,7 @@ class _Network(NamedTuple):
       at: its folder.
       where: what errors call its config.
       kind: as config.network has it; its section has this name, too.
-      fields: of that section; where they have time_shift, the scheduler says it.
+      fields: of that section, but for what the scheduler says of times.
       shape: (H, W, C) of its input.
       out_channels: of its output.
       num_classes, label_dropout: as config.model and config.train have them.
@@ -111,7 +111,7 @@ def _unet(folder, image_size):
         shape = unet2d.image_shape(where, found, image_size)
     null = unet2d.LABEL_DROPOUT in found
     classes = (found["num_class_embeds"] or 0) - null
-    fields |= {"null_class": null or not classes, "time_scale": 1.0, "time_shift": -1.0, "dtype": "float32"}
+    fields |= {"null_class": null or not classes, "dtype": "float32"}
     dropout = found.get(unet2d.LABEL_DROPOUT, 0.0)
 
     def read(weights, like, time_shift):
@@ -189,8 +189,11 @@ def _whole_config(network: _Network, sampling: Sampling) -> ConfigDict:
             f"{network.where}: out_channels is {out}, of {channels} in_channels; supported: as many, or twice as many"
         )
     fields = dict(network.fields)
-    if "time_shift" in fields:
-        fields["time_shift"] = sampling.time_shift
+    own = {name: getattr(sampling, name) for name in ("time_scale", "time_shift", "sigma_min")}
+    if network.kind == UNET2D:
+        fields |= own
+    elif sampling.sigma_min:
+        raise InputError(f"{network.where}: a consistency model of this class is not supported; supported: UNet2DModel")
     labels = "folders" if classes else "none"
     return ConfigDict(
         {
