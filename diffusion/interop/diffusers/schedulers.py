@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from diffusion import options, schedules
-from diffusion.errors import InputError, nearest
+from diffusion.errors import InputError
 from diffusion.interop.diffusers import arguments
 from diffusion.interop.diffusers.state import fields_of, require
 
@@ -258,7 +258,7 @@ def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
     """
     name = config["_class_name"]
     if name not in CLASSES:
-        raise InputError(f"{where}: {name} is not supported; {nearest(name, CLASSES)}")
+        raise InputError(f"{where}: {name} is not supported; supported: {', '.join(CLASSES)}")
     kind = CLASSES[name]
     if config.get("predict_epsilon") is False and "prediction_type" not in config:  # as files of 2022 have it
         config = {**config, "prediction_type": "sample"}
