@@ -123,6 +123,14 @@ class TrainedAutoencoder(NamedTuple):
     ema: str
     sha256: str
 
+    def encode(self, params: Params, images: Images, *, batch_size: int = 0) -> Float[Array, "B h w C"]:
+        """Returns the scaled latents of images, see `Autoencoder.encode`."""
+        return self.autoencoder.encode(params, images, batch_size=batch_size)
+
+    def decode(self, params: Params, latents: Float[Array, "B h w C"], *, batch_size: int = 0) -> Images:
+        """Returns the images of scaled latents, see `Autoencoder.decode`."""
+        return self.autoencoder.decode(params, latents, batch_size=batch_size)
+
     def facts(self) -> dict[str, Any]:
         """Returns all but the parameters, for the record of a file."""
         return {

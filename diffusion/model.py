@@ -125,10 +125,6 @@ def make_model(
     check_known(config.train.prediction, "config.train.prediction")
     objective = choice.sampling_objective(config.train.objective)
     learned_variance, scales = objective.name in LEARN_VARIANCE, choice.scales(objective)
-    if learned_variance and autoencoder is not None:
-        raise InputError(
-            f"objective {objective.name} measures bits of 8-bit pixels, which latents are not; take simple"
-        )
     sees = {"sees_end": sees_end(config.train.prediction), "sees_scale": scales is not None}
     channels = shape[-1] * (2 if learned_variance else 1)
     name, num_classes = config.network, config.model.num_classes

@@ -133,7 +133,8 @@ def readable(where: str, what: str = "model") -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        named = str(error).startswith(where)
+        raise InputError(str(error) if named else f"{where}: {error}") from None
     except Exception as error:
         reason = " ".join(f"{'no ' * isinstance(error, KeyError)}{error}".split())[:200]
         raise InputError(f"{where} describes no {what} that this version knows ({reason})") from None

@@ -32,6 +32,8 @@ html_copy_source = False
 html_show_copyright = False
 html_math_renderer = "mathml"  # the default loads a script from elsewhere
 
+autodoc_mock_imports = ["torch", "diffusers"]  # one file is for those who have them
+
 myst_enable_extensions = ["deflist", "dollarmath"]
 smartquotes = False  # "" and -- in the text mean themselves
 myst_heading_anchors = 3

@@ -2,58 +2,14 @@
 
 import numpy as np
 
-RENAMED = {"norm_1": "norm1", "norm_2": "norm2", "conv_1": "conv1", "conv_2": "conv2", "shortcut": "conv_shortcut"}
-ATTENTION = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
+from diffusion.interop.diffusers.autoencoders import is_pixelwise, name_of
+from diffusion.interop.diffusers.state import to_tensors
 
 
 def state_dict(params, levels):
     """The state of AutoencoderKL, or VQModel where there is a codebook, as {name: array}."""
-    state = {}
-    for part in ("quant_conv", "post_quant_conv"):
-        _put(state, part, params[part], convolution=True)
-    for side in ("encoder", "decoder"):
-        for name, layer in params[side].items():
-            _side(state, side, name, layer, levels)
-    if "quantizer" in params:
-        state["quantize.embedding.weight"] = np.asarray(params["quantizer"]["embedding"])
-    return state
-
-
-def _side(state, side, name, layer, levels):
-    if name == "middle":
-        for i in (0, 1):
-            _block(state, f"{side}.mid_block.resnets.{i}", layer[f"block_{i}"])
-        for ours, theirs in ATTENTION.items():
-            _put(state, f"{side}.mid_block.attentions.0.{theirs}", layer["attention"][ours])
-    elif name.startswith(("down", "up")):
-        way, level, kind, *number = name.split("_")
-        level = int(level) if way == "down" else levels - 1 - int(level)  # theirs are listed deepest first
-        if kind == "block":
-            _block(state, f"{side}.{way}_blocks.{level}.resnets.{number[0]}", layer)
-        else:
-            conv = layer if way == "down" else layer["conv"]
-            _put(state, f"{side}.{way}_blocks.{level}.{way}samplers.0.conv", conv)
-    else:
-        _put(state, f"{side}.{ {'norm_out': 'conv_norm_out'}.get(name, name) }", layer)
-
-
-def _block(state, prefix, block):
-    for name, layer in block.items():
-        _put(state, f"{prefix}.{RENAMED[name]}", layer, convolution=name == "shortcut")
-
-
-def _put(state, name, layer, convolution=False):
-    """Adds a layer; convolution says that theirs is one of a single pixel where ours is dense."""
-    if "scale" in layer:
-        state[f"{name}.weight"] = np.asarray(layer["scale"])
-    else:
-        kernel = np.asarray(layer["kernel"])
-        if kernel.ndim == 4:
-            kernel = kernel.transpose(3, 2, 0, 1)
-        else:
-            kernel = kernel.T[:, :, None, None] if convolution else kernel.T
-        state[f"{name}.weight"] = kernel
-    state[f"{name}.bias"] = np.asarray(layer["bias"])
+    network = {name: part for name, part in params.items() if name != "scaling"}
+    return to_tensors(network, lambda path: name_of(path, levels), is_pixelwise)
 
 
 class Reference:

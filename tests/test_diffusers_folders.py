@@ -12,10 +12,11 @@ from tiny import assert_same
 
 from configs import default
 from diffusion import keys
+from diffusion.commands import samplers
 from diffusion.errors import InputError
 from diffusion.interop import diffusers
 from diffusion.interop.diffusers import schedulers, unet2d
-from diffusion.model import Trained, make_model
+from diffusion.model import Trained, make_model, make_schedule
 from diffusion.models import UNet2D
 from diffusion.pretrained import weights
 
@@ -250,7 +251,11 @@ def test_damaged_weights_are_refused_by_name(what, said, folder):
 @pytest.mark.parametrize(
     ("file", "fields", "said"),
     [
-        (CONFIG, {"_class_name": "UNet3DModel"}, "UNet3DModel is not supported; supported: UNet2DModel"),
+        (
+            CONFIG,
+            {"_class_name": "UNet3DModel"},
+            "UNet3DModel is not supported; supported: UNet2DModel, DiT",
+        ),
         (CONFIG, {"down_block_types": ["KDownBlock2D", "DownBlock2D"]}, "down_block_types has 'KDownBlock2D'; .*valid"),
         (CONFIG, {"mid_block_type": "UNetMidBlock3D"}, "mid_block_type is 'UNetMidBlock3D', which is not supported"),
         (CONFIG, {"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift is 'spatial'; valid: default, scale"),
@@ -262,7 +267,7 @@ def test_damaged_weights_are_refused_by_name(what, said, folder):
         (CONFIG, {"norm_num_groups": 5}, "norm_num_groups is 5; it must divide the 8 channels"),
         (CONFIG, {"layers_per_block": 5000}, "more than 1,000 blocks"),
         (CONFIG, {"block_out_channels": "wide"}, "describes no model that this version knows|give widths"),
-        (SCHEDULER, {"_class_name": "TCDScheduler"}, "TCDScheduler is not supported; .*valid: DDIMParallelScheduler"),
+        (SCHEDULER, {"_class_name": "TCDScheduler"}, "json: TCDScheduler is not supported; supported: DDPM"),
         (SCHEDULER, {"thresholding": True}, "thresholding is True, which is not supported; supported: False"),
         (SCHEDULER, {"trained_betas": [0.1]}, "trained_betas is .*, which is not supported; supported: null"),
         (SCHEDULER, {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid', .*supported: linear, scaled_linear"),
@@ -278,6 +283,7 @@ def test_what_is_not_supported_is_refused_by_name(file, fields, said, folder):
     with pytest.raises(InputError, match=said) as error:
         diffusers.load(folder)
     assert "\n" not in str(error.value)
+    assert str(error.value).count(str(folder)) == 1
 
 
 def test_other_folders_are_told_apart(folder, tmp_path):
@@ -296,6 +302,45 @@ def test_a_config_keeps_fields_that_its_class_does_not_read():
     config = {"_class_name": "PNDMScheduler", "clip_sample": False, "skip_prk_steps": True, "steps_offset": 1}
     found = schedulers.read_scheduler("it", config)
     assert (found.sampler, found.tau, found.clip) == ("plms:end=1", "leading:offset=1", "none")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "sampler", "tau", "clip", "steps"),
+    [
+        ("DDPM", {}, "ddpm:variance=small", "leading", "recompute", 1000),
+        ("DDPM", {"variance_type": "fixed_large"}, "ddpm:variance=large", "leading", "recompute", 1000),
+        ("DDPM", {"variance_type": "learned_range"}, "ddpm:variance=learned", "leading", "recompute", 1000),
+        ("DDIM", {"clip_sample": False, "timestep_spacing": "linspace"}, "ddim", "linspace", "none", 50),
+        ("DDIM", {"set_alpha_to_one": False}, "ddim:end=1", "leading", "keep_eps", 50),
+        ("PNDM", {}, "pndm:end=1", "leading", "none", 50),
+        (
+            "DPMSolverMultistep",
+            {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+            "dpm_solver_pp:order=2,sde_eta=1,variant=official",
+            "karras",
+            "none",
+            50,
+        ),
+        (
+            "DPMSolverMultistep",
+            {"algorithm_type": "dpmsolver", "solver_type": "heun", "final_sigmas_type": "sigma_min"},
+            "deis:order=2,lower_order_final=false",
+            "linspace:last=false",
+            "none",
+            50,
+        ),
+        ("DPMSolverSinglestep", {}, "dpm_solver_pp_singlestep:order=2", "linspace:last=false", "none", 25),
+        ("UniPCMultistep", {"solver_type": "bh1"}, "unipc:order=2,variant=bh1", "linspace:last=false", "none", 50),
+        ("EulerAncestralDiscrete", {"timestep_spacing": "trailing"}, "euler_ancestral", "trailing", "none", 50),
+        ("KDPM2Discrete", {"use_exponential_sigmas": True}, "dpm_solver:order=2", "log_snr", "none", 50),
+        ("FlowMatchEulerDiscrete", {}, "euler", "linspace", "none", 50),
+    ],
+)
+def test_a_scheduler_is_a_sampler_a_grid_a_clip_and_steps(kind, fields, sampler, tau, clip, steps):
+    found = schedulers.read_scheduler("it", {"_class_name": f"{kind}Scheduler", **fields})
+    assert (found.sampler, found.tau, found.clip, found.steps) == (sampler, tau, clip, steps)
+    table = samplers.make_table(make_schedule(found.schedule), found.sampler, found.steps, found.tau)
+    assert table.nfe >= found.steps - 1
 
 
 PUBLISHED = {

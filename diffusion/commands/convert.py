@@ -74,6 +74,10 @@ def _folder():
 
 def _write(path, out, figures):
     """Writes the model, or autoencoder, in a folder to a file; returns it."""
+    if diffusers.is_autoencoder(path):
+        found = diffusers.load_autoencoder(path)
+        autoencoders.save(out, found, figures)
+        return found
     if diffusers.is_folder(path):
         trained = diffusers.load(path)
         weights.save(out, trained, figures, _DTYPE.value)

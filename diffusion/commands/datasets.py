@@ -55,23 +55,33 @@ def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
     return found
 
 
-def compared_with(trained: Trained, data: str) -> Trained:
-    """Returns a model as if it had been trained on other images.
+def named(data: str, image_shape: tuple[int, ...], classes: bool = False) -> ConfigDict:
+    """Returns the section config.data of images that a flag names.
 
     Args:
-      trained: the model.
       data: digits, cifar10, or a folder or archive of images, which are brought to the size of the model's.
+      image_shape: (H, W, C) of those.
+      classes: whether the model has classes, which sub-folders then are.
+
+    Raises:
+      InputError: a folder of images for a model whose images are no squares.
     """
+    if data in ("digits", "cifar10"):
+        return ConfigDict({"name": data, "path": "", "split": ""})
+    height, width, channels = image_shape
+    if height != width:
+        raise InputError(f"data is {data!r}, and the model draws images of {height}x{width}; only squares compare")
+    labels = "folders" if classes else "none"
+    return ConfigDict(
+        {"name": "images", "path": data, "split": "", "size": height, "channels": channels, "labels": labels}
+    )
+
+
+def compared_with(trained: Trained, data: str) -> Trained:
+    """Returns a model as if it had been trained on the images that a flag names, see `named`."""
     config = trained.config.copy_and_resolve_references()
-    section = {"name": data, "path": "", "split": ""}
-    if data not in ("digits", "cifar10"):
-        height, width, channels = trained.model.space.image_shape
-        if height != width:
-            raise InputError(f"data is {data!r}, and the model draws images of {height}x{width}; only squares compare")
-        labels = "none" if trained.model.conditions is None else "folders"
-        section |= {"name": "images", "path": data, "size": height, "channels": channels, "labels": labels}
     with config.unlocked():
-        config.data = ConfigDict(section)
+        config.data = named(data, trained.model.space.image_shape, trained.model.conditions is not None)
     return trained._replace(config=config)
 
 

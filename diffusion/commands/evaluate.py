@@ -122,10 +122,10 @@ def main() -> None:
 
 def measure_autoencoder(found: reconstructions.Source) -> None:
     """Measures how near what an autoencoder gives back comes to the images of its data."""
-    _refuse(
-        [*OF_DRAWING, "tau", "clip", "bound", "likelihood", "data"], f"does nothing for {found.name}, an autoencoder"
-    )
+    _refuse([*OF_DRAWING, "tau", "clip", "bound", "likelihood"], f"does nothing for {found.name}, an autoencoder")
     section = found.trained.config.data.copy_and_resolve_references()
+    if _DATA.value is not None:
+        section = datasets.named(_DATA.value, found.trained.autoencoder.image_shape)
     own = datasets.load_data(section)
     if _SPLIT.value is not None:
         section.split = _SPLIT.value

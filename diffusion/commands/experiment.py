@@ -118,6 +118,10 @@ def make_experiment(
     model = make_model(config, shape, class_names, own.networks(config.network), autoencoder)
     require_memory(config, model)
     # What fits together.
+    if model.learned_variance and autoencoder is not None:
+        raise InputError(
+            f"objective {settings.objective} measures bits of 8-bit pixels, which latents are not; take simple"
+        )
     if sampling_clip(config, model) != "none":
         latents.check_pixels(model, f"config.sample.clip={config.sample.clip}")
     denoiser.check_options(settings.prediction, denoiser.Options(sampling_clip(config, model)))

@@ -62,8 +62,13 @@ def open_autoencoder(workdir: str | None, ema: str) -> Source | None:
         if not _names_autoencoder(weights.describe(workdir)["config"]):
             return None
         return Source(workdir, Path("runs", f"file-{Path(workdir).stem}"), load_autoencoder(workdir, ema))
-    if (workdir == SHIPPED_NAME and not Path(workdir).exists()) or (workdir and diffusers.is_folder(workdir)):
+    if workdir == SHIPPED_NAME and not Path(workdir).exists():
         return None
+    if workdir and diffusers.is_folder(workdir):
+        if not diffusers.is_autoencoder(workdir):
+            return None
+        home = Path("runs", f"diffusers-{Path(workdir).absolute().name}")
+        return Source(workdir, home, load_autoencoder(workdir, ema))
     folder = run_folder.existing(workdir) if workdir else run_folder.newest("runs")
     if folder is None or not is_autoencoder(folder):
         return None

@@ -5,15 +5,17 @@ Layers are called as in their files, with "_" for ".": down_blocks_0/resnets_1/n
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion.errors import InputError, nearest, require_range
-from diffusion.models.layers import DTYPES, INIT, ZERO, Conv, GroupNorm
+from diffusion.models.layers import DTYPES, ZERO, Conv, GroupNorm
 from diffusion.models.unet2d_blocks import ACTIVATIONS, DOWN, UP, DownBlock, MiddleBlock, Style, UpBlock, plain_name
+from diffusion.models.unet2d_times import TimeEmbedding, fourier_features, positional_features, with_boundary
+
+_LOWEST = {"layers_per_block": 1, "downsample_padding": 0, "attention_head_dim": 0, "sigma_min": 0}
 
 TIME_TYPES = ("positional", "fourier", "learned")
 CLASS_TYPES = ("", "timestep", "identity")
@@ -49,6 +51,8 @@ class UNet2D(nn.Module):
       num_classes: of the labels; 0 for a network that is told none.
       null_class: whether the label num_classes means "no class"; published networks have no such label.
       time_scale, time_shift: the network is told time_scale t + time_shift. Theirs counts from 0, hence the -1.
+      sigma_min: of a consistency model, which returns its input at this noise; 0 for any other. Then t is log(sigma) /
+        4 and x scaled, as for prediction edm, and the output is EDM's F of the estimate that such a model makes.
       out_channels: of the prediction; 0 for as many as the input has.
       dropout: rate inside the residual blocks, used only where dropout_keys are given.
       dtype: "float32" or "bfloat16" for the arithmetic; parameters and normalisation stay in float32.
@@ -82,6 +86,7 @@ class UNet2D(nn.Module):
     null_class: bool = True
     time_scale: float = 1.0
     time_shift: float = -1.0
+    sigma_min: float = 0.0
     out_channels: int = 0
     dropout: float = 0.0
     dtype: str = "float32"
@@ -114,6 +119,7 @@ class UNet2D(nn.Module):
         last = len(self.block_out_channels) - 1
 
         # The way down: every result is kept, for the way up to use at the same resolution.
+        scaled = x
         small = x = (2 * x - 1 if self.center_input_sample else x).astype(dtype)
         h = Conv(self.block_out_channels[0], dtype=dtype, name="conv_in")(x)
         kept = [h]
@@ -138,7 +144,8 @@ class UNet2D(nn.Module):
         h = nn.silu(GroupNorm(groups=groups, epsilon=self.norm_eps, name="conv_norm_out")(h))
         out = Conv(out_channels, dtype=dtype, kernel_init=ZERO, name="conv_out")(h).astype(jnp.float32)
         out = out if image is None else out + image
-        return out / time[:, None, None, None] if self.time_embedding_type == "fourier" else out
+        out = out / time[:, None, None, None] if self.time_embedding_type == "fourier" else out
+        return with_boundary(out, scaled, t, self.sigma_min) if self.sigma_min else out
 
     def _style(self):
         """Returns what all blocks have in common."""
@@ -211,7 +218,7 @@ class UNet2D(nn.Module):
                 raise InputError(f"unet2d.{name} is {getattr(self, name)!r}; {nearest(getattr(self, name), allowed)}")
         if not levels or not all(isinstance(width, int) and width >= 4 for width in self.block_out_channels):
             raise InputError(f"unet2d.block_out_channels are {self.block_out_channels}; give widths of at least 4")
-        for name, low in (("layers_per_block", 1), ("downsample_padding", 0), ("attention_head_dim", 0)):
+        for name, low in _LOWEST.items():
             require_range(f"unet2d.{name}", getattr(self, name), low)
         require_range("unet2d.dropout", self.dropout, 0, 1, open_ends="high")
         require_range("unet2d.mid_block_scale_factor", self.mid_block_scale_factor, 0, open_ends="low")
@@ -243,42 +250,6 @@ class UNet2D(nn.Module):
                     raise InputError(f"unet2d.{name} is {groups}; it must divide the {width} channels of each level")
             if self.attention_head_dim > width:
                 raise InputError(f"unet2d.attention_head_dim is {self.attention_head_dim}, of {width} channels")
-
-
-class TimeEmbedding(nn.Module):
-    """A perceptron from features [B, F] of a number to its embedding [B, width]."""
-
-    width: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, features):
-        h = nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="linear_1")(features)
-        return nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="linear_2")(nn.silu(h))
-
-
-def positional_features(
-    numbers: Float[Array, "B"], dim: int, flip_sin_to_cos: bool, freq_shift: float
-) -> Float[Array, "B dim"]:
-    """Returns sines and cosines at dim // 2 frequencies from 1 down, in float32; an odd dim ends in a zero.
-
-    Args:
-      numbers: timesteps from 0 on.
-      dim: width of the result.
-      flip_sin_to_cos: whether cosines come first.
-      freq_shift: 1 makes the lowest frequency 1e-4, 0 leaves it above.
-    """
-    half = dim // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
-    angles = numbers.astype(jnp.float32)[:, None] * frequencies[None, :]
-    parts = [jnp.sin(angles), jnp.cos(angles)]
-    return jnp.pad(jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1), ((0, 0), (0, dim % 2)))
-
-
-def fourier_features(numbers: Float[Array, "B"], weight: Float[Array, "C"]) -> Float[Array, "B 2*C"]:
-    """Returns sines and cosines of the log of positive numbers, at frequencies that are parameters (score-SDE)."""
-    angles = jnp.log(numbers.astype(jnp.float32))[:, None] * weight[None, :] * 2 * jnp.pi
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def _check_kinds(down, up, levels, in_channels, out_channels):

@@ -53,20 +53,31 @@ def sigma_hat(schedule: NoiseSchedule, tau) -> SamplerTable:
     return dataclasses.replace(ddpm(schedule, tau, variance="large"), name="sigma_hat")
 
 
-def consistency(schedule: NoiseSchedule, tau) -> SamplerTable:
+def consistency(schedule: NoiseSchedule, tau, sigma_min: float = 0.0) -> SamplerTable:
     """Builds multistep consistency sampling: x_s = a_s D + n_s z.
 
     Every step draws all noise anew. This is for networks trained for consistency, whose D is a sample and not a mean.
-    It is Algorithm 1 of arXiv:2303.01469 with epsilon = 0. The paper's networks return x itself at noise epsilon (0.002
-    in units of the signal), not at 0, so its steps add noise of variance sigma_s^2 - epsilon^2 where these add
-    sigma_s^2.
+    It is Algorithm 1 of arXiv:2303.01469, whose epsilon is sigma_min: the paper's networks return x itself at noise
+    0.002 in units of the signal, not at 0, and so its steps add noise of variance sigma_s^2 - epsilon^2.
+
+    Args:
+      schedule: the noise schedule.
+      tau: a grid from `diffusion.timesteps`.
+      sigma_min: at least 0, and at most the noise of the lowest time above 0 in tau.
 
     Raises:
-      InputError: tau is not a grid of the schedule.
+      InputError: sigma_min lies outside this range, or tau is not a grid of the schedule.
     """
     _, D, z = columns(1)
-    stages = [Stage(at, [to.signal * D + to.noise * z]) for at, to in pairwise(grid_levels(schedule, tau))]
-    return build("consistency", tau, stages, num_registers=1)
+    grid = grid_levels(schedule, tau)
+    if not 0 <= sigma_min <= grid[-2].rho * (1 + 1e-9):
+        raise InputError(f"sigma_min is {sigma_min}; it must be in 0..{grid[-2].rho:g}, the lowest noise of tau")
+    stages = []
+    for at, to in pairwise(grid):
+        fresh = max(to.noise**2 - (to.signal * sigma_min) ** 2, 0) ** 0.5
+        stages.append(Stage(at, [to.signal * D + fresh * z]))
+    name = f"consistency(sigma_min={sigma_min:g})" if sigma_min else "consistency"
+    return build(name, tau, stages, num_registers=1)
 
 
 def analytic_dpm(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from diffusion import keys, sealed
 from diffusion.autoencoder import TrainedAutoencoder, unscaled
 from diffusion.errors import InputError, nearest
+from diffusion.interop import diffusers
 from diffusion.model import check_finite
 from diffusion.pretrained import autoencoders as files
 from diffusion.pretrained import weights
@@ -26,7 +27,7 @@ def load_autoencoder(path: str | os.PathLike, ema: str = "", step: int | None = 
     """Returns the autoencoder in a run folder or a file, with its parameters and the scaling of its latents.
 
     Args:
-      path: a run folder, or a file that convert.py wrote.
+      path: a run folder, a file that convert.py wrote, or a folder of diffusers.
       ema: which of a run's EMAs, by decay; "" is the first.
       step: which of a run's checkpoints; None is the newest good one.
 
@@ -36,6 +37,8 @@ def load_autoencoder(path: str | os.PathLike, ema: str = "", step: int | None = 
     """
     if str(path).endswith(weights.SUFFIX):
         return files.load(path, ema)
+    if diffusers.is_folder(path):
+        return diffusers.load_autoencoder(path)
     folder = existing(path)
     with checkpoints.opened(folder.checkpoints, step) as found:
         trained = load_unscaled(folder, found, ema)

@@ -1,6 +1,7 @@
 """Folders that diffusers' save_pretrained writes are read here without it, and compute and draw the same."""
 
 import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from diffusion.commands import samplers
 from diffusion.errors import InputError
 from diffusion.interop import diffusers as interop
 from diffusion.model import Trained, make_model
+from diffusion.pretrained import autoencoders, weights
 from diffusion.sampling import sample
 
 torch = pytest.importorskip("torch")
@@ -291,3 +293,181 @@ def test_what_diffusers_wrote_comes_back_as_it_was(tmp_path):
 
     assert fields(again.unet) == fields(wanted.unet)
     assert fields(again.scheduler) == fields(wanted.scheduler)
+
+
+def encoder(levels, **fields):
+    """The arguments of an autoencoder with these levels."""
+    return {
+        "block_out_channels": levels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(levels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(levels),
+        "norm_num_groups": 4,
+        "sample_size": 16,
+        **fields,
+    }
+
+
+AUTOENCODERS = {
+    "as in Stable Diffusion": ("AutoencoderKL", encoder((8, 16, 16), layers_per_block=2)),
+    "grey, of one level": ("AutoencoderKL", encoder((8,), **GREY, latent_channels=2, scaling_factor=1.0)),
+    "shifted": ("AutoencoderKL", encoder((8, 8), scaling_factor=0.3611, shift_factor=0.1159)),
+    "without quantising convolutions": (
+        "AutoencoderKL",
+        encoder((8, 12), use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False),
+    ),
+    "a codebook": ("VQModel", encoder((8, 16), num_vq_embeddings=11, scaling_factor=1.0)),
+    "a codebook of other channels": ("VQModel", encoder((8, 8, 8), num_vq_embeddings=16, vq_embed_dim=2)),
+}
+
+
+def coder(kind, fields):
+    torch.manual_seed(0)
+    model = getattr(diffusers, kind)(**fields).eval()
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+        if "norm" in name and name.endswith("weight"):
+            weight.data += 1
+    return model
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_an_autoencoder_read_from_its_folder_computes_the_same(name, tmp_path):
+    kind, fields = AUTOENCODERS[name]
+    model = coder(kind, fields)
+    model.save_pretrained(tmp_path)
+    found = interop.load_autoencoder(tmp_path)
+    params = found.params
+    size, channels = fields["sample_size"], model.config.in_channels
+    x = np.random.default_rng(0).uniform(-1, 1, (2, size, size, channels)).astype(np.float32)
+    shift, scale = getattr(model.config, "shift_factor", None) or 0, model.config.scaling_factor
+    with torch.no_grad():
+        encoded = model.encode(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
+        z = encoded.latents if kind == "VQModel" else encoded.latent_dist.mean
+        decoded = model.decode(z).sample
+    latents = (z.numpy().transpose(0, 2, 3, 1) - shift) * scale
+    pairs = [(found.encode(params, x), latents), (found.decode(params, latents), decoded.numpy().transpose(0, 2, 3, 1))]
+    for ours, wanted in pairs:
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    autoencoders.save(tmp_path / "it.safetensors", found)
+    jax.tree.map(np.testing.assert_array_equal, autoencoders.load(tmp_path / "it.safetensors").params, params)
+
+
+def test_a_pipeline_of_latents_draws_the_same_images(tmp_path):
+    """LDM's: a codebook, a network of its latents, and DDIM without clip."""
+    vqvae = coder("VQModel", encoder((8, 16), num_vq_embeddings=11, scaling_factor=1.0))
+    unet = network({**TINY, "in_channels": 3, "out_channels": 3})
+    unet.conv_out.weight.data *= 0.05
+    scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    pipeline = diffusers.LDMPipeline(vqvae, unet, scheduler)
+    pipeline.save_pretrained(tmp_path / "ldm")
+    trained = interop.load(tmp_path / "ldm")
+    assert trained.model.image_shape == (8, 8, 3)
+    assert trained.model.space.image_shape == (16, 16, 3)
+    z = np.random.default_rng(3).standard_normal((2, 8, 8, 3)).astype(np.float32)
+    wanted, begin = drawn_there(unet, scheduler, 10, z)
+    table = samplers.make_table(trained.model.schedule, "ddim", 10, trained.config.sample.tau)
+    found = sample(trained.model.apply_fn, trained.params, table, jax.random.key(0), 2, (8, 8, 3), x_init=begin)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+    with torch.no_grad():
+        images = vqvae.decode(torch.from_numpy(wanted.transpose(0, 3, 1, 2).copy())).sample.clamp(-1, 1)
+    wanted = np.round(127.5 * (images.numpy().transpose(0, 2, 3, 1) + 1))
+    assert np.mean(np.abs(trained.model.space.decode(found) - wanted) > 1) < 0.01  # but where another code is nearest
+    weights.save(tmp_path / "it.safetensors", trained)
+    again = weights.load(tmp_path / "it.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)
+    assert again.model.space.autoencoder.sha256 == trained.model.space.autoencoder.sha256
+
+
+TRANSFORMERS = {
+    "of latents": {"sample_size": 8, "in_channels": 4, "out_channels": 8, "num_attention_heads": 2, "num_layers": 3},
+    "of pixels": {"sample_size": 16, "in_channels": 3, "patch_size": 4, "num_attention_heads": 3, "num_layers": 1},
+    "of single pixels": {"sample_size": 4, "in_channels": 1, "patch_size": 1, "num_attention_heads": 1},
+}
+
+
+def transformer(**fields):
+    torch.manual_seed(0)
+    shared = {"attention_head_dim": 8, "num_embeds_ada_norm": 5, "num_layers": 2}
+    model = diffusers.DiTTransformer2DModel(**{**shared, **fields}).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    for block in model.transformer_blocks[1:]:  # published files have one embedder, many times
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformer_read_from_its_folder_computes_the_same(name, tmp_path):
+    model = transformer(**TRANSFORMERS[name])
+    model.save_pretrained(tmp_path)
+    trained = interop.load(tmp_path, scheduler=DDPM)
+    embedder = sum(weight.numel() for weight in model.transformer_blocks[0].norm1.emb.parameters())
+    wanted = sum(weight.numel() for weight in model.parameters()) - (len(model.transformer_blocks) - 1) * embedder
+    assert sum(leaf.size for leaf in jax.tree.leaves(trained.params)) == wanted
+    x, t, labels = images(model), np.array([0, 977]), np.array([4, 5])  # 5 is no class
+    with torch.no_grad():
+        seen = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+        out = model(seen, timestep=torch.from_numpy(t), class_labels=torch.from_numpy(labels)).sample
+    wanted = out.numpy().transpose(0, 2, 3, 1)
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(trained.model.apply_fn)(trained.params, x, t + 1, labels)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_a_pipeline_of_dit_has_its_classes_latents_and_guidance(tmp_path):
+    model, vae = transformer(**TRANSFORMERS["of latents"]), coder("AutoencoderKL", encoder((8, 8)))
+    names = {number: f"kind {number}" for number in range(5)}
+    pipeline = diffusers.DiTPipeline(model, vae, diffusers.DDIMScheduler(clip_sample=False))
+    pipeline.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": names}))  # as the published one has it
+    trained = interop.load(tmp_path)
+    assert trained.model.conditions.names == tuple(names.values())
+    assert trained.model.conditions.null == 5
+    assert trained.model.space.image_shape == (16, 16, 3)
+    assert trained.config.train.label_dropout > 0
+
+
+def test_blocks_with_different_embedders_are_refused(tmp_path):
+    model = transformer(**TRANSFORMERS["of latents"])
+    model.transformer_blocks[2].norm1.emb.timestep_embedder.linear_2.bias.data += 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"transformer_blocks\.2.*differs from transformer_blocks\.0"):
+        interop.load(tmp_path, scheduler=DDPM)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_consistency_model_draws_the_same(steps, tmp_path):
+    """With noise of ours in the place of theirs."""
+    model = network({**TINY, "num_class_embeds": 3})
+    scheduler = diffusers.CMStochasticIterativeScheduler()
+    diffusers.ConsistencyModelPipeline(model, scheduler).save_pretrained(tmp_path)
+    trained = interop.load(tmp_path)
+    assert trained.config.sample.steps == 1
+    labels = np.array([2, 0])
+    noise = [
+        np.stack(
+            [
+                jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), i), k), (8, 8, 1))
+                for i in (0, 1)
+            ]
+        )
+        for k in range(steps + 1)
+    ]
+    drawn = iter(torch.from_numpy(z.transpose(0, 3, 1, 2).copy()) for z in noise)
+    x = next(drawn) * scheduler.init_noise_sigma
+    begin = x.numpy().transpose(0, 2, 3, 1)
+    scheduler.set_timesteps(steps)
+    place = "diffusers.schedulers.scheduling_consistency_models.randn_tensor"
+    with torch.no_grad(), mock.patch(place, side_effect=drawn):
+        for t in scheduler.timesteps:
+            x = scheduler.step(
+                model(scheduler.scale_model_input(x, t), t, torch.from_numpy(labels)).sample, t, x
+            ).prev_sample
+    wanted = x.numpy().transpose(0, 2, 3, 1)
+    config = trained.config.sample
+    table = samplers.make_table(trained.model.schedule, config.sampler, steps, config.tau)
+    shared = {"prediction": trained.model.prediction, "clip": config.clip, "x_init": begin, "cond": labels}
+    found = sample(trained.model.apply_fn, trained.params, table, jax.random.key(0), 2, (8, 8, 1), **shared)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+    assert np.mean(np.abs(wanted) < 1) > 0.1  # or clipping would hide what differs

@@ -1,7 +1,8 @@
 """Reads and writes the folders of diffusers' save_pretrained, without torch and without diffusers."""
 
+from diffusion.interop.diffusers.autoencoders import is_autoencoder, load_autoencoder
 from diffusion.interop.diffusers.folders import is_folder
 from diffusion.interop.diffusers.loading import load
 from diffusion.interop.diffusers.saving import save
 
-__all__ = ["is_folder", "load", "save"]
+__all__ = ["is_autoencoder", "is_folder", "load", "load_autoencoder", "save"]

@@ -1,20 +1,22 @@
 """Makes a trained model of ours from a folder of diffusers."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from diffusion import keys
 from diffusion.errors import InputError
-from diffusion.interop.diffusers import folders, unet2d
+from diffusion.interop.diffusers import dit, folders, unet2d
+from diffusion.interop.diffusers.autoencoders import autoencoder_factor, is_autoencoder, load_autoencoder
 from diffusion.interop.diffusers.schedulers import Sampling, read_scheduler
 from diffusion.interop.diffusers.state import to_params
-from diffusion.model import UNET2D, Trained, make_model
+from diffusion.model import TRANSFORMER, UNET2D, Trained, make_model
 from diffusion.records import readable
+from diffusion.types import Params
 
 EMA = "published"
 """What the only average of an imported model is called."""
@@ -48,28 +50,110 @@ def load(
             f"{folder} is no folder of diffusers: it has neither {folders.INDEX} nor a {folders.CONFIG} with a "
             "_class_name"
         )
-    at, where = _network(folder)
-    config = folders.read_config(where)
-    with readable(str(where)):
-        fields, found = unet2d.read_fields(str(where), config)
-        shape = unet2d.image_shape(str(where), found, image_size)
-    sampling = _scheduler(folder, scheduler)
-    fields |= {"time_scale": 1.0, "time_shift": sampling.time_shift, "dtype": "float32"}
-    whole = whole_config(UNET2D, fields, found, sampling)
-    with readable(str(where)):
-        model = make_model(whole, shape)
+    if is_autoencoder(folder):
+        raise InputError(f"{folder} holds an autoencoder alone, which draws no samples; `load_autoencoder` reads it")
+    network = _unet(folder, image_size) if _is_unet(folder) else _transformer(folder, image_size)
+    sampling, autoencoder = _scheduler(folder, scheduler), _autoencoder(folder, network.shape, variant)
+    whole, shape = _whole_config(network, sampling), network.shape
+    if autoencoder is not None:
+        shape, whole.latents = autoencoder.autoencoder.image_shape, str(folder)
+    with readable(network.where):
+        model = make_model(whole, shape, _class_names(folder, network.num_classes), autoencoder=autoencoder)
     like = jax.eval_shape(model.init, keys.make(0))
-    weights = folders.open_weights(at, folders.count(jax.tree.leaves(like)), variant)
-    return Trained(model, to_params(weights, like, unet2d.name_of), whole, 0, EMA)
+    weights = folders.open_weights(network.at, folders.count(jax.tree.leaves(like)), variant)
+    return Trained(model, network.read(weights, like, sampling.time_shift), whole, 0, EMA)
 
 
-def _network(folder):
-    """Returns the folder of the network and the path of its config."""
+class _Network(NamedTuple):
+    """What a folder says of its network.
+
+    Attributes:
+      at: its folder.
+      where: what errors call its config.
+      kind: as config.network has it; its section has this name, too.
+      fields: of that section, but for what the scheduler says of times.
+      shape: (H, W, C) of its input.
+      out_channels: of its output.
+      num_classes, label_dropout: as config.model and config.train have them.
+      read: (weights, the shapes of the parameters, time_shift) -> the parameters.
+    """
+
+    at: Path
+    where: str
+    kind: str
+    fields: dict[str, Any]
+    shape: tuple[int, int, int]
+    out_channels: int
+    num_classes: int
+    label_dropout: float
+    read: Callable[[folders.Weights, Params, float], Params]
+
+
+def _is_unet(folder):
+    """Tells whether the network of a folder is a UNet2DModel; raises InputError where it is none that is supported."""
+    for name, classes in (("transformer", dit.CLASSES), ("unet", (unet2d.CLASS,))):
+        where = folders.part(folder, name) / folders.CONFIG
+        if where.is_file():
+            found = folders.read_config(where)["_class_name"]
+            if found in classes:
+                return name == "unet"
+    known = f"{unet2d.CLASS}, {dit.CLASSES[0]}"
+    if not where.is_file():
+        raise InputError(f"{folder} holds no {where.relative_to(folder)} of a network; supported: {known}")
+    raise InputError(f"{where}: {found} is not supported; supported: {known}")
+
+
+def _unet(folder, image_size):
     at = folders.part(folder, "unet")
-    config = folders.read_config(at / folders.CONFIG)
-    if config["_class_name"] != unet2d.CLASS:
-        raise InputError(f"{at / folders.CONFIG}: {config['_class_name']} is not supported; supported: {unet2d.CLASS}")
-    return at, at / folders.CONFIG
+    where = str(at / folders.CONFIG)
+    with readable(where):
+        fields, found = unet2d.read_fields(where, folders.read_config(at / folders.CONFIG))
+        shape = unet2d.image_shape(where, found, image_size)
+    null = unet2d.LABEL_DROPOUT in found
+    classes = (found["num_class_embeds"] or 0) - null
+    fields |= {"null_class": null or not classes, "dtype": "float32"}
+    dropout = found.get(unet2d.LABEL_DROPOUT, 0.0)
+
+    def read(weights, like, time_shift):
+        return to_params(weights, like, unet2d.name_of)
+
+    return _Network(at, where, UNET2D, fields, shape, found["out_channels"], classes, dropout, read)
+
+
+def _transformer(folder, image_size):
+    at = folders.part(folder, "transformer")
+    where = str(at / folders.CONFIG)
+    with readable(where):
+        fields, found = dit.read_fields(where, folders.read_config(at / folders.CONFIG))
+        shape = unet2d.image_shape(where, found, image_size)
+    classes = found["num_embeds_ada_norm"]
+    return _Network(at, where, TRANSFORMER, fields, shape, found["out_channels"], classes, 0.1, dit.read_params)
+
+
+def _class_names(folder, num_classes):
+    """Returns the names that a pipeline has for its classes, or none."""
+    if not (folder / folders.INDEX).is_file():
+        return ()
+    names = folders.read_config(folder / folders.INDEX).get("id2label")
+    numbers = [str(number) for number in range(num_classes)]
+    if not isinstance(names, dict) or not all(isinstance(names.get(number), str) for number in numbers):
+        return ()
+    return tuple(names[number] for number in numbers)
+
+
+def _autoencoder(folder, shape, variant):
+    """Returns the autoencoder in whose latents a pipeline's network works, None for one of pixels."""
+    if not any((folder / name).is_dir() for name in ("vae", "vqvae")):
+        return None
+    height, width, channels = shape
+    factor = autoencoder_factor(folder)
+    found = load_autoencoder(folder, variant=variant, image_size=(height * factor, width * factor))
+    if found.autoencoder.latent_channels != channels:
+        raise InputError(
+            f"{folder}: the network has {channels} in_channels, and its autoencoder latents of "
+            f"{found.autoencoder.latent_channels}"
+        )
+    return found
 
 
 def _scheduler(folder, given) -> Sampling:
@@ -93,43 +177,37 @@ def _scheduler(folder, given) -> Sampling:
         return read_scheduler(where, config)
 
 
-def whole_config(network: str, fields: Mapping[str, Any], found: Mapping[str, Any], sampling: Sampling) -> ConfigDict:
+def _whole_config(network: _Network, sampling: Sampling) -> ConfigDict:
     """Returns the config that a run of this model would have, as far as the folder says it.
-
-    Args:
-      network: as config.network has it; its section has this name, too.
-      fields: of that section.
-      found: the arguments of the network's class.
-      sampling: what the scheduler says.
 
     Raises:
       InputError: the network's output has neither as many channels as its input nor twice as many.
     """
-    channels, out = found["in_channels"], found["out_channels"]
+    (height, _, channels), out, classes = network.shape, network.out_channels, network.num_classes
     if out not in (channels, 2 * channels):
-        raise InputError(f"out_channels is {out}, of {channels} in_channels; supported: as many, or twice as many")
-    size = found["sample_size"]
-    null = unet2d.LABEL_DROPOUT in found
-    classes = (found["num_class_embeds"] or 0) - null
+        raise InputError(
+            f"{network.where}: out_channels is {out}, of {channels} in_channels; supported: as many, or twice as many"
+        )
+    fields = dict(network.fields)
+    own = {name: getattr(sampling, name) for name in ("time_scale", "time_shift", "sigma_min")}
+    if network.kind == UNET2D:
+        fields |= own
+    elif sampling.sigma_min:
+        raise InputError(f"{network.where}: a consistency model of this class is not supported; supported: UNet2DModel")
+    labels = "folders" if classes else "none"
     return ConfigDict(
         {
             "latents": "",
-            "data": {
-                "name": "images",
-                "path": "",  # nothing in the folder says where its images are
-                "split": "",
-                "size": size if isinstance(size, int) else 0,
-                "channels": channels,
-                "labels": "folders" if classes else "none",
-            },
+            # Nothing in the folder says where its images are.
+            "data": {"name": "images", "path": "", "split": "", "size": height, "channels": channels, "labels": labels},
             "schedule": sampling.schedule,
-            "network": network,
+            "network": network.kind,
             "model": {"num_classes": classes, "out_channels": 0},
-            network: {**fields, "null_class": null or not classes},
+            network.kind: fields,
             "train": {
                 "prediction": sampling.prediction,
                 "objective": "simple" if out == channels else "hybrid",
-                "label_dropout": found.get(unet2d.LABEL_DROPOUT, 0.0),
+                "label_dropout": network.label_dropout,
                 "ema_decays": (),
             },
             "sample": {

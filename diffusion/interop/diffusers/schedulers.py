@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from diffusion import options, schedules
-from diffusion.errors import InputError, nearest
+from diffusion.errors import InputError
+from diffusion.interop.diffusers import arguments
 from diffusion.interop.diffusers.state import fields_of, require
 
 
@@ -17,7 +18,8 @@ class Sampling(NamedTuple):
     Attributes:
       schedule, prediction, clip, sampler, tau: as config.schedule, config.train.prediction and config.sample have them.
       steps: how many its pipeline makes unless told otherwise.
-      time_shift: what is added to a time of ours to make theirs.
+      time_scale, time_shift: what a time of ours is multiplied by, and what is added, to make theirs.
+      sigma_min: of a consistency model, see `models.UNet2D`; 0 for any other.
     """
 
     schedule: str
@@ -27,6 +29,8 @@ class Sampling(NamedTuple):
     tau: str
     steps: int
     time_shift: float = -1.0
+    time_scale: float = 1.0
+    sigma_min: float = 0.0
 
 
 class _Class(NamedTuple):
@@ -51,21 +55,6 @@ class _Class(NamedTuple):
     time_shift: float = -1.0
 
 
-# Arguments that many classes share.
-_BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-_BETAS |= {"trained_betas": None, "prediction_type": "epsilon", "steps_offset": 0}
-_ZERO_SNR = {"rescale_betas_zero_snr": False}
-_STABLE = {"beta_start": 0.00085, "beta_end": 0.012}
-_THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
-_CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
-_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-_FLOW = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "time_shift_type": "exponential"}
-_FINAL = {"final_sigmas_type": "zero"}
-_LAMBDA = {"lambda_min_clipped": -float("inf")}
-_DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True}
-_EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras", "rho": 7.0}
-_EDM |= {"num_train_timesteps": 1000, "prediction_type": "epsilon", **_FINAL}
-
 _SUPPORTED = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "trained_betas": (None,),
@@ -85,6 +74,7 @@ _SUPPORTED = {
     "solver_p": (None,),
     "shift_terminal": (None,),
     "sigma_data": (0.5,),
+    "s_noise": (1.0, 1),
     "sigma_schedule": ("karras", "exponential"),
     "shift": (1.0, 1),
     "invert_sigmas": (False,),
@@ -201,7 +191,7 @@ def _deis(fields):
 
 
 def _edm_levels(fields):
-    require("", fields, {"prediction_type": ("epsilon",)})
+    require("", fields, {"prediction_type": ("epsilon",)})  # where there is one
     given = {"num_timesteps": int(fields["num_train_timesteps"])}
     given |= {name: float(fields[name]) for name in ("sigma_min", "sigma_max", "rho")}
     return _choice("edm", schedules.edm, given), "edm"
@@ -216,50 +206,37 @@ def _flow_levels(fields):
     return _choice("rectified_flow", schedules.rectified_flow, given), "flow"
 
 
-_DDPM = {**_BETAS, **_ZERO_SNR, **_CLIP, **_THRESHOLD, "variance_type": "fixed_small", "timestep_spacing": "leading"}
-_DDIM = {**_BETAS, **_ZERO_SNR, **_CLIP, **_THRESHOLD, "set_alpha_to_one": True, "timestep_spacing": "leading"}
-_PNDM = {**_BETAS, "skip_prk_steps": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}
-_MULTISTEP = {**_BETAS, **_ZERO_SNR, **_THRESHOLD, **_DPM, **_SIGMAS, **_FLOW, **_FINAL, **_LAMBDA}
-_MULTISTEP |= {"euler_at_final": False, "use_lu_lambdas": False, "variance_type": None, "timestep_spacing": "linspace"}
-_SINGLESTEP = {**_BETAS, **_THRESHOLD, **_DPM, **_SIGMAS, **_FLOW, **_FINAL, **_LAMBDA, "lower_order_final": False}
-_SINGLESTEP |= {"variance_type": None, "timestep_spacing": "linspace"}
-_UNIPC = {**_BETAS, **_ZERO_SNR, **_THRESHOLD, **_SIGMAS, **_FLOW, **_FINAL, "solver_order": 2, "predict_x0": True}
-_UNIPC |= {"solver_type": "bh2", "lower_order_final": True, "disable_corrector": (), "solver_p": None}
-_UNIPC |= {"timestep_spacing": "linspace", "sigma_min": None, "sigma_max": None, "shift_terminal": None}
-_DEIS = {**_BETAS, **_THRESHOLD, **_SIGMAS, **_FLOW, "solver_order": 2, "algorithm_type": "deis"}
-_DEIS |= {"solver_type": "logrho", "lower_order_final": True, "timestep_spacing": "linspace"}
-_EULER = {**_BETAS, **_ZERO_SNR, **_SIGMAS, **_FINAL, "interpolation_type": "linear", "timestep_type": "discrete"}
-_EULER |= {"sigma_min": None, "sigma_max": None, "timestep_spacing": "linspace"}
-_ANCESTRAL = {**_BETAS, **_ZERO_SNR, "timestep_spacing": "linspace"}
-_LMS = {**_BETAS, **_SIGMAS, "timestep_spacing": "linspace"}
-_HEUN = {**_LMS, **_STABLE, "clip_sample": False, "clip_sample_range": 1.0}
-_EDM_DPM = {**_EDM, **_THRESHOLD, **_DPM, "euler_at_final": False}
-_FLOW_EULER = {"num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5}
-_FLOW_EULER |= {"max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096, "invert_sigmas": False}
-_FLOW_EULER |= {"shift_terminal": None, **_SIGMAS, "time_shift_type": "exponential", "stochastic_sampling": False}
+def _consistency(fields):
+    return _with("consistency", sigma_min=float(fields["sigma_min"]))
 
-_DDPM_CLASS = _Class(_DDPM, _ddpm, _grid, steps=1000)
-_DDIM_CLASS = _Class(_DDIM, lambda fields: _with("ddim", end=_end(fields)), _grid, clip="keep_eps")
+
+_DDPM_CLASS = _Class(arguments.DDPM, _ddpm, _grid, steps=1000)
+_DDIM_CLASS = _Class(arguments.DDIM, lambda fields: _with("ddim", end=_end(fields)), _grid, clip="keep_eps")
 
 CLASSES = {
     "DDPMScheduler": _DDPM_CLASS,
     "DDPMParallelScheduler": _DDPM_CLASS,
     "DDIMScheduler": _DDIM_CLASS,
     "DDIMParallelScheduler": _DDIM_CLASS,
-    "PNDMScheduler": _Class(_PNDM, _pndm, _grid),
-    "DPMSolverMultistepScheduler": _Class(_MULTISTEP, _multistep, _inner_grid),
-    "DPMSolverSinglestepScheduler": _Class(_SINGLESTEP, _singlestep, _inner_grid),
-    "UniPCMultistepScheduler": _Class(_UNIPC, _unipc, _inner_grid),
-    "DEISMultistepScheduler": _Class(_DEIS, _deis, _inner_grid),
-    "EulerDiscreteScheduler": _Class(_EULER, lambda fields: "euler", _grid),
-    "EulerAncestralDiscreteScheduler": _Class(_ANCESTRAL, lambda fields: "euler_ancestral", _grid),
-    "HeunDiscreteScheduler": _Class(_HEUN, lambda fields: "heun", _grid),
-    "KDPM2DiscreteScheduler": _Class({**_LMS, **_STABLE}, lambda fields: "dpm_solver:order=2", _grid),
-    "LMSDiscreteScheduler": _Class(_LMS, lambda fields: "lms", _grid),
-    "EDMEulerScheduler": _Class(_EDM, lambda fields: "euler", _edm_grid, levels=_edm_levels, time_shift=0.0),
-    "EDMDPMSolverMultistepScheduler": _Class(_EDM_DPM, _multistep, _edm_grid, levels=_edm_levels, time_shift=0.0),
+    "PNDMScheduler": _Class(arguments.PNDM, _pndm, _grid),
+    "DPMSolverMultistepScheduler": _Class(arguments.MULTISTEP, _multistep, _inner_grid),
+    "DPMSolverSinglestepScheduler": _Class(arguments.SINGLESTEP, _singlestep, _inner_grid),
+    "UniPCMultistepScheduler": _Class(arguments.UNIPC, _unipc, _inner_grid),
+    "DEISMultistepScheduler": _Class(arguments.DEIS, _deis, _inner_grid),
+    "EulerDiscreteScheduler": _Class(arguments.EULER, lambda fields: "euler", _grid),
+    "EulerAncestralDiscreteScheduler": _Class(arguments.ANCESTRAL, lambda fields: "euler_ancestral", _grid),
+    "HeunDiscreteScheduler": _Class(arguments.HEUN, lambda fields: "heun", _grid),
+    "KDPM2DiscreteScheduler": _Class({**arguments.LMS, **arguments.STABLE}, lambda fields: "dpm_solver:order=2", _grid),
+    "LMSDiscreteScheduler": _Class(arguments.LMS, lambda fields: "lms", _grid),
+    "EDMEulerScheduler": _Class(arguments.EDM, lambda fields: "euler", _edm_grid, levels=_edm_levels, time_shift=0.0),
+    "EDMDPMSolverMultistepScheduler": _Class(
+        arguments.EDM_DPM, _multistep, _edm_grid, levels=_edm_levels, time_shift=0.0
+    ),
+    "CMStochasticIterativeScheduler": _Class(
+        arguments.CONSISTENCY, _consistency, lambda fields: "uniform", steps=1, levels=_edm_levels, time_shift=0.0
+    ),
     "FlowMatchEulerDiscreteScheduler": _Class(
-        _FLOW_EULER, lambda fields: "euler", lambda fields: "linspace", levels=_flow_levels, time_shift=0.0
+        arguments.FLOW_EULER, lambda fields: "euler", lambda fields: "linspace", levels=_flow_levels, time_shift=0.0
     ),
 }
 """The schedulers by the names of their classes."""
@@ -267,9 +244,6 @@ CLASSES = {
 _FOREIGN = {name for kind in CLASSES.values() for name in kind.defaults}
 _FOREIGN |= {"tensor_format", "original_inference_steps", "timestep_scaling", "predict_epsilon"}
 """Arguments that a config may keep from another class, and that its own class does not read."""
-
-PIPELINE_STEPS = {"ConsistencyModelPipeline": 1}
-"""The steps of pipelines that make others than is usual for their scheduler."""
 
 
 def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
@@ -284,7 +258,7 @@ def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
     """
     name = config["_class_name"]
     if name not in CLASSES:
-        raise InputError(f"{where}: {name} is not supported; {nearest(name, CLASSES)}")
+        raise InputError(f"{where}: {name} is not supported; supported: {', '.join(CLASSES)}")
     kind = CLASSES[name]
     if config.get("predict_epsilon") is False and "prediction_type" not in config:  # as files of 2022 have it
         config = {**config, "prediction_type": "sample"}
@@ -298,14 +272,19 @@ def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
         allowed |= {"sigma_min": (None,), "sigma_max": (None,)}
     if name == "FlowMatchEulerDiscreteScheduler":
         allowed |= {"use_karras_sigmas": (False, None), "use_exponential_sigmas": (False, None)}
+    if fields.get("algorithm_type") == "dpmsolver":
+        allowed["final_sigmas_type"] = ("zero", "sigma_min")  # it knows no other end there; here it goes to the data
     require(where, fields, allowed)
     try:
         schedule, prediction = kind.levels(fields)
         sampler, tau = kind.sampler(fields), kind.grid(fields)
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix(': ')}") from None
-    clip = kind.clip if fields.get("clip_sample") else "none"
+    clip = kind.clip if fields.get("clip_sample") or fields.get("clip_denoised") else "none"
     steps = min(kind.steps, int(fields["num_train_timesteps"]))
     if sampler.startswith("dpm_solver") and "singlestep" in name.lower():
         steps = max(1, steps // fields["solver_order"])  # theirs counts network calls
-    return Sampling(schedule, prediction, clip, sampler, tau, steps, kind.time_shift)
+    found = Sampling(schedule, prediction, clip, sampler, tau, steps, kind.time_shift)
+    if name != "CMStochasticIterativeScheduler":
+        return found
+    return found._replace(time_scale=1000.0, sigma_min=float(fields["sigma_min"]))  # told 250 log(sigma)

@@ -50,7 +50,7 @@ def fields_and_params(
     ours = flax.traverse_util.flatten_dict(params)
     theirs = {_path(path, len(levels)): _leaf(path, np.asarray(leaf)) for path, leaf in ours.items()}
     kernel = ("time_embedding", "linear_1", "kernel")
-    theirs[kernel] = _one_later(theirs[kernel])
+    theirs[kernel] = told_earlier(theirs[kernel], -1.0)  # it is told t - 1
     return fields, flax.traverse_util.unflatten_dict({path: jnp.asarray(leaf) for path, leaf in theirs.items()})
 
 
@@ -122,13 +122,17 @@ def _leaf(path, array):
     return array[None, None] if path[-2] == "shortcut" and path[-1] == "kernel" else array
 
 
-def _one_later(kernel):
-    """Returns the layer behind the sines and cosines of t for those of t - 1, by the addition theorems.
+def told_earlier(kernel: Any, less: float) -> Any:
+    """Returns the layer behind sines and cosines that does with those of t what this one does with those of t - less.
 
-    sin(t f) = cos(f) sin((t - 1) f) + sin(f) cos((t - 1) f), and cos(t f) likewise.
+    sin((t - d) f) = cos(d f) sin(t f) - sin(d f) cos(t f), and the cosine likewise.
+
+    Args:
+      kernel: [features, width], for sines at frequencies from 1 to 1e-4 and then cosines.
+      less: d.
     """
     half = len(kernel) // 2
-    angles = np.exp(-np.log(10000.0) * np.arange(half) / (half - 1))[:, None]
-    sines, cosines = kernel[:half].astype(np.float64), kernel[half:].astype(np.float64)
+    angles = less * np.exp(-np.log(10000.0) * np.arange(half) / (half - 1))[:, None]
+    sines, cosines = np.float64(kernel[:half]), np.float64(kernel[half:])
     cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([cos * sines - sin * cosines, sin * sines + cos * cosines]).astype(np.float32)
+    return np.concatenate([cos * sines + sin * cosines, cos * cosines - sin * sines]).astype(np.float32)
