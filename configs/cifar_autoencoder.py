@@ -3,7 +3,8 @@
     python train.py --config=configs/cifar_autoencoder.py [--config.data.path=cifar-10-binary.tar.gz]
     python evaluate.py --workdir=runs/cifar_autoencoder --split=test
 
-The network has 1.5M parameters, 3 MB in bfloat16, so that it fits on a small machine and beside a model of its latents.
+The network has 1.5M parameters, 3 MB in half precision, so that it fits on a small machine and beside a model of its
+latents. The 4,000 steps take about 20 minutes on one core (110 images a second, AMD EPYC, November 2026).
 """
 
 from configs import default
@@ -23,7 +24,7 @@ def get_config():
 
     # The learning rate is constant, so that a later start with a larger config.train.num_steps goes on.
     config.train.objective = "kl_autoencoder:l1=0,l2=1,kl=1e-3"
-    config.train.num_steps = 12_000
+    config.train.num_steps = 4_000
     config.train.batch_size = 32
     config.train.ema_decays = (0.999,)
     config.train.save_every = 500
