@@ -11,7 +11,7 @@ import safetensors.numpy
 from tiny import assert_same
 
 from configs import default
-from diffusion import keys
+from diffusion import keys, schedules, solvers, timesteps
 from diffusion.commands import samplers
 from diffusion.errors import InputError
 from diffusion.interop import diffusers
@@ -375,3 +375,46 @@ def test_published_configurations_have_the_published_number_of_parameters(name):
     x = jax.ShapeDtypeStruct((1, *unet2d.image_shape(name, found, None)), jnp.float32)
     shapes = jax.eval_shape(UNet2D(**fields).init, jax.random.key(0), x, jnp.ones(1))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == wanted
+
+
+# Options that came with the schedulers of others.
+
+
+@pytest.mark.parametrize("grid", [timesteps.leading, timesteps.linspace])
+def test_a_grid_without_its_last_timestep_is_that_of_one_step_more_but_for_it(grid):
+    schedule = schedules.linear()
+    for steps in (1, 7, 25):
+        longer = grid(schedule, steps + 1)
+        np.testing.assert_array_equal(grid(schedule, steps, last=False), [*longer[:-2], 0])
+    np.testing.assert_array_equal(
+        timesteps.leading(schedule, 10, offset=1)[:-1], timesteps.leading(schedule, 10)[:-1] + 1
+    )
+
+
+@pytest.mark.parametrize("solver", [solvers.ddim, solvers.plms, solvers.pndm])
+def test_a_table_that_ends_at_a_time_makes_the_steps_of_a_grid_through_it(solver):
+    schedule = schedules.linear()
+    through = solver(schedule, [1000, 800, 600, 400, 200, 1, 0])
+    ended = solver(schedule, [1000, 800, 600, 400, 200, 0], end=1)
+    assert ended.nfe == through.nfe - 1
+    registers = slice(0, 1)  # what it keeps for further steps may differ
+    np.testing.assert_allclose(ended.update[:, registers], through.update[:-1, registers], rtol=0, atol=1e-12)
+    with pytest.raises(InputError, match=r"end is 201; it must lie in 0\.\.200"):
+        solver(schedule, [1000, 200, 0], end=201)
+
+
+def test_zero_snr_is_an_option_of_the_schedules_that_can_have_it():
+    for name in ("linear", "scaled_linear", "cosine"):
+        found = make_schedule(f"{name}:zero_snr=true")
+        assert found.alpha_bar[-1] == 0
+        np.testing.assert_array_equal(found.alpha_bar, schedules.zero_terminal_snr(make_schedule(name)).alpha_bar)
+
+
+def test_consistency_adds_the_noise_above_what_its_network_keeps():
+    schedule = schedules.edm(40)
+    table = solvers.consistency(schedule, [40, 20, 0], sigma_min=0.002)
+    _, sigma = schedule.at(20)
+    np.testing.assert_allclose(table.update[0, 0], [0, 1, np.sqrt(sigma**2 - 0.002**2)], rtol=1e-12)
+    np.testing.assert_allclose(table.update[1, 0], [0, 1, 0], rtol=0, atol=1e-12)
+    with pytest.raises(InputError, match="sigma_min is 90"):
+        solvers.consistency(schedule, [40, 0], sigma_min=90.0)

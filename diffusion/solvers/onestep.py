@@ -70,8 +70,9 @@ def consistency(schedule: NoiseSchedule, tau, sigma_min: float = 0.0) -> Sampler
     """
     _, D, z = columns(1)
     grid = grid_levels(schedule, tau)
-    if not 0 <= sigma_min <= grid[-2].rho * (1 + 1e-9):
-        raise InputError(f"sigma_min is {sigma_min}; it must be in 0..{grid[-2].rho:g}, the lowest noise of tau")
+    lowest = np.exp(-grid[-2].half_log_snr)
+    if not 0 <= sigma_min <= lowest * (1 + 1e-9):
+        raise InputError(f"sigma_min is {sigma_min}; it must be in 0..{lowest:g}, the lowest noise of tau")
     stages = []
     for at, to in pairwise(grid):
         fresh = max(to.noise**2 - (to.signal * sigma_min) ** 2, 0) ** 0.5
