@@ -4,6 +4,8 @@ This file needs torch, NumPy and diffusers and nothing of this project, which in
 to where a table is used. A table is what `SamplerTable.to_json` writes and learn.py leaves in tables/.
 """
 
+from __future__ import annotations  # so that the site is built without torch
+
 import json
 import os
 from pathlib import Path
