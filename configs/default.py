@@ -90,9 +90,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.unet2d.null_class = True  # whether label model.num_classes is "no class"; published networks have none
     config.unet2d.time_scale = 1.0  # the network is told time_scale t + time_shift
     config.unet2d.time_shift = -1.0  # -1, as timesteps count from 0 in diffusers
-    config.unet2d.sigma_min = (
-        0.0  # of published consistency models, which return their input at this noise; 0: any other
-    )
+    # Published consistency models return their input at this noise.
+    config.unet2d.sigma_min = 0.0  # 0: it is none of them
     config.unet2d.dropout = 0.0  # rate inside the residual blocks, in training
     config.unet2d.dtype = "float32"  # or bfloat16, for the arithmetic
 

@@ -8,17 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from tiny import assert_same
+from commands import run
+from tiny import assert_same, made_autoencoder
 
 from configs import default
 from diffusion import keys, schedules, solvers, timesteps
 from diffusion.commands import samplers
 from diffusion.errors import InputError
-from diffusion.interop import diffusers
-from diffusion.interop.diffusers import schedulers, unet2d
+from diffusion.interop import diffusers, torch_file
+from diffusion.interop.diffusers import autoencoders, folders, schedulers, unet2d
+from diffusion.interop.diffusers.state import to_tensors
 from diffusion.model import Trained, make_model, make_schedule
 from diffusion.models import UNet2D
 from diffusion.pretrained import weights
+from diffusion.pretrained.autoencoders import load as load_file
 
 STEM = "diffusion_pytorch_model"
 
@@ -105,6 +108,31 @@ def test_our_unet_becomes_a_unet2d_that_is_told_one_less(tmp_path):
     np.testing.assert_allclose(answers(found), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+SAMPLED = {"sampler": "ddpm:variance=small", "clip": "recompute"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "fields"),
+    [
+        ({"sample": {"sampler": "ddim:end=1"}}, {"_class_name": "DDIMScheduler", "set_alpha_to_one": False}),
+        ({"sample": {"sampler": "ddim:eta=0.5"}}, {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}),
+        ({"sample": {"tau": "leading:offset=1"}}, {"timestep_spacing": "leading", "steps_offset": 1}),
+        ({"sample": {"tau": "linspace"}}, {"timestep_spacing": "linspace"}),
+        ({"sample": SAMPLED}, {"_class_name": "DDPMScheduler", "variance_type": "fixed_small"}),
+        # Only DDPM's scheduler takes the variance off the output of a network.
+        ({"train": {"objective": "hybrid"}}, {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}),
+        (
+            {"train": {"objective": "hybrid"}, "sample": SAMPLED},
+            {"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
+        ),
+    ],
+)
+def test_the_scheduler_that_is_written_is_the_models(sections, fields, tmp_path):
+    diffusers.save(make_trained(network="unet2d", unet2d=FIELDS, **sections), tmp_path)
+    written = json.loads((tmp_path / SCHEDULER).read_text())
+    assert {name: written[name] for name in fields} == fields
+
+
 UNET2D = {"network": "unet2d", "unet2d": FIELDS}
 HEADS = {"width": 128, "multipliers": (1, 2), "num_heads": 4, "attention_resolutions": (8,)}
 
@@ -124,6 +152,7 @@ HEADS = {"width": 128, "multipliers": (1, 2), "num_heads": 4, "attention_resolut
             "prediction is 'flow', which cannot",
         ),
         ({"network": "unet2d", "unet2d": FIELDS, "schedule": "edm"}, "schedule is 'edm', which cannot"),
+        ({"network": "unet2d", "unet2d": FIELDS, "sample": {"sampler": "ddim:end=100"}}, "in diffusers end is 0 or 1"),
     ],
 )
 def test_what_diffusers_lacks_is_refused_before_anything_is_written(sections, said, tmp_path):
@@ -189,6 +218,54 @@ def test_a_network_alone_takes_the_scheduler_beside_it_or_the_one_that_is_given(
     with pytest.raises(InputError, match="has a network without its scheduler; name the folder of its pipeline"):
         diffusers.load(alone)
     assert diffusers.load(alone, scheduler=given).config.sample.steps == 10
+
+
+def write_autoencoder(folder):
+    """Writes a small autoencoder as diffusers does; returns it as it is here."""
+    made = made_autoencoder(channels=(8, 8))
+    levels = len(made.config.autoencoder.channels)
+    params = {name: part for name, part in made.params.items() if name != "scaling"}
+    tensors = to_tensors(params, lambda path: autoencoders.name_of(path, levels), autoencoders.is_pixelwise)
+    folder.mkdir()
+    safetensors.numpy.save_file(tensors, folder / f"{STEM}.safetensors")
+    config = {"_class_name": "AutoencoderKL", "in_channels": 1, "out_channels": 1, "sample_size": 8}
+    config |= {"block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8}
+    config |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return made
+
+
+def test_an_autoencoder_alone_becomes_a_file_of_ours_also_in_half_precision(tmp_path):
+    made = write_autoencoder(tmp_path / "vae")
+    found = diffusers.load_autoencoder(tmp_path / "vae")
+    assert_same(found.params["encoder"], made.params["encoder"])
+    for name in ("float32", "float16"):
+        result = run("convert.py", "--workdir=vae", f"--out={name}.safetensors", f"--dtype={name}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    whole, half = (load_file(tmp_path / f"{name}.safetensors") for name in ("float32", "float16"))
+    assert_same(whole.params, found.params)
+    rounded = jax.tree.map(lambda a: a.astype("float16").astype("float32") if a.ndim > 1 else a, found.params)
+    assert_same(half.params, rounded)
+
+
+def test_tensors_can_be_read_twice_from_every_kind_of_file(folder, monkeypatch):
+    """As those are that blocks of DiT store again and again."""
+    tensors = read(folder)
+    monkeypatch.setattr(torch_file, "read_state_dict", lambda path, limit: dict(tensors))
+    (folder / f"unet/{STEM}.bin").touch()
+    for suffix in ("safetensors", "bin"):
+        found = folders.open_weights(folder / "unet", 10**6)
+        assert found.where.endswith(suffix)
+        for _ in range(2):
+            np.testing.assert_array_equal(found.read("conv_in.bias"), tensors["conv_in.bias"])
+        (folder / f"unet/{STEM}.safetensors").unlink(missing_ok=True)
+
+
+def test_a_pipeline_of_another_network_is_refused_by_the_name_of_its_class(folder):
+    (folder / "unet").rename(folder / "transformer")
+    edit(folder / "transformer/config.json", _class_name="FluxTransformer2DModel")
+    with pytest.raises(InputError, match=r"transformer/config\.json: FluxTransformer2DModel is not supported"):
+        diffusers.load(folder)
 
 
 # What is refused, in one line.

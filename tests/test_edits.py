@@ -199,6 +199,29 @@ def test_a_picture_and_its_mask_of_any_size_are_resized_alike_and_it_is_said(tmp
     assert edit.notes == ("the centred square of --init, 160 x 80 pixels, is resized to 8 x 8",)
 
 
+def test_a_mask_is_of_the_size_of_the_picture_as_it_is_seen(tmp_path):
+    """Phones lay photographs on their side, and say so in EXIF."""
+    table = solvers.ddim(MODEL.schedule, timesteps.uniform(MODEL.schedule, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("L", (80, 40)).save(tmp_path / "init.jpg", exif=exif)
+    half = np.zeros((80, 40, 1), np.uint8)
+    half[40:] = 255
+    write_png(tmp_path / "seen.png", half)
+    write_png(tmp_path / "stored.png", half.transpose(1, 0, 2))
+    edit = opened(MODEL, table, init=tmp_path / "init.jpg", mask=tmp_path / "seen.png")
+    np.testing.assert_array_equal(edit.kept[1][..., 0], [[True] * 8] * 4 + [[False] * 8] * 4)
+    assert "40 x 80 pixels, is resized" in edit.notes[0]
+    with pytest.raises(InputError, match="has 80 x 40 pixels; it must have 40 x 80 as --init"):
+        opened(MODEL, table, init=tmp_path / "init.jpg", mask=tmp_path / "stored.png")
+
+
+@pytest.mark.parametrize("start", [1.0, 0.5])
+def test_what_is_drawn_anew_begins_with_what_is_there_where_the_grid_starts_below_the_top(files, start):
+    tau = timesteps.uniform(MODEL.schedule, 4, start=start)
+    assert opened(MODEL, solvers.ddim(MODEL.schedule, tau), **files).from_noise == (start == 1)
+
+
 def test_edits_on_the_command_line(trained, files):
     """A job is known by its picture and its mask, draws the same as the library, and says what it starts from."""
 

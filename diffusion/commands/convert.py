@@ -9,6 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
+from diffusion.autoencoder import TrainedAutoencoder
 from diffusion.commands import cli, opening, own, reconstructions, usage
 from diffusion.errors import InputError
 from diffusion.files import read_json
@@ -74,24 +75,24 @@ def _folder():
 
 def _write(path, out, figures):
     """Writes the model, or autoencoder, in a folder to a file; returns it."""
-    if diffusers.is_autoencoder(path):
-        found = diffusers.load_autoencoder(path)
-        autoencoders.save(out, found, figures)
-        return found
-    if diffusers.is_folder(path):
-        trained = diffusers.load(path)
-        weights.save(out, trained, figures, _DTYPE.value)
-        return trained
-    folder = run_folder.existing(path)
+    found = _open_imported(path) if diffusers.is_folder(path) else _open_run(run_folder.existing(path))
+    save = autoencoders.save if isinstance(found, TrainedAutoencoder) else weights.save
+    save(out, found, figures, _DTYPE.value)
+    return found
+
+
+def _open_imported(path):
+    return diffusers.load_autoencoder(path) if diffusers.is_autoencoder(path) else diffusers.load(path)
+
+
+def _open_run(folder):
+    ema, step = _EMA.value or "", _STEP.value
     if reconstructions.is_autoencoder(folder):
-        found = load_autoencoder(folder.path, _EMA.value or "", _STEP.value)
-        own.check_used(_NETWORK.value, found.config)
-        autoencoders.save(out, found, figures, _DTYPE.value)
-        return found
-    trained = load_trained(folder, _EMA.value or "", _STEP.value, own.networks(_NETWORK.value))
-    own.check_used(_NETWORK.value, trained.config)
-    weights.save(out, trained, figures, _DTYPE.value)
-    return trained
+        found = load_autoencoder(folder.path, ema, step)
+    else:
+        found = load_trained(folder, ema, step, own.networks(_NETWORK.value))
+    own.check_used(_NETWORK.value, found.config)
+    return found
 
 
 def _read_figures(path):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jaxtyping import Bool, UInt8
-from PIL import Image
 
 from diffusion import editing, files, keys, options, predictions, timesteps
 from diffusion.commands import learned, samplers, usage
@@ -160,7 +159,7 @@ def _from_picture(given, model, table):
         known = clean, whole.astype(np.float32)
         if not whole.any():
             notes = (*notes, "the mask keeps no whole place of the latents, so the drawn part does not know the rest")
-    if given.mask is None or (given.strength or 1) < 1:
+    if given.mask is None or table.tau[0] < model.schedule.num_timesteps:
         start = _noised(clean, model, float(table.tau[0]), given.seed)
     words, label = f" from {printable(Path(given.init).name)}", f"init={_sha256(picture)[:8]}"
     settings = {"init_sha256": _sha256(picture), "init_noised": start is not None}
@@ -227,13 +226,12 @@ def _read(flag, path, image_shape):
     path = Path(path).expanduser()
     try:
         content = files.read(path)
-        with files.open_to_read(path) as file, Image.open(file, formats=decoding.FORMATS) as image:
-            size = image.size
-        picture = decoding.decode(content, height, channels)
+        picture, size = decoding.decode(content, height, channels), decoding.upright_size(content)
     except InputError:
         raise
     except Exception as error:  # a damaged file makes the decoders raise nearly any exception
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged, or no picture"
+        told = error.strerror if isinstance(error, OSError) else str(error) if isinstance(error, ValueError) else None
+        reason = told or "it is damaged, or no picture"
         raise InputError(f"--{flag}={printable(str(path))} cannot be read ({reason}); give a PNG or a JPEG") from None
     if size == (width, height):
         return picture, size, ()

@@ -43,6 +43,12 @@ def open_model(workdir: str | None, ema: str) -> tuple[str, Path, Trained]:
     return found
 
 
+def home_of(name: str) -> Path:
+    """Returns where files about a file of convert.py or a folder of diffusers go; it is no name of a run."""
+    path = Path(name).expanduser().absolute()
+    return Path("runs", f"file-{path.stem}" if path.suffix == weights.SUFFIX else f"diffusers-{path.name}")
+
+
 def open_named(name: str | None, ema: str, networks: Mapping[str, Callable[..., Any]]) -> tuple[str, Path, Trained]:
     """Returns (source, home, trained) as `open_model`, for a name; None is the model that ships.
 
@@ -67,8 +73,7 @@ def open_named(name: str | None, ema: str, networks: Mapping[str, Callable[..., 
         raise InputError(f"ema is {ema}; this {'folder' if imported else 'file'} holds only that of {trained.ema}")
     if shipped:
         return f"the {SHIPPED} model that ships", SHIPPED_HOME, trained
-    path = Path(name).expanduser().absolute()
-    return name, Path("runs", f"diffusers-{path.name}" if imported else f"file-{path.stem}"), trained
+    return name, home_of(name), trained
 
 
 def open_weaker(path: str, model: Model) -> Trained:

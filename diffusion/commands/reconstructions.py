@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from diffusion import data, files
 from diffusion.autoencoder import TrainedAutoencoder, code_numbers
-from diffusion.commands import autoencoders, datasets, sweep
+from diffusion.commands import autoencoders, datasets, opening, sweep
 from diffusion.commands.shared_flags import SHIPPED_NAME
 from diffusion.data import Dataset
 from diffusion.errors import InputError
@@ -61,14 +61,13 @@ def open_autoencoder(workdir: str | None, ema: str) -> Source | None:
     if workdir and workdir.endswith(weights.SUFFIX):
         if not _names_autoencoder(weights.describe(workdir)["config"]):
             return None
-        return Source(workdir, Path("runs", f"file-{Path(workdir).stem}"), load_autoencoder(workdir, ema))
+        return Source(workdir, opening.home_of(workdir), load_autoencoder(workdir, ema))
     if workdir == SHIPPED_NAME and not Path(workdir).exists():
         return None
     if workdir and diffusers.is_folder(workdir):
         if not diffusers.is_autoencoder(workdir):
             return None
-        home = Path("runs", f"diffusers-{Path(workdir).absolute().name}")
-        return Source(workdir, home, load_autoencoder(workdir, ema))
+        return Source(workdir, opening.home_of(workdir), load_autoencoder(workdir, ema))
     folder = run_folder.existing(workdir) if workdir else run_folder.newest("runs")
     if folder is None or not is_autoencoder(folder):
         return None

@@ -32,6 +32,9 @@ UPRIGHT = {
 }
 """What turns an image of an EXIF orientation upright."""
 
+SIDEWAYS = [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
+"""Those that change height and width."""
+
 # Pillow warns of images that max_decoded allows, and of damaged EXIF, without the image's name.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -103,6 +106,12 @@ def decode(
         return np.asarray(image).reshape(size, size, channels)
 
 
+def upright_size(content: bytes) -> tuple[int, int]:
+    """Returns (width, height) of an image file once it is turned upright; raises as `decode`."""
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    return image.size[::-1] if _turn(image) in SIDEWAYS else image.size
+
+
 def _cost(image: Image.Image) -> int:
     """Returns the bytes that decoding takes, by the sizes that the file states."""
     width, height = image.size
@@ -117,12 +126,17 @@ def _number(image: Image.Image, tag: int) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Returns what turns an image upright, or None where it is or nothing can be read."""
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # EXIF is damaged in as many ways as pixels are, and says nothing of them
-        return image
-    turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        return None
+    return UPRIGHT.get(orientation) if isinstance(orientation, int) else None
 
 
 def _visible(image: Image.Image, mode: str) -> Image.Image:

@@ -160,9 +160,9 @@ def metadata(folder: str | os.PathLike, step: int) -> dict[str, Any]:
     """
     require_plain_path(folder)
     path = Path(folder).absolute() / str(step)
-    if odd := manifest.odd_names(path):  # orbax would wait for what a pipe says
-        raise InputError(f"checkpoint {path} cannot be read ({odd[0]} is no regular file); delete this folder")
     try:
+        if odd := manifest.odd_names(path):  # orbax would wait for what a pipe says
+            raise ValueError(f"{odd[0]} is no regular file")
         saved = ocp.checkpointables_metadata(path).custom_metadata
     except (*REASONS, TypeError, AttributeError, RecursionError) as error:  # what a stranger made up
         raise InputError(f"checkpoint {path} cannot be read ({first_line(error)}); delete this folder") from error

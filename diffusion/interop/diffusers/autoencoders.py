@@ -95,13 +95,7 @@ def load_autoencoder(
     """
     folder = Path(folder).expanduser()
     at = _part(folder)
-    where = str(at / folders.CONFIG)
-    config = folders.read_config(at / folders.CONFIG)
-    kind = config["_class_name"]
-    if kind not in DEFAULTS:
-        raise InputError(f"{where}: {kind} is no autoencoder that is supported; supported: {', '.join(DEFAULTS)}")
-    found = fields_of(where, config, DEFAULTS[kind])
-    require(where, found, _SUPPORTED)
+    where, kind, found = _arguments(at)
     with readable(where, "autoencoder"):
         fields = _fields(where, kind, found)
         size = image_size or found["sample_size"]
@@ -116,9 +110,21 @@ def load_autoencoder(
 
 def autoencoder_factor(folder: Path) -> int:
     """Returns how many times smaller the latents of a folder's autoencoder are, in height and in width."""
-    where = _part(folder) / folders.CONFIG
-    with readable(str(where), "autoencoder"):
-        return 2 ** (len(folders.read_config(where).get("block_out_channels", (64,))) - 1)
+    where, _, found = _arguments(_part(folder))
+    with readable(where, "autoencoder"):
+        return 2 ** (len(found["block_out_channels"]) - 1)
+
+
+def _arguments(at):
+    """Returns (what errors call the config of an autoencoder, its class, the arguments of that)."""
+    where = str(at / folders.CONFIG)
+    config = folders.read_config(at / folders.CONFIG)
+    kind = config["_class_name"]
+    if kind not in DEFAULTS:
+        raise InputError(f"{where}: {kind} is no autoencoder that is supported; supported: {', '.join(DEFAULTS)}")
+    found = fields_of(where, config, DEFAULTS[kind])
+    require(where, found, _SUPPORTED)
+    return where, kind, found
 
 
 def _part(folder):
@@ -153,7 +159,7 @@ def _params(at, like, found, levels, variant) -> Params:
     """
     network = {name: part for name, part in like.items() if name != "scaling"}
     # Later text-to-image models have autoencoders without these layers.
-    left_out = [part for part in ("quant_conv", "post_quant_conv") if not found.get(f"use_{part}", True)]
+    left_out = [part for part in ("quant_conv", "post_quant_conv") if found.get(f"use_{part}") is False]
     wanted = {name: part for name, part in network.items() if name not in left_out}
     weights = folders.open_weights(at, folders.count(jax.tree.leaves(wanted)), variant)
     params = to_params(weights, wanted, lambda path: name_of(path, levels))

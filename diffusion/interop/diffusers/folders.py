@@ -129,7 +129,7 @@ def _open_safetensors(path):
 def _open_torch(path, numbers):
     # Eight bytes are the most that a number takes, and a file has little besides.
     state = torch_file.read_state_dict(path, 8 * numbers + torch_file.FILE_LIMIT)
-    return Weights(str(path), {name: array.shape for name, array in state.items()}, state.pop)
+    return Weights(str(path), {name: array.shape for name, array in state.items()}, state.__getitem__)
 
 
 def count(shapes: Any) -> int:

@@ -91,28 +91,35 @@ class _Network(NamedTuple):
 
 def _is_unet(folder):
     """Tells whether the network of a folder is a UNet2DModel; raises InputError where it is none that is supported."""
+    others = {}
     for name, classes in (("transformer", dit.CLASSES), ("unet", (unet2d.CLASS,))):
         where = folders.part(folder, name) / folders.CONFIG
         if where.is_file():
-            found = folders.read_config(where)["_class_name"]
-            if found in classes:
+            others[where] = folders.read_config(where)["_class_name"]
+            if others[where] in classes:
                 return name == "unet"
     known = f"{unet2d.CLASS}, {dit.CLASSES[0]}"
-    if not where.is_file():
-        raise InputError(f"{folder} holds no {where.relative_to(folder)} of a network; supported: {known}")
-    raise InputError(f"{where}: {found} is not supported; supported: {known}")
+    if others:
+        where, found = next(iter(others.items()))
+        raise InputError(f"{where}: {found} is not supported; supported: {known}")
+    raise InputError(f"{folder} holds no {where.relative_to(folder)} of a network; supported: {known}")
+
+
+def _read(folder, name, read_fields, image_size):
+    """Returns (folder of a network, what errors call its config, fields of ours, arguments of its class, shape)."""
+    at = folders.part(folder, name)
+    where = str(at / folders.CONFIG)
+    with readable(where):
+        fields, found = read_fields(where, folders.read_config(at / folders.CONFIG))
+        return at, where, fields, found, unet2d.image_shape(where, found, image_size)
 
 
 def _unet(folder, image_size):
-    at = folders.part(folder, "unet")
-    where = str(at / folders.CONFIG)
-    with readable(where):
-        fields, found = unet2d.read_fields(where, folders.read_config(at / folders.CONFIG))
-        shape = unet2d.image_shape(where, found, image_size)
+    at, where, fields, found, shape = _read(folder, "unet", unet2d.read_fields, image_size)
     null = unet2d.LABEL_DROPOUT in found
     classes = (found["num_class_embeds"] or 0) - null
     fields |= {"null_class": null or not classes, "dtype": "float32"}
-    dropout = found.get(unet2d.LABEL_DROPOUT, 0.0)
+    dropout = found[unet2d.LABEL_DROPOUT] if null else 0.0
 
     def read(weights, like, time_shift):
         return to_params(weights, like, unet2d.name_of)
@@ -121,11 +128,7 @@ def _unet(folder, image_size):
 
 
 def _transformer(folder, image_size):
-    at = folders.part(folder, "transformer")
-    where = str(at / folders.CONFIG)
-    with readable(where):
-        fields, found = dit.read_fields(where, folders.read_config(at / folders.CONFIG))
-        shape = unet2d.image_shape(where, found, image_size)
+    at, where, fields, found, shape = _read(folder, "transformer", dit.read_fields, image_size)
     classes = found["num_embeds_ada_norm"]
     return _Network(at, where, TRANSFORMER, fields, shape, found["out_channels"], classes, 0.1, dit.read_params)
 
@@ -164,7 +167,9 @@ def _scheduler(folder, given) -> Sampling:
         where, config = "scheduler", given
     else:
         # Where a network is named by its own folder, its scheduler lies next to that.
-        places = (folders.part(folder, "scheduler"), folder.absolute().parent / "scheduler")
+        places = [folders.part(folder, "scheduler")]
+        if not (folder / folders.INDEX).is_file():
+            places.append(folder.absolute().parent / "scheduler")
         paths = [place / folders.SCHEDULER for place in places if (place / folders.SCHEDULER).is_file()]
         if not paths:
             raise InputError(

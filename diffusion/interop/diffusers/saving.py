@@ -15,7 +15,8 @@ from diffusion.interop.diffusers import folders, unet, unet2d
 from diffusion.interop.diffusers.state import to_tensors
 from diffusion.model import UNET, UNET2D, Model, Trained
 from diffusion.objectives import choice
-from diffusion.solvers.ddim import VARIANCES, ddpm
+from diffusion.solvers.ddim import VARIANCES, ddim, ddpm
+from diffusion.timesteps import leading
 from diffusion.types import Params
 
 _CLIP = {"recompute": True, "keep_eps": True, "none": False}
@@ -85,7 +86,6 @@ def _network(trained) -> tuple[dict[str, Any], Params]:
 
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 _PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-_SPACINGS = {"leading": "leading", "linspace": "linspace"}
 
 
 def _scheduler(config: ConfigDict, model: Model) -> dict[str, Any]:
@@ -95,19 +95,36 @@ def _scheduler(config: ConfigDict, model: Model) -> dict[str, Any]:
             f"config.train.prediction is {model.prediction!r}, which cannot be written for diffusers; those that can: "
             f"{', '.join(_PREDICTION_TYPES)}"
         )
-    (name, _, given), clip = config.sample.sampler.partition(":"), config.sample.clip or model.space.clip
+    name, clip = config.sample.sampler.partition(":")[0], config.sample.clip or model.space.clip
     shared = {
         "_diffusers_version": unet2d.VERSION,
         **_betas(config.schedule),
         "prediction_type": _PREDICTION_TYPES[model.prediction],
         "clip_sample": _CLIP[clip],
-        "timestep_spacing": _SPACINGS.get(config.sample.tau.partition(":")[0], "trailing"),
+        **_spacing(config.sample.tau),
     }
-    if name == "ddpm":
-        variance = options.parse("sampler", config.sample.sampler, {name: ddpm}, leading=2).complete(leading=2)
-        kind = dict(zip(VARIANCES, ("fixed_small", "fixed_large", "learned_range"), strict=True))[variance["variance"]]
+    if name == "ddpm" or model.learned_variance:  # no other scheduler takes the variance off what the network returns
+        variance = "learned" if model.learned_variance else _options(config.sample.sampler, ddpm)["variance"]
+        kind = dict(zip(VARIANCES, ("fixed_small", "fixed_large", "learned_range"), strict=True))[variance]
         return {"_class_name": "DDPMScheduler", **shared, "variance_type": kind}
-    return {"_class_name": "DDIMScheduler", **shared, "set_alpha_to_one": "end=1" not in given}
+    end = _options(config.sample.sampler, ddim)["end"] if name == "ddim" else 0
+    if end not in (0, 1):
+        raise InputError(f"config.sample.sampler is {config.sample.sampler!r}; in diffusers end is 0 or 1")
+    return {"_class_name": "DDIMScheduler", **shared, "set_alpha_to_one": end == 0}
+
+
+def _spacing(tau: str) -> dict[str, Any]:
+    """Returns the fields of a grid; one that no scheduler has becomes trailing, which is `uniform`."""
+    name = tau.partition(":")[0]
+    if name == "leading":
+        chosen = options.parse("tau", tau, {name: leading}, leading=2).complete(leading=2)
+        return {"timestep_spacing": name, "steps_offset": chosen["offset"]}
+    return {"timestep_spacing": "linspace" if name == "linspace" else "trailing"}
+
+
+def _options(sampler, function):
+    """Returns all options of a sampler that is named."""
+    return options.parse("sampler", sampler, {function.__name__: function}, leading=2).complete(leading=2)
 
 
 def _betas(text: str) -> Mapping[str, Any]:

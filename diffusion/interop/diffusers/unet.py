@@ -44,6 +44,7 @@ def fields_and_params(
         "flip_sin_to_cos": False,
         "freq_shift": 1,
         "dropout": config["dropout"],
+        "null_class": True,
     }
     if config["num_blocks"] < 1:
         raise InputError(f"config.model.num_blocks is {config['num_blocks']}; UNet2DModel has at least 1")

@@ -91,7 +91,7 @@ def write_config(fields: Mapping[str, Any], config: Any, shape: tuple[int, int, 
       shape: (H, W, C) of the images.
       variance: whether the network also predicts its variance.
     """
-    num_classes, null = config.model.num_classes, fields.get("null_class", True)
+    num_classes, null = config.model.num_classes, fields["null_class"]
     theirs = {name: value for name, value in fields.items() if name in DEFAULTS}
     theirs = {name: list(value) if isinstance(value, tuple) else value for name, value in theirs.items()}
     theirs |= {name: None for name in _NULLABLE if not theirs.get(name)}
