@@ -138,6 +138,7 @@ def make_model(
     elif name == UNET2D:
         blocks = config.unet2d.layers_per_block * len(config.unet2d.block_out_channels)
         _check_size(config.unet2d, blocks, "config.unet2d")
+        _check_told(config)
         told = {"num_classes": num_classes, "out_channels": config.model.out_channels, **sees}
         network = _network(UNet2D, {**config.unet2d, **told}, shape, channels, objective.name)
     else:
@@ -189,6 +190,21 @@ def _network(module, fields, shape, channels, objective):
             f"{objective} wants {channels}, set 0 or that"
         )
     return Network(init, as_apply_fn(module))
+
+
+def _check_told(config):
+    """Raises InputError if a UNet2D cannot be told what its training or prediction tells it."""
+    if config.unet2d.time_embedding_type == "fourier" and config.train.prediction == "edm":
+        raise InputError(
+            "config.unet2d.time_embedding_type is fourier, which takes the log of times, and prediction edm tells a "
+            "network times below 0: give positional, or another config.train.prediction"
+        )
+    dropout = config.train.label_dropout
+    if config.model.num_classes and not config.unet2d.null_class and dropout:
+        raise InputError(
+            f"config.train.label_dropout is {dropout:g}, and the network has no label for samples without a class: set "
+            "config.unet2d.null_class=True, or label_dropout=0"
+        )
 
 
 def _own_network(text, networks, image_shape, channels, num_classes, sees):

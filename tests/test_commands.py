@@ -275,7 +275,8 @@ def test_weights_are_known_by_what_they_are_and_not_by_their_file(trained, tmp_p
             result = run(script, *shared, *args, cwd=tmp_path)
             assert result.returncode == 0, result.stderr
         rows.append(json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"])
-        gamma.append(sealed.read(tmp_path / "runs" / "file-model" / "analytic_gamma.json"))
+        (home,) = (tmp_path / "runs").glob("file-model-*")
+        gamma.append(sealed.read(home / "analytic_gamma.json"))
     assert [len(of_weights) for of_weights in (*rows, *gamma)] == [1, 2, 1, 2]
     assert rows[1][0]["metrics"] != rows[1][1]["metrics"]
 

@@ -13,7 +13,7 @@ from tiny import assert_same, made_autoencoder
 
 from configs import default
 from diffusion import keys, schedules, solvers, timesteps
-from diffusion.commands import samplers
+from diffusion.commands import datasets, samplers
 from diffusion.errors import InputError
 from diffusion.interop import diffusers, torch_file
 from diffusion.interop.diffusers import autoencoders, folders, schedulers, unet2d
@@ -22,6 +22,7 @@ from diffusion.model import Trained, make_model, make_schedule
 from diffusion.models import UNet2D
 from diffusion.pretrained import weights
 from diffusion.pretrained.autoencoders import load as load_file
+from diffusion.training.autoencoders import load_autoencoder
 
 STEM = "diffusion_pytorch_model"
 
@@ -162,6 +163,34 @@ def test_what_diffusers_lacks_is_refused_before_anything_is_written(sections, sa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_holds_anything_else_is_left_as_it_is(trained, folder):
+    before = (folder / WEIGHTS).read_bytes()
+    diffusers.save(trained, folder)
+    assert (folder / WEIGHTS).read_bytes() == before
+    for name in ("vae/config.json", "notes.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+        (folder / folders.INDEX).write_text("theirs")
+        with pytest.raises(InputError, match=f"holds {name}, which is no part of this model; name a new folder"):
+            diffusers.save(trained, folder)
+        assert (folder / folders.INDEX).read_text() == "theirs"
+        (folder / name).unlink()
+
+
+def test_names_of_classes_that_come_twice_have_their_numbers(tmp_path):
+    trained = make_trained(network="unet2d", unet2d=FIELDS, model={"num_classes": 3})
+    diffusers.save(trained, tmp_path)
+    edit(tmp_path / folders.INDEX, id2label={"0": "crane", "1": "crane", "2": "owl"})
+    assert diffusers.load(tmp_path).model.conditions.names == ("crane 0", "crane 1", "owl")
+
+
+def test_a_network_without_a_label_for_no_class_does_not_learn_it():
+    fields = {"network": "unet2d", "unet2d": {**FIELDS, "null_class": False}, "model": {"num_classes": 3}}
+    with pytest.raises(InputError, match=r"label_dropout is 0\.1, and the network has no label for"):
+        make_trained(**fields, train={"label_dropout": 0.1})
+    assert make_trained(**fields, train={"label_dropout": 0.0}).model.conditions.null == 3
+
+
 # How files can lie in a folder.
 
 
@@ -261,6 +290,27 @@ def test_tensors_can_be_read_twice_from_every_kind_of_file(folder, monkeypatch):
         (folder / f"unet/{STEM}.safetensors").unlink(missing_ok=True)
 
 
+def test_what_a_folder_has_not_is_refused_and_not_ignored(tmp_path):
+    write_autoencoder(tmp_path / "vae")
+    for wrong, said in (
+        (("0.999",), "ema is 0.999; .*vae holds only that of published"),
+        (("", 3), "step is 3, and .*"),
+    ):
+        with pytest.raises(InputError, match=said):
+            load_autoencoder(tmp_path / "vae", *wrong)
+    found = run("evaluate.py", "--workdir=vae", cwd=tmp_path)
+    assert (found.returncode, "images that this model was trained on are not known" in found.stderr) == (2, True)
+
+
+def test_a_model_is_compared_with_images_of_its_size_and_keeps_what_it_was_trained_on():
+    trained = make_trained((8, 8, 3), network="unet2d", unet2d=FIELDS)
+    with pytest.raises(InputError, match=r"data has images of \(8, 8, 1\), and the model draws \(8, 8, 3\)"):
+        datasets.load_data_of(datasets.compared_with(trained, "digits"))
+    trained = make_trained((8, 8, 1), network="unet2d", unet2d=FIELDS, data={"name": "images", "path": "gone"})
+    assert len(datasets.load_data_of(datasets.compared_with(trained, "digits")).images) == 1797
+    assert trained.config.data.path == "gone"
+
+
 def test_a_pipeline_of_another_network_is_refused_by_the_name_of_its_class(folder):
     (folder / "unet").rename(folder / "transformer")
     edit(folder / "transformer/config.json", _class_name="FluxTransformer2DModel")
@@ -353,6 +403,10 @@ def test_damaged_weights_are_refused_by_name(what, said, folder):
         (SCHEDULER, {"snr_shift": 3.0}, "has a field 'snr_shift', which this version does not know"),
         (SCHEDULER, {"beta_end": "a lot"}, "describes no scheduler that this version knows"),
         (SCHEDULER, {"beta_end": 2.0}, "one-step variances lie between 0 and 1"),
+        (SCHEDULER, {"num_train_timesteps": 2.5}, "num_train_timesteps is 2.5; it must be whole"),
+        (SCHEDULER, {"_class_name": "UniPCMultistepScheduler", "solver_order": 9}, "order is 9; it must be a whole"),
+        (SCHEDULER, {"_class_name": "DEISMultistepScheduler", "solver_order": 7}, "order is 7; it must be a whole"),
+        (CONFIG, {"time_embedding_type": "fourier"}, "fourier embedding takes the log of times, and the first would"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(file, fields, said, folder):
@@ -417,7 +471,7 @@ def test_a_scheduler_is_a_sampler_a_grid_a_clip_and_steps(kind, fields, sampler,
     found = schedulers.read_scheduler("it", {"_class_name": f"{kind}Scheduler", **fields})
     assert (found.sampler, found.tau, found.clip, found.steps) == (sampler, tau, clip, steps)
     table = samplers.make_table(make_schedule(found.schedule), found.sampler, found.steps, found.tau)
-    assert table.nfe >= found.steps - 1
+    assert len(table.tau) - 1 == found.steps
 
 
 PUBLISHED = {

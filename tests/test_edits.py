@@ -151,6 +151,7 @@ def test_the_start_of_every_schedule_has_the_deviation_of_its_own():
     [
         ({"interpolate": ["3"]}, (), "write the numbers of two images, as 3,17"),
         ({"interpolate": ["3", "x"]}, (), "interpolate is '3,x'"),
+        ({"interpolate": ["3", "3"]}, (), "write the numbers of two images"),
         ({"interpolate": ["3", "4294967296"]}, (), "interpolate is"),
         ({"interpolate": ["3", "5"], "num": 1}, (), "at least 2"),
         ({"interpolate": ["3", "5"]}, (0, 1), "of one class"),
@@ -197,6 +198,14 @@ def test_a_picture_and_its_mask_of_any_size_are_resized_alike_and_it_is_said(tmp
     np.testing.assert_array_equal(keep[..., 0], [[True] * 4 + [False] * 4] * 8)
     assert picture[:, :4].max() < 60 < 180 < picture[:, 4:].min()
     assert edit.notes == ("the centred square of --init, 160 x 80 pixels, is resized to 8 x 8",)
+
+
+def test_it_is_said_where_next_to_nothing_of_the_picture_is_left(files):
+    tau = timesteps.uniform(MODEL.schedule, 2)
+    (note,) = opened(MODEL, solvers.ddim(MODEL.schedule, tau), init=files["init"]).notes
+    assert note == f"at t = {tau[0]:g}, the most noise, next to nothing of --init is left"
+    lower = timesteps.uniform(MODEL.schedule, 2, start=0.5)
+    assert opened(MODEL, solvers.ddim(MODEL.schedule, lower), init=files["init"]).notes == ()
 
 
 def test_a_mask_is_of_the_size_of_the_picture_as_it_is_seen(tmp_path):

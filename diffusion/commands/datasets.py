@@ -34,17 +34,16 @@ def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
       split: another part of the same source; None is the part it was trained on.
 
     Raises:
-      InputError: the data cannot be read, or has other classes than the model.
+      InputError: the data cannot be read, or has images of another shape or other classes than the model.
     """
     section = trained.config.data.copy_and_resolve_references()
-    if section.name == "images" and not section.path:
-        raise InputError(
-            "the images that this model was trained on are not known, as it comes from elsewhere; `python evaluate.py "
-            "--data=FOLDER` compares it with others"
-        )
+    check_known(section)
     if split is not None:
         section.split = split
     found, conditions = load_data(section), trained.model.conditions
+    ours, theirs = trained.model.space.image_shape, tuple(found.images.shape[1:])
+    if theirs != ours:
+        raise InputError(f"the data has images of {theirs}, and the model draws {ours}; name data of the model's size")
     # Labels are numbers, which mean the same only if the classes do.
     if conditions is not None and tuple(found.class_names) != conditions.names:
         part = f" of split {section.split!r}" if section.split else ""
@@ -53,6 +52,15 @@ def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
             f"{some(conditions.names, 5)}; give the data that has the model's classes"
         )
     return found
+
+
+def check_known(section: ConfigDict) -> None:
+    """Raises InputError if the section config.data, of a model from elsewhere, does not say where its images are."""
+    if section.name == "images" and not section.path:
+        raise InputError(
+            "the images that this model was trained on are not known, as it comes from elsewhere; evaluate.py compares "
+            "it with those of --data=FOLDER, and analytic_dpm, which needs its own, cannot draw from it"
+        )
 
 
 def named(data: str, image_shape: tuple[int, ...], classes: bool = False) -> ConfigDict:

@@ -65,7 +65,9 @@ def define_flags() -> None:
         None,
         f"0..1, the share of T that --init is noised to: low keeps more of it. Default: {STRENGTH}, and 1 with --mask.",
     )
-    flags.DEFINE_string("mask", None, "A picture of the size of --init, white where it is drawn anew, black elsewhere.")
+    flags.DEFINE_string(
+        "mask", None, "A picture of the size of --init: white is drawn anew, and black, with darker greys, stays."
+    )
     flags.DEFINE_integer(
         "resample", 1, "With --mask: make each step so often, by which both parts fit better.", lower_bound=1
     )
@@ -161,6 +163,8 @@ def _from_picture(given, model, table):
             notes = (*notes, "the mask keeps no whole place of the latents, so the drawn part does not know the rest")
     if given.mask is None or table.tau[0] < model.schedule.num_timesteps:
         start = _noised(clean, model, float(table.tau[0]), given.seed)
+        if table.tau[0] >= model.schedule.num_timesteps:
+            notes = (*notes, f"at t = {table.tau[0]:g}, the most noise, next to nothing of --init is left")
     words, label = f" from {printable(Path(given.init).name)}", f"init={_sha256(picture)[:8]}"
     settings = {"init_sha256": _sha256(picture), "init_noised": start is not None}
     if start is not None:
@@ -175,7 +179,8 @@ def _from_picture(given, model, table):
 def _between(given, model, labels, table):
     """Goes from one image to another along an arc of their noises."""
     texts, count = given.interpolate, given.num
-    if len(texts) != 2 or not all(text.strip().isdecimal() and int(text) < 2**32 for text in texts):
+    whole = all(text.strip().isdecimal() and int(text) < 2**32 for text in texts)
+    if len(texts) != 2 or not whole or int(texts[0]) == int(texts[1]):
         raise InputError(f"interpolate is {','.join(texts)!r}; write the numbers of two images, as 3,17")
     ends = [int(text) for text in texts]
     if count < 2:

@@ -106,8 +106,6 @@ def main() -> None:
     if _BOUND.value is None and _LIKELIHOOD.value is None:
         _refuse(["first"], "goes with --bound and --likelihood, or an autoencoder")
     source = sources.open_source()
-    if _DATA.value is not None:
-        source = source._replace(trained=datasets.compared_with(source.trained, _DATA.value))
     out = Path(_OUT.value or source.home).expanduser()
     if _BOUND.value is None and _LIKELIHOOD.value is None:
         measure_samples(source, out)
@@ -126,6 +124,7 @@ def measure_autoencoder(found: reconstructions.Source) -> None:
     section = found.trained.config.data.copy_and_resolve_references()
     if _DATA.value is not None:
         section = datasets.named(_DATA.value, found.trained.autoencoder.image_shape)
+    datasets.check_known(section)
     own = datasets.load_data(section)
     if _SPLIT.value is not None:
         section.split = _SPLIT.value
@@ -152,7 +151,8 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     scales = [] if _GUIDANCE.value is None else _numbers("guidance", _GUIDANCE.value, float)
     entries = sweep.plan(names, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [], scales)
     # What the samples are compared with, and by which figures.
-    name = _FEATURES.value or ("pixels" if config.data.name == "digits" else "inception")
+    compared = _compared(source)
+    name = _FEATURES.value or ("pixels" if compared.config.data.name == "digits" else "inception")
     metrics = features.plain_names(_METRICS.value, name)
     if features.ACCURACY in metrics and not source.labels:
         raise InputError("accuracy is of the class that was asked for, and this model has no classes; leave it out")
@@ -233,9 +233,14 @@ def _refuse(names, why):
             raise InputError(f"--{name} {why}; leave it out")
 
 
+def _compared(source):
+    """Returns the model as if it had been trained on what it is compared with."""
+    return source.trained if _DATA.value is None else datasets.compared_with(source.trained, _DATA.value)
+
+
 def _real_images(source):
-    """Returns (data, split): what the run was trained on, or with --split another part of the same source."""
-    trained = source.trained
+    """Returns (data, split): what the run was trained on or --data names, or with --split another part of it."""
+    trained = _compared(source)
     split = trained.config.data.split if _SPLIT.value is None else _SPLIT.value
     return datasets.load_data_of(trained, split), split
 

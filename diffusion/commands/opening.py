@@ -1,5 +1,6 @@
 """Opens the model that a flag names: a run folder, a file of convert.py, a folder of diffusers, or what ships."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,10 @@ def open_model(workdir: str | None, ema: str) -> tuple[str, Path, Trained]:
 def home_of(name: str) -> Path:
     """Returns where files about a file of convert.py or a folder of diffusers go; it is no name of a run."""
     path = Path(name).expanduser().absolute()
-    return Path("runs", f"file-{path.stem}" if path.suffix == weights.SUFFIX else f"diffusers-{path.name}")
+    # Folders often have the same last name, and what is learned for one model is of no use to another.
+    place = hashlib.sha256(str(path).encode()).hexdigest()[:6]
+    kind, stem = ("file", path.stem) if path.suffix == weights.SUFFIX else ("diffusers", path.name)
+    return Path("runs", f"{kind}-{stem}-{place}")
 
 
 def open_named(name: str | None, ema: str, networks: Mapping[str, Callable[..., Any]]) -> tuple[str, Path, Trained]:

@@ -163,7 +163,7 @@ def check_sampler(config: ConfigDict, step: int | None, schedule: NoiseSchedule,
     if not choice.is_student(objective) or objective in (*choice.MEAN_FLOW, choice.GUIDED):
         return
     steps = progressive_steps(config, step)
-    given = "config.sample" if step is None else "--sampler, --steps, --tau and --eta"
+    given = "config.sample" if step is None else "--sampler, --steps, --tau, --eta and --init"
     if steps is not None:
         if not _same_table(table, own_table(schedule, steps)):
             raise InputError(

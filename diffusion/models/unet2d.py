@@ -224,6 +224,11 @@ class UNet2D(nn.Module):
         require_range("unet2d.mid_block_scale_factor", self.mid_block_scale_factor, 0, open_ends="low")
         if self.time_embedding_type == "learned":
             require_range("unet2d.num_train_timesteps", self.num_train_timesteps, 1)
+        if self.time_embedding_type == "fourier" and not self.time_scale + self.time_shift > 0:
+            raise InputError(
+                f"unet2d.time_shift is {self.time_shift:g}; a fourier embedding takes the log of times, and the first "
+                "would be told as 0 or less: give unet2d.time_shift=0"
+            )
         if self.time_embedding_type == "positional" and self.block_out_channels[0] // 2 <= self.freq_shift:
             raise InputError(f"unet2d.freq_shift is {self.freq_shift}; it must be below half of the first channels")
         _check_kinds(self.down_block_types, self.up_block_types, levels, x.shape[-1], self.out_channels)

@@ -33,12 +33,17 @@ def load_autoencoder(path: str | os.PathLike, ema: str = "", step: int | None = 
 
     Raises:
       InputError: there is no such run or file, it is damaged, or holds something else; or its latents have not been
-        measured yet.
+        measured yet; or ema or step is of no use for what has one of each.
     """
+    if step is not None and (str(path).endswith(weights.SUFFIX) or diffusers.is_folder(path)):
+        raise InputError(f"step is {step}, and {path} is no run, which has checkpoints; leave it out")
     if str(path).endswith(weights.SUFFIX):
         return files.load(path, ema)
     if diffusers.is_folder(path):
-        return diffusers.load_autoencoder(path)
+        found = diffusers.load_autoencoder(path)
+        if ema not in ("", found.ema):
+            raise InputError(f"ema is {ema}; {path} holds only that of {found.ema}")
+        return found
     folder = existing(path)
     with checkpoints.opened(folder.checkpoints, step) as found:
         trained = load_unscaled(folder, found, ema)

@@ -1,6 +1,8 @@
 """Makes a trained model of ours from a folder of diffusers."""
 
+import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from diffusion import keys
+from diffusion import keys, spaces
 from diffusion.errors import InputError
 from diffusion.interop.diffusers import dit, folders, unet2d
 from diffusion.interop.diffusers.autoencoders import autoencoder_factor, is_autoencoder, load_autoencoder
@@ -53,12 +55,14 @@ def load(
     if is_autoencoder(folder):
         raise InputError(f"{folder} holds an autoencoder alone, which draws no samples; `load_autoencoder` reads it")
     network = _unet(folder, image_size) if _is_unet(folder) else _transformer(folder, image_size)
-    sampling, autoencoder = _scheduler(folder, scheduler), _autoencoder(folder, network.shape, variant)
-    whole, shape = _whole_config(network, sampling), network.shape
+    sampling = _scheduler(folder, scheduler)
+    whole = _whole_config(network, sampling)
+    with readable(network.where):  # what is wrong with the network is said before any weights are read
+        model = make_model(whole, network.shape, _class_names(folder, network.num_classes))
+    autoencoder = _autoencoder(folder, network.shape, variant)
     if autoencoder is not None:
-        shape, whole.latents = autoencoder.autoencoder.image_shape, str(folder)
-    with readable(network.where):
-        model = make_model(whole, shape, _class_names(folder, network.num_classes), autoencoder=autoencoder)
+        whole.latents = str(folder)
+        model = dataclasses.replace(model, space=spaces.latents(autoencoder))
     like = jax.eval_shape(model.init, keys.make(0))
     weights = folders.open_weights(network.at, folders.count(jax.tree.leaves(like)), variant)
     return Trained(model, network.read(weights, like, sampling.time_shift), whole, 0, EMA)
@@ -134,14 +138,15 @@ def _transformer(folder, image_size):
 
 
 def _class_names(folder, num_classes):
-    """Returns the names that a pipeline has for its classes, or none."""
+    """Returns the names that a pipeline has for its classes, with the number where two have one name; or none."""
     if not (folder / folders.INDEX).is_file():
         return ()
     names = folders.read_config(folder / folders.INDEX).get("id2label")
     numbers = [str(number) for number in range(num_classes)]
     if not isinstance(names, dict) or not all(isinstance(names.get(number), str) for number in numbers):
         return ()
-    return tuple(names[number] for number in numbers)
+    times = Counter(names[number] for number in numbers)
+    return tuple(names[number] if times[names[number]] == 1 else f"{names[number]} {number}" for number in numbers)
 
 
 def _autoencoder(folder, shape, variant):

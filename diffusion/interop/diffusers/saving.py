@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ def save(trained: Trained, folder: str | os.PathLike) -> None:
 
     Args:
       trained: the model.
-      folder: where it is written, with its parts; an older model there gives way.
+      folder: where it is written, with its parts; an older model of the same files there gives way.
 
     Raises:
-      InputError: diffusers has no network, schedule or prediction like these; the field is named. Nothing is written
-        then.
+      InputError: diffusers has no network, schedule or prediction like these, and the field is named; or the folder
+        holds something else, as the weights of a larger model. Nothing is written then.
     """
     folder, model = Path(folder).expanduser(), trained.model
     network, params = _network(trained)
@@ -47,18 +48,33 @@ def save(trained: Trained, folder: str | os.PathLike) -> None:
         "scheduler": ["diffusers", name],
         "unet": ["diffusers", unet2d.CLASS],
     }
-    tensors = safetensors.numpy.save(to_tensors(params, unet2d.name_of), {"format": "pt"})
-    for part in ("unet", "scheduler"):
-        files.make_folder(folder / part, folder)
+    tensors = to_tensors(params, unet2d.name_of)
+    contents = {
+        f"unet/{folders.STEM}.safetensors": safetensors.numpy.save(tensors, {"format": "pt"}),
+        f"unet/{folders.CONFIG}": _text(network),
+        f"scheduler/{folders.SCHEDULER}": _text(scheduler),
+        folders.INDEX: _text(index),
+    }
+    _write(folder, contents)
+
+
+def _text(content):
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _write(folder, contents):
+    """Writes the files of a pipeline, its index last, into a folder that holds no others."""
+    for name in contents:
+        files.remove_temporaries((folder / name).parent, re.escape(Path(name).name), folder)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name not in contents:
+            raise InputError(f"{folder} holds {name}, which is no part of this model; name a new folder")
     # Without its index it is no pipeline, so half of one is never taken for the whole.
     files.remove(folder / folders.INDEX, folder)
-    files.write_atomically(folder / "unet" / f"{folders.STEM}.safetensors", tensors, folder)
-    for path, content in (
-        (folder / "unet" / folders.CONFIG, network),
-        (folder / "scheduler" / folders.SCHEDULER, scheduler),
-        (folder / folders.INDEX, index),
-    ):
-        files.write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), folder)
+    for name, content in contents.items():
+        files.make_folder((folder / name).parent, folder)
+        files.write_atomically(folder / name, content, folder)
 
 
 def _network(trained) -> tuple[dict[str, Any], Params]:

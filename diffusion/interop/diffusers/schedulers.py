@@ -6,10 +6,11 @@ Every argument of a class is mapped, or has only the values that `_SUPPORTED` li
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from diffusion import options, schedules
-from diffusion.errors import InputError
+from diffusion import options, schedules, timesteps
+from diffusion.errors import InputError, is_whole
 from diffusion.interop.diffusers import arguments
 from diffusion.interop.diffusers.state import fields_of, require
+from diffusion.solvers import SOLVERS
 
 
 class Sampling(NamedTuple):
@@ -174,13 +175,17 @@ def _singlestep(fields):
     return _with("dpm_solver_pp_singlestep" if kind == "dpmsolver++" else "dpm_solver", order=order)
 
 
+_OTHERS = ("midpoint", "heun", "logrho")
+"""Solver types of other classes, which UniPC there takes for bh2."""
+
+
 def _unipc(fields):
     kept = fields["lower_order_final"] or None
     skipped = ",".join(map(str, fields["disable_corrector"])) or None
     return _with(
         "unipc",
         order=fields["solver_order"],
-        variant=fields["solver_type"],
+        variant="bh2" if fields["solver_type"] in _OTHERS else fields["solver_type"],
         lower_order_final=None if kept else False,
         disable_corrector=skipped,
     )
@@ -246,6 +251,14 @@ _FOREIGN |= {"tensor_format", "original_inference_steps", "timestep_scaling", "p
 """Arguments that a config may keep from another class, and that its own class does not read."""
 
 
+def _check_sampler(schedule, sampler, steps):
+    """Raises InputError if a solver does not take its options, as an order of 9."""
+    chosen = options.parse("config.schedule", schedule, schedules.SCHEDULES, leading=0)
+    levels = chosen.function(**chosen.options)
+    solver = options.parse("sampler", sampler, SOLVERS, leading=2)
+    solver.function(levels, timesteps.uniform(levels, steps), **solver.options)
+
+
 def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
     """Returns what the config of a scheduler is here.
 
@@ -275,13 +288,16 @@ def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
     if fields.get("algorithm_type") == "dpmsolver":
         allowed["final_sigmas_type"] = ("zero", "sigma_min")  # it knows no other end there; here it goes to the data
     require(where, fields, allowed)
+    if not is_whole(fields["num_train_timesteps"]):
+        raise InputError(f"{where}: num_train_timesteps is {fields['num_train_timesteps']!r}; it must be whole")
     try:
         schedule, prediction = kind.levels(fields)
         sampler, tau = kind.sampler(fields), kind.grid(fields)
+        steps = min(kind.steps, int(fields["num_train_timesteps"]))
+        _check_sampler(schedule, sampler, min(steps, 50))
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix(': ')}") from None
     clip = kind.clip if fields.get("clip_sample") or fields.get("clip_denoised") else "none"
-    steps = min(kind.steps, int(fields["num_train_timesteps"]))
     if sampler.startswith("dpm_solver") and "singlestep" in name.lower():
         steps = max(1, steps // fields["solver_order"])  # theirs counts network calls
     found = Sampling(schedule, prediction, clip, sampler, tau, steps, kind.time_shift)
