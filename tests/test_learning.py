@@ -11,6 +11,7 @@ import pytest
 import diffusion
 from diffusion import schedules, sealed, solvers, testbeds, timesteps
 from diffusion.commands import learn, learned, samplers
+from diffusion.commands.opening import Opened
 from diffusion.errors import InputError
 from diffusion.guidance import Guidance
 from diffusion.learning import least_squares, paths, rollout, searches, starts, tables
@@ -383,7 +384,8 @@ def test_the_table_for_this_guidance_comes_first_wherever_it_lies(tmp_path, monk
         path.parent.mkdir(parents=True)
         path.write_text(to_table(table, path.stem).to_json())
     monkeypatch.setattr(learned.pretrained, "tables", lambda name: package)
-    found = [learned.find(home.parent, "digits", 2, Guidance(scale=scale), "").name for scale in (1.0, 3.0, 4.0)]
+    opened = Opened("mine", home.parent, None, "digits")
+    found = [learned.find(opened, 2, Guidance(scale=scale)).name for scale in (1.0, 3.0, 4.0)]
     assert found == ["2", "2-guidance3", "2-guidance3"]
 
 

@@ -70,7 +70,9 @@ def test_the_csv_has_a_column_for_every_metric_of_any_row(tmp_path):
     assert [(row["sampler"], row["a"], row["b"]) for row in rows] == [("ddim", "1.0", ""), ("unipc", "", "2.0")]
 
 
-@pytest.mark.parametrize("found", [None, b"", b"sampler,a\n", b"\xff\xfe" * 5000], ids=str)
+@pytest.mark.parametrize(
+    "found", [None, b"", b"sampler,a\n", b"\xff\xfe" * 5000], ids=["none", "empty", "other", "no text"]
+)
 def test_the_csv_follows_from_the_json_whatever_it_holds(tmp_path, found):
     Results(tmp_path).add({"sampler": "ddim", "steps": 5}, {"a": 1.0}, {})
     table = tmp_path / "evaluation.csv"

@@ -11,6 +11,7 @@ from reference import refused
 from tiny import assert_same
 
 from configs import digits
+from diffusion import pretrained
 from diffusion.errors import InputError
 from diffusion.interop import safetensors_file
 from diffusion.model import Trained, make_model
@@ -172,3 +173,21 @@ def test_weights_that_do_not_fit_their_config_are_refused(trained, file):
         trained.config.model.width = 8
     with pytest.raises(InputError, match="another network"):
         weights.load(file)
+
+
+def test_models_that_ship_have_names_which_a_path_of_the_same_name_takes_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [pretrained.name_of(text) for text in (None, "", "shipped", "runs/x", "x.safetensors")] == [
+        *["digits"] * 3,
+        *[""] * 2,
+    ]
+    for name in pretrained.FILES:
+        assert pretrained.name_of(f"shipped-{name}") == name
+        (tmp_path / f"shipped-{name}").mkdir()
+        assert pretrained.name_of(f"shipped-{name}") == ""
+    (tmp_path / "shipped").mkdir()
+    assert pretrained.name_of("shipped") == ""
+    with pytest.raises(
+        InputError, match="no model shipped-digit ships, and there is no such folder; did you mean 'digi"
+    ):
+        pretrained.name_of("shipped-digit")

@@ -55,7 +55,7 @@ def _write_folder():
         raise InputError(f"--to=diffusers needs --{'out' if name else 'workdir'}; give the one")
     if useless := [flag.name for flag in (_FIGURES, _STEP, _DTYPE) if flag.value != flag.default]:
         raise InputError(f"--{useless[0]} does nothing with --to=diffusers; leave it out")
-    _, _, trained = opening.open_named(name, _EMA.value or "", own.networks(_NETWORK.value))
+    trained = opening.open_named(name, _EMA.value or "", own.networks(_NETWORK.value)).trained
     diffusers.save(trained, _OUT.value)
     print(f"{name}, step {trained.step:,}, EMA {trained.ema}: wrote {_OUT.value}, which diffusers reads")
 

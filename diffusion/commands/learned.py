@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion import files, pretrained
+from diffusion.commands.opening import Opened
 from diffusion.commands.usage import called
 from diffusion.errors import InputError, printable
 from diffusion.guidance import Guidance
@@ -79,22 +80,18 @@ def name_of(calls: int, guidance: Guidance, weaker: str | None = None) -> str:
     return f"{calls}-guidance{guidance.scale:g}{more}.json"
 
 
-def find(
-    home: Path, shipped: str, calls: int, guidance: Guidance, workdir: str, weaker: str | None = None
-) -> SamplerTable:
+def find(opened: Opened, calls: int, guidance: Guidance, weaker: str | None = None) -> SamplerTable:
     """Returns the table that was learned for a model, with its guidance if there is one of that kind.
 
     Args:
-      home: where files about the model go.
-      shipped: the name of the model in the package if it is one of those, else "".
+      opened: the model.
       calls: network calls.
       guidance, weaker: how the model is asked, as for `facts_of`.
-      workdir: what --workdir calls the model, for the error.
 
     Raises:
       InputError: none of so many calls has been learned, or the file is damaged.
     """
-    folders = [home / FOLDER] + [pretrained.tables(shipped)] * bool(shipped)
+    folders = [opened.home / FOLDER] + [pretrained.tables(opened.shipped)] * bool(opened.shipped)
     # One for this guidance anywhere comes before one for another.
     names = (name_of(calls, guidance, weaker), f"{calls}-guidance*.json", f"{calls}.json")
     if found := [path for name in names for folder in folders for path in sorted(folder.glob(name))]:
@@ -104,7 +101,7 @@ def find(
     scale = f" --guidance_scale={guidance.scale:g}" if guidance.acts() else ""
     raise InputError(
         f"no table of {calls} calls has been learned for this model ({known}); learn one with: python "
-        f"{called('learn')} --workdir={workdir} --calls={calls}{scale}"
+        f"{called('learn')} --workdir={opened.workdir} --calls={calls}{scale}"
     )
 
 

@@ -3,25 +3,42 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from diffusion import pretrained
 from diffusion.commands import own
-from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
 from diffusion.errors import InputError
 from diffusion.interop import diffusers
 from diffusion.model import Model, Trained
 from diffusion.pretrained import weights
 from diffusion.training import run_folder
 
-SHIPPED_HOME = Path("runs", f"shipped-{SHIPPED}")
-"""Where files about the model that ships go; it is no name of a run."""
+
+class Opened(NamedTuple):
+    """A model that was opened by its name.
+
+    Attributes:
+      name: what people call it.
+      home: where files about it go by default.
+      trained: the model.
+      shipped: its name in the package if it is one of those, else "".
+    """
+
+    name: str
+    home: Path
+    trained: Trained
+    shipped: str = ""
+
+    @property
+    def workdir(self) -> str:
+        """What --workdir calls it."""
+        return f"{pretrained.SHIPPED}-{self.shipped}" if self.shipped else self.name
 
 
-def open_model(workdir: str | None, ema: str) -> tuple[str, Path, Trained]:
-    """Returns (source, home, trained): a run, a weights file, a folder of diffusers, the newest run, or what ships.
+def open_model(workdir: str | None, ema: str) -> Opened:
+    """Opens a run, a weights file, a folder of diffusers, the newest run, or a model that ships.
 
     Args:
       workdir: as --workdir has it; None for the newest run, or else the model that ships.
@@ -33,14 +50,14 @@ def open_model(workdir: str | None, ema: str) -> tuple[str, Path, Trained]:
     networks = own.networks(flags.FLAGS.network)
     if not workdir and (folder := run_folder.newest("runs")) is not None:
         try:
-            return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
+            return Opened(str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks))
         except InputError as error:
             raise InputError(
-                f"{error}; this is the newest run, and --workdir names another, or {SHIPPED_NAME}"
+                f"{error}; this is the newest run, and --workdir names another, or {pretrained.SHIPPED}"
             ) from None
     found = open_named(workdir, ema, networks)
     if not workdir:
-        print(f"no run in runs/ has a checkpoint, so this uses the {SHIPPED} model that ships with the project")
+        print(f"no run in runs/ has a checkpoint, so this uses the {found.shipped} model that ships with the project")
     return found
 
 
@@ -53,31 +70,32 @@ def home_of(name: str) -> Path:
     return Path("runs", f"{kind}-{stem}-{place}")
 
 
-def open_named(name: str | None, ema: str, networks: Mapping[str, Callable[..., Any]]) -> tuple[str, Path, Trained]:
-    """Returns (source, home, trained) as `open_model`, for a name; None is the model that ships.
+def open_named(name: str | None, ema: str, networks: Mapping[str, Callable[..., Any]]) -> Opened:
+    """Opens a model by its name.
 
     Args:
-      name: a run folder, a file of convert.py, a folder of diffusers, or what the model that ships is called.
+      name: a run folder, a file of convert.py, a folder of diffusers, or a model that ships, see `pretrained.name_of`.
       ema: as for `open_model`.
       networks: see `make_model`.
 
     Raises:
       InputError: there is no such model, or it is damaged.
     """
-    shipped = not name or (name == SHIPPED_NAME and not Path(name).exists())
+    shipped = pretrained.name_of(name)
     imported = not shipped and diffusers.is_folder(name)
     if not shipped and not imported and not name.endswith(weights.SUFFIX):
         folder = run_folder.existing(name)
-        return str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks)
+        return Opened(str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks))
     if imported:
         trained = diffusers.load(name)
     else:
-        trained = pretrained.load(SHIPPED) if shipped else weights.load(name, networks)
+        trained = pretrained.load(shipped) if shipped else weights.load(name, networks)
     if ema and ema != trained.ema:
         raise InputError(f"ema is {ema}; this {'folder' if imported else 'file'} holds only that of {trained.ema}")
     if shipped:
-        return f"the {SHIPPED} model that ships", SHIPPED_HOME, trained
-    return name, home_of(name), trained
+        home = Path("runs", f"{pretrained.SHIPPED}-{shipped}")  # no name of a run
+        return Opened(f"the {shipped} model that ships", home, trained, shipped)
+    return Opened(name, home_of(name), trained)
 
 
 def open_weaker(path: str, model: Model) -> Trained:
@@ -85,7 +103,7 @@ def open_weaker(path: str, model: Model) -> Trained:
     if not path:
         raise InputError("--guidance_model names no model; give a run folder or a file of convert.py")
     try:
-        weaker = open_model(path, "")[2]
+        weaker = open_model(path, "").trained
     except InputError as error:
         raise InputError(str(error).replace("--workdir", "--guidance_model")) from None
 

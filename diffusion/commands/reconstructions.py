@@ -7,10 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from diffusion import data, files
+from diffusion import data, files, pretrained
 from diffusion.autoencoder import TrainedAutoencoder, code_numbers
 from diffusion.commands import autoencoders, datasets, opening, sweep
-from diffusion.commands.shared_flags import SHIPPED_NAME
 from diffusion.data import Dataset
 from diffusion.errors import InputError
 from diffusion.evaluation import features
@@ -62,7 +61,7 @@ def open_autoencoder(workdir: str | None, ema: str) -> Source | None:
         if not _names_autoencoder(weights.describe(workdir)["config"]):
             return None
         return Source(workdir, opening.home_of(workdir), load_autoencoder(workdir, ema))
-    if workdir == SHIPPED_NAME and not Path(workdir).exists():
+    if workdir and pretrained.name_of(workdir):
         return None
     if workdir and diffusers.is_folder(workdir):
         if not diffusers.is_autoencoder(workdir):

@@ -2,25 +2,21 @@
 
 from absl import flags
 
+from diffusion import pretrained
 from diffusion.commands import usage
 from diffusion.denoiser import CLIPS
 from diffusion.guidance import RULES
-
-SHIPPED = "digits"
-"""The model used where nothing has been trained."""
-
-SHIPPED_NAME = "shipped"
-"""What --workdir calls it."""
 
 
 def define_source_flags() -> None:
     """Defines the flags that `sources.open_source` reads."""
     usage.group("The model, and how it is asked")
+    shipped = ", ".join(f"{pretrained.SHIPPED}-{name}" for name in pretrained.FILES)
     flags.DEFINE_string(
         "workdir",
         None,
-        f"Run folder, a file of convert.py, a folder of diffusers, or {SHIPPED_NAME} for the {SHIPPED} model that "
-        "ships. Default: the newest run in runs/, or else that model.",
+        f"Run folder, a file of convert.py, a folder of diffusers, or a model that ships: {shipped}. Default: the "
+        f"newest run in runs/, or else {pretrained.SHIPPED}, which is {pretrained.DEFAULT}.",
     )
     flags.DEFINE_string(
         "network",

@@ -25,7 +25,6 @@ from diffusion.commands import (
     students,
 )
 from diffusion.commands.datasets import load_data_of
-from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
 from diffusion.denoiser import Options, check_options
 from diffusion.errors import InputError, printable
 from diffusion.guidance import Guidance
@@ -47,26 +46,35 @@ class Source(NamedTuple):
     """A trained model and how it is asked, whatever the sampler.
 
     Attributes:
-      name: the run folder or weights file, for people.
-      home: where files about it go by default.
-      trained: the model.
+      opened: the model, where it is from and what it is called.
       sha256: of its parameters, which tells models apart whatever they are called.
       settings: clip, thresholding and guidance as the flags give them, for the record.
       guidance: what these say of guidance.
       labels: classes that the images take in turn; () for an unconditional model.
       seed: of the random key.
-      shipped: whether it is the model of the package.
     """
 
-    name: str
-    home: Path
-    trained: Trained
+    opened: opening.Opened
     sha256: str
     settings: dict[str, Any]
     guidance: Guidance
     labels: tuple[int, ...]
     seed: int
-    shipped: bool = False
+
+    @property
+    def name(self) -> str:
+        """What people call the model."""
+        return self.opened.name
+
+    @property
+    def home(self) -> Path:
+        """Where files about it go by default."""
+        return self.opened.home
+
+    @property
+    def trained(self) -> Trained:
+        """The model."""
+        return self.opened.trained
 
     def title(self) -> str:
         """Says which model this is."""
@@ -216,7 +224,8 @@ def open_source() -> Source:
       InputError: a wrong flag, no such run, or a damaged checkpoint.
     """
     given = flags.FLAGS
-    name, home, trained = opening.open_model(given.workdir, given.ema or "")
+    opened = opening.open_model(given.workdir, given.ema or "")
+    trained = opened.trained
     clip = trained.clip if given.clip is None else given.clip
     check_options(trained.model.prediction, Options(clip, given.dynamic_threshold))
     if clip != "none" or given.dynamic_threshold is not None:
@@ -248,9 +257,7 @@ def open_source() -> Source:
         guide = guide.replace(reference_fn=weaker.model.apply_fn, reference_params=weaker.params)
         configs.append(weaker.config)
     own.check_used(given.network, *configs)
-    return Source(
-        name, home, trained, sha256, settings, guide, labels, given.seed, shipped=home == opening.SHIPPED_HOME
-    )
+    return Source(opened, sha256, settings, guide, labels, given.seed)
 
 
 def at_scale(source: Source, scale: float) -> Source:
@@ -289,9 +296,7 @@ def _learned_table(source, steps, tau, eta):
     """Returns the table of so many calls that was learned for the model; it has its own grid, and no eta."""
     if eta is not None:
         raise InputError("--eta does nothing for a learned table; leave it out")
-    shipped = SHIPPED if source.shipped else ""
-    name = SHIPPED_NAME if shipped else source.name
-    table = learned.find(source.home, shipped, steps, source.guidance, name, source.weaker)
+    table = learned.find(source.opened, steps, source.guidance, source.weaker)
     return samplers.checked(source.trained.model.schedule, table, table.name, "learn it again")
 
 

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import timesteps
+from diffusion import pretrained, timesteps
 from diffusion.commands import config_files, opening, own, recipes
-from diffusion.commands.shared_flags import SHIPPED_NAME
 from diffusion.errors import InputError
 from diffusion.model import UNET, Trained
 from diffusion.objectives import choice, progressive
@@ -50,7 +49,7 @@ def open_teacher(config: ConfigDict) -> Trained | None:
         if objective in choice.TAUGHT:
             raise InputError(
                 f"objective {objective} learns from a teacher; name one as --config.teacher=RUN, a file of convert.py, "
-                f"or {SHIPPED_NAME}"
+                f"or {pretrained.SHIPPED}"
             )
         return None
     if not choice.is_student(objective):
@@ -60,7 +59,7 @@ def open_teacher(config: ConfigDict) -> Trained | None:
         )
     networks = own.networks(config.network)
     try:
-        return opening.open_named(name, "", networks)[2]
+        return opening.open_named(name, "", networks).trained
     except InputError as error:
         raise InputError(f"config.teacher: {str(error).replace('--workdir', 'config.teacher')}") from None
 

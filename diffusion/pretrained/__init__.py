@@ -9,8 +9,34 @@ from diffusion.pretrained import weights
 FILES = {path.stem: path for path in sorted(Path(__file__).parent.glob(f"*{weights.SUFFIX}"))}
 """The file of each model, by name."""
 
+DEFAULT = "digits"
+"""The model that is used where nothing has been trained."""
 
-def load(name: str = "digits") -> Trained:
+SHIPPED = "shipped"
+"""What the programs call it; the other models are shipped-NAME."""
+
+
+def name_of(text: str | None) -> str:
+    """Returns the name of the model that a program's flag means, or "" for one that does not ship.
+
+    Args:
+      text: shipped, shipped-NAME, or None, which is the default as well; anything else, or a path that is there, is no
+        model that ships.
+
+    Raises:
+      InputError: no model of this NAME ships.
+    """
+    if not text or text == SHIPPED:
+        return "" if text and Path(text).exists() else DEFAULT
+    if not text.startswith(f"{SHIPPED}-") or Path(text).exists():
+        return ""
+    name = text.removeprefix(f"{SHIPPED}-")
+    if name not in FILES:
+        raise InputError(f"no model {text} ships, and there is no such folder; {nearest(name, FILES)}")
+    return name
+
+
+def load(name: str = DEFAULT) -> Trained:
     """Loads a trained model: its network, parameters, schedule and config.
 
     Args:
