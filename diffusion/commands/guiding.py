@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from diffusion.conditions import Prompts
 from diffusion.errors import InputError, nearest
 from diffusion.model import Model, Trained
 
@@ -57,6 +58,10 @@ def check_learned(trained: Trained, flag: str) -> None:
 
 def labels(texts: Sequence[str] | None, model: Model) -> tuple[int, ...]:
     """Returns the classes that --labels names, by their names or, where no class is called that, their numbers."""
+    if isinstance(model.conditions, Prompts):
+        if texts is not None:
+            raise InputError("--labels names classes, and this model is told prompts, which take turns; leave it out")
+        return tuple(range(len(model.conditions.names)))
     if model.conditions is None:
         if texts:
             raise InputError("this model has no classes: leave out --labels")

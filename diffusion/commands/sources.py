@@ -19,6 +19,7 @@ from diffusion.commands import (
     learned,
     opening,
     own,
+    prompts,
     rollouts,
     samplers,
     starts,
@@ -26,8 +27,9 @@ from diffusion.commands import (
 )
 from diffusion.commands.datasets import load_data_of
 from diffusion.commands.shared_flags import SHIPPED, SHIPPED_NAME
+from diffusion.conditions import Prompts
 from diffusion.denoiser import Options, check_options
-from diffusion.errors import InputError, printable
+from diffusion.errors import InputError
 from diffusion.guidance import Guidance
 from diffusion.learning import analytic, paths
 from diffusion.model import Trained
@@ -139,8 +141,8 @@ class Sampling(NamedTuple):
         """Says which classes the images take in turn, or nothing for a model without classes."""
         labels, model = self.source.labels, self.source.trained.model
         if len(labels) > MAX_NAMED:
-            return f" of {len(labels)} classes in turn"
-        names = (printable(model.conditions.names[label]) for label in labels)
+            return f" of {len(labels)} {'prompts' if isinstance(model.conditions, Prompts) else 'classes'} in turn"
+        names = (prompts.shortened(model.conditions.names[label]) for label in labels)
         return f" of {', '.join(names)}" if labels else ""
 
     def notes(self) -> Iterator[str]:
@@ -217,6 +219,8 @@ def open_source() -> Source:
     """
     given = flags.FLAGS
     name, home, trained = opening.open_model(given.workdir, given.ema or "")
+    guides = Guidance(scale=given.guidance_scale, rule=given.guidance_rule).acts() and given.guidance_model is None
+    trained = prompts.told(given, trained, guides)
     clip = trained.clip if given.clip is None else given.clip
     check_options(trained.model.prediction, Options(clip, given.dynamic_threshold))
     if clip != "none" or given.dynamic_threshold is not None:
@@ -229,6 +233,7 @@ def open_source() -> Source:
         "guidance_interval": guiding.interval(given.guidance_interval),
         "guidance_rescale": given.guidance_rescale,
         "guidance_rule": given.guidance_rule,
+        **prompts.settings(trained.model, sized=given.size is not None),
     }
     guide = Guidance(
         scale=given.guidance_scale,

@@ -155,7 +155,16 @@ def byte_letters():
     return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(len(others))]
 
 
-MERGES = [("c", "a"), ("ca", "t</w>"), ("t", "h"), ("th", "e</w>"), ("Ã", "©</w>"), ("!", "!</w>"), ("a", "n"), ("d", "o")]
+MERGES = [
+    ("c", "a"),
+    ("ca", "t</w>"),
+    ("t", "h"),
+    ("th", "e</w>"),
+    ("Ã", "©</w>"),
+    ("!", "!</w>"),
+    ("a", "n"),
+    ("d", "o"),
+]
 MERGES += [("do", "g</w>"), ("'", "s</w>"), ("1", "2"), ("s", "t")]
 TEXTS = [
     "",

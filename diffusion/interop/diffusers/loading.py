@@ -67,6 +67,7 @@ def load(
     whole, shape = _whole_config(network, sampling), network.shape
     if autoencoder is not None:
         shape, whole.latents = autoencoder.autoencoder.image_shape, str(folder)
+        whole.data.size, whole.data.channels = shape[0], shape[2]
     text = load_text(folder, network.text_width, dtype, variant) if network.text_width else None
     with readable(network.where):
         names = _class_names(folder, network.num_classes)
