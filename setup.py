@@ -60,6 +60,9 @@ setup(
             "pytest-xdist>=3.8",
             "setuptools>=68",  # a test builds what pip installs; Python 3.12 and later bring none
         ],
+        "text": [
+            "tokenizers>=0.21,<0.24",  # makes the tokens of prompts; 0.x still moves
+        ],
         "dev": [
             "ruff>=0.14",
             "import-linter>=2.17",  # checks the layers that pyproject.toml lists
@@ -85,6 +88,8 @@ setup(
             "torchvision>=0.28,<0.29",  # pytorch-fid builds its network from it
             "pytorch-fid>=0.3,<0.4",
             "diffusers>=0.42,<0.43",
+            "transformers>=5.24,<6",  # text encoders, and their tokenizers
+            "tokenizers>=0.21,<0.24",
         ],
     },
 )

@@ -1,9 +1,11 @@
-"""What a model is told besides x and t, and the scales of guidance that it may be asked for."""
+"""What a model is told besides x and t, a class or a text, and the scales of guidance that it may be asked for."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from diffusion.errors import InputError
 
@@ -45,6 +47,82 @@ class Conditions(NamedTuple):
                 f"guidance_scale is {scale}; this student takes the scale as an input and was trained with scales from "
                 f"{low:g} to {high:g}: give one of these"
             )
+
+
+class TextEncoder(NamedTuple):
+    """Turns texts into what a network is told of them.
+
+    Attributes:
+      embed: texts -> the embeddings of their tokens, [N, tokens, width].
+      left_out: a text -> the end of it that is too long for the encoder, or "".
+      sha256: of its parameters, as 64 hex digits.
+    """
+
+    embed: Callable[[Sequence[str]], Float32[np.ndarray, "N M D"]]
+    left_out: Callable[[str], str]
+    sha256: str
+
+
+AT_ONCE = 16
+"""So many texts are encoded together at most."""
+
+KEPT = 64
+"""The embeddings of so many texts are kept: one takes 230 kB for Stable Diffusion 1."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+    """What a text-to-image model is told besides x and t: one of some prompts, which are its classes.
+
+    So an image has the number of a prompt as its label, and all that goes by labels goes by prompts. A prompt is only
+    encoded when a network is told it, for a job may have more of them than fit into the memory.
+
+    Attributes:
+      encoder: of the model.
+      names: the prompts 0, 1, ....
+      negative: the prompt that means "no prompt", which guidance pushes away from.
+      scales: as those of `Conditions`; no such model takes the guidance scale as an input.
+    """
+
+    encoder: TextEncoder
+    names: tuple[str, ...] = ()
+    negative: str = ""
+    scales: ClassVar[None] = None
+    _kept: dict[str, Float32[np.ndarray, "M D"]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __eq__(self, other):
+        def facts(prompts):
+            return prompts.encoder.sha256, prompts.names, prompts.negative
+
+        return isinstance(other, Prompts) and facts(self) == facts(other)
+
+    def __hash__(self):
+        return hash((self.encoder.sha256, self.names, self.negative))
+
+    def replace(self, names: Sequence[str], negative: str = "") -> "Prompts":
+        """Returns the prompts of the same encoder that are given here."""
+        return dataclasses.replace(self, names=tuple(names), negative=negative)
+
+    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "N M D"]:
+        """Returns what a network is told of texts, as its cond or null_cond; their embeddings."""
+        kept, missing = self._kept, [text for text in dict.fromkeys(texts) if text not in self._kept]
+        for start in range(0, len(missing), AT_ONCE):
+            part = missing[start : start + AT_ONCE]
+            # Filled up to a power of two, so that few sizes are compiled.
+            filled = part + part[-1:] * ((1 << (len(part) - 1).bit_length()) - len(part))
+            kept |= dict(zip(part, self.encoder.embed(filled), strict=False))
+        found = np.stack([kept[text] for text in texts])
+        for text in list(kept)[: max(0, len(kept) - KEPT)]:
+            del kept[text]
+        return found
+
+    def nulls(self, count: int) -> Float32[np.ndarray, "count M D"]:
+        """Returns the embeddings of the negative prompt for so many samples."""
+        return np.repeat(self.encode([self.negative]), count, axis=0)
+
+    def told(self, labels: Int32[Any, "N"], scale: float = 1.0) -> Float32[np.ndarray, "N M D"]:
+        """Returns the embeddings of the prompts with these numbers, whatever the scale."""
+        return self.encode([self.names[label] for label in np.asarray(labels).tolist()])
 
 
 def known_scales(scales: Any) -> tuple[float, float]:

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from diffusion import keys, options, schedules
 from diffusion.autoencoder import TrainedAutoencoder
-from diffusion.conditions import Conditions
+from diffusion.conditions import Conditions, Prompts
 from diffusion.errors import InputError, require_range, users_code
-from diffusion.models import Network, Transformer, UNet, UNet2D, adapt, as_apply_fn
+from diffusion.models import Network, Transformer, UNet, UNet2D, UNet2DCondition, adapt, as_apply_fn
 from diffusion.objectives import choice
 from diffusion.objectives.losses import LEARN_VARIANCE
 from diffusion.predictions import check_known, sees_end
@@ -23,8 +23,9 @@ from diffusion.schedules import NoiseSchedule
 from diffusion.spaces import Space, latents, pixels
 from diffusion.types import ApplyFn, Params
 
-UNET, TRANSFORMER, UNET2D = "unet", "transformer", "unet2d"
-"""What config.network is for the networks that come with the library: `UNet`, `Transformer` and `UNet2D` of models."""
+UNET, TRANSFORMER, UNET2D, UNET2D_CONDITION = "unet", "transformer", "unet2d", "unet2d_condition"
+"""What config.network is for the networks that come with the library: `UNet`, `Transformer`, `UNet2D` and
+`UNet2DCondition` of models; the last is told a text, and comes from folders of others only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Model:
       schedule: the noise schedule it is trained with.
       space: where it works.
       prediction: what it predicts, a key of `diffusion.predictions.PREDICTIONS`.
-      conditions: what it can be told, or None for an unconditional model.
+      conditions: what it can be told, classes or prompts, or None for an unconditional model.
       init: key -> params; None where nobody will train it from the start.
       learned_variance: whether it returns twice the channels, see `objectives.losses.hybrid_loss`.
     """
@@ -45,7 +46,7 @@ class Model:
     schedule: NoiseSchedule
     space: Space
     prediction: str = "eps"
-    conditions: Conditions | None = None
+    conditions: Conditions | Prompts | None = None
     init: Callable[[jax.Array], Params] | None = None
     learned_variance: bool = False
 
@@ -104,6 +105,7 @@ def make_model(
     class_names: tuple[str, ...] = (),
     networks: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
     autoencoder: TrainedAutoencoder | None = None,
+    text: Prompts | None = None,
 ) -> Model:
     """Returns the model that the config of a run describes.
 
@@ -115,6 +117,7 @@ def make_model(
         takes (image_shape, out_channels, num_classes) and its options, and returns init and apply as `models.adapt`
         takes them. Nothing is imported here, because a config can come from anybody.
       autoencoder: in whose latents the model works; None for pixels.
+      text: what encodes the prompts of a text-to-image model; None for any other.
 
     Raises:
       InputError: a field out of its range, a network that does not fit the samples or is not in `networks`, or an
@@ -141,15 +144,18 @@ def make_model(
         _check_told(config)
         told = {"num_classes": num_classes, "out_channels": config.model.out_channels, **sees}
         network = _network(UNet2D, {**config.unet2d, **told}, shape, channels, objective.name)
+    elif name == UNET2D_CONDITION:
+        network = _text_network(config, text, shape, channels, sees)
     else:
         network = _own_network(name, networks, shape, channels, num_classes, sees)
     names = tuple(class_names) or tuple(map(str, range(num_classes)))
+    classes = Conditions(names, num_classes, scales) if num_classes else None
     return Model(
         apply_fn=network.apply_fn,
         schedule=make_schedule(config.schedule),
         space=space,
         prediction=config.train.prediction,
-        conditions=Conditions(names, num_classes, scales) if num_classes else None,
+        conditions=classes if text is None else text,
         init=jax.jit(keys.pinned(network.init)),
         learned_variance=learned_variance,
     )
@@ -205,6 +211,20 @@ def _check_told(config):
             f"config.train.label_dropout is {dropout:g}, and the network has no label for samples without a class: set "
             "config.unet2d.null_class=True, or label_dropout=0"
         )
+
+
+def _text_network(config, text, shape, channels, sees):
+    """Returns the network of a text-to-image model."""
+    if text is None:
+        raise InputError(
+            f"config.network is {UNET2D_CONDITION!r}, which is told a text; such a model is read from its folder of "
+            "diffusers, text encoder included, and is neither trained here nor kept in a file"
+        )
+    fields = config.unet2d_condition
+    blocks = np.max(fields.layers_per_block) * np.max(fields.transformer_layers_per_block)
+    _check_size(fields, blocks * len(fields.block_out_channels), "config.unet2d_condition")
+    told = {"out_channels": config.model.out_channels, **sees}
+    return _network(UNet2DCondition, {**fields, **told}, shape, channels, config.train.objective)
 
 
 def _own_network(text, networks, image_shape, channels, num_classes, sees):

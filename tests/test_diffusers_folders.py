@@ -381,7 +381,7 @@ def test_damaged_weights_are_refused_by_name(what, said, folder):
         (
             CONFIG,
             {"_class_name": "UNet3DModel"},
-            "UNet3DModel is not supported; supported: UNet2DModel, DiT",
+            "UNet3DModel is not supported; supported: UNet2DModel, UNet2DCond",
         ),
         (CONFIG, {"down_block_types": ["KDownBlock2D", "DownBlock2D"]}, "down_block_types has 'KDownBlock2D'; .*valid"),
         (CONFIG, {"mid_block_type": "UNetMidBlock3D"}, "mid_block_type is 'UNetMidBlock3D', which is not supported"),

@@ -33,6 +33,9 @@ RUN = "--workdir=$TRAINED/runs/digits"
 
 # (script, arguments, what the line says); $TRAINED is a folder with a trained run
 MISTAKES = [
+    # Text to image; those of a folder that is told texts are in test_text_to_image.py
+    ("sample.py", ["--workdir=shipped", "--prompt=cat"], "--prompt is for text-to-image models, .* leave it out"),
+    ("sample.py", [RUN, "--size=64"], "--size is for folders of diffusers, and this model is none"),
     ("train.py", ["--workdri=x"], "no flag --workdri; did you mean 'workdir'.*--config.FIELD"),
     ("train.py", ["--config.model.widht=8"], "no field 'widht'; did you mean 'config.model.width'"),
     ("train.py", ["--config.modle.width=8"], "no field 'modle'; did you mean 'config.model.width'"),

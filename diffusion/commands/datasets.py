@@ -10,6 +10,7 @@ import pooch
 from ml_collections import ConfigDict
 
 from diffusion import data
+from diffusion.conditions import Conditions
 from diffusion.data import Dataset
 from diffusion.data.names import some
 from diffusion.errors import InputError, nearest
@@ -45,7 +46,7 @@ def load_data_of(trained: Trained, split: str | None = None) -> Dataset:
     if theirs != ours:
         raise InputError(f"the data has images of {theirs}, and the model draws {ours}; name data of the model's size")
     # Labels are numbers, which mean the same only if the classes do.
-    if conditions is not None and tuple(found.class_names) != conditions.names:
+    if isinstance(conditions, Conditions) and tuple(found.class_names) != conditions.names:
         part = f" of split {section.split!r}" if section.split else ""
         raise InputError(
             f"the data{part} has the classes {some(found.class_names, 5) or '(none)'}, and the model was trained with "
@@ -89,7 +90,7 @@ def compared_with(trained: Trained, data: str) -> Trained:
     """Returns a model as if it had been trained on the images that a flag names, see `named`."""
     config = trained.config.copy_and_resolve_references()
     with config.unlocked():
-        config.data = named(data, trained.model.space.image_shape, trained.model.conditions is not None)
+        config.data = named(data, trained.model.space.image_shape, isinstance(trained.model.conditions, Conditions))
     return trained._replace(config=config)
 
 

@@ -9,9 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, UInt8
 
 from diffusion import keys
+from diffusion.conditions import Conditions, Prompts
 from diffusion.errors import InputError, printable
+from diffusion.guidance import Guidance
 from diffusion.images import labelled_sheet, sheet
-from diffusion.model import Conditions, Model
+from diffusion.model import Model
 from diffusion.sampling import sample
 from diffusion.solvers import SamplerTable
 from diffusion.types import Params
@@ -62,7 +64,7 @@ def generate(
     for start in range(0, len(ids), size):
         batch = ids[start : start + size]
         padded = np.pad(batch, (0, size - len(batch)), mode="edge")
-        placed = {"sample_ids": padded, **_classes(model, padded, labels, options.get("guidance"))}
+        placed = {"sample_ids": padded, **conditions_of(model, padded, labels, options.get("guidance"))}
         placed |= {} if x_init is None else {"x_init": x_init(padded)}
         placed = jax.device_put(placed, split)
         images = _sample(model, params, table, key, **placed, **options)
@@ -88,7 +90,8 @@ def frames(
     ids = np.asarray(sample_ids, np.uint32)
     if "x_init" in options:
         options["x_init"] = options["x_init"](ids)
-    options |= {"sample_ids": ids, **_classes(model, ids, labels, options.get("guidance")), "return_trajectory": True}
+    told = conditions_of(model, ids, labels, options.get("guidance"))
+    options |= {"sample_ids": ids, **told, "return_trajectory": True}
     _, passed = _sample(model, params, table, keys.make(seed), **options)
     return np.stack([model.space.decode(x) for x in passed.x])
 
@@ -114,7 +117,10 @@ def labels_of(sample_ids: Sequence[int], labels: Sequence[int]) -> Int32[np.ndar
 
 
 def picture(
-    images: UInt8[np.ndarray, "N H W C"], ids: Sequence[int], conditions: Conditions | None, labels: Sequence[int]
+    images: UInt8[np.ndarray, "N H W C"],
+    ids: Sequence[int],
+    conditions: Conditions | Prompts | None,
+    labels: Sequence[int],
 ) -> UInt8[np.ndarray, "H W C"]:
     """Returns a sheet of images, which has a row with the name of each class where these are not too many.
 
@@ -130,8 +136,8 @@ def picture(
     return labelled_sheet(images, [printable(conditions.names[label]) for label in chosen])
 
 
-def _classes(model, ids, labels, guidance):
-    """Returns cond and null_cond of these images, or nothing if there are no labels."""
+def conditions_of(model: Model, ids: Sequence[int], labels: Sequence[int], guidance: Guidance | None) -> dict[str, Any]:
+    """Returns cond and null_cond of the images with these numbers, or nothing if there are no labels."""
     if not labels:
         return {}
     cond = model.conditions.told(labels_of(ids, labels), 1.0 if guidance is None else guidance.scale)

@@ -38,6 +38,7 @@ from diffusion.commands import (
     sweep,
     usage,
 )
+from diffusion.conditions import Conditions
 from diffusion.errors import InputError
 from diffusion.evaluation import bound, features
 from diffusion.training import environment
@@ -154,7 +155,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     compared = _compared(source)
     name = _FEATURES.value or ("pixels" if compared.config.data.name == "digits" else "inception")
     metrics = features.plain_names(_METRICS.value, name)
-    if features.ACCURACY in metrics and not source.labels:
+    if features.ACCURACY in metrics and not isinstance(source.trained.model.conditions, Conditions):
         raise InputError("accuracy is of the class that was asked for, and this model has no classes; leave it out")
     if all(samplers.is_file(name) for name in names):
         _refuse(["steps", "tau"], "does nothing for tables in files, which have their own grid")

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from diffusion.conditions import Prompts
 from diffusion.errors import InputError, nearest
+from diffusion.guidance import Guidance
 from diffusion.model import Model, Trained
 
 
@@ -55,8 +57,29 @@ def check_learned(trained: Trained, flag: str) -> None:
         )
 
 
+def asked(given: Any) -> Guidance:
+    """Returns the guidance that all flags ask for; raises InputError for one that no model can have."""
+    guide = Guidance(
+        scale=given.guidance_scale,
+        interval=interval(given.guidance_interval),
+        rescale=given.guidance_rescale,
+        rule=given.guidance_rule,
+    )
+    guide.check(cond=None, acts=False)
+    return guide
+
+
+def settings(guide: Guidance) -> dict[str, Any]:
+    """Returns what the flags say of guidance, for the record."""
+    return {f"guidance_{name}": getattr(guide, name) for name in ("scale", "interval", "rescale", "rule")}
+
+
 def labels(texts: Sequence[str] | None, model: Model) -> tuple[int, ...]:
     """Returns the classes that --labels names, by their names or, where no class is called that, their numbers."""
+    if isinstance(model.conditions, Prompts):
+        if texts is not None:
+            raise InputError("--labels names classes, and this model is told prompts, which take turns; leave it out")
+        return tuple(range(len(model.conditions.names)))
     if model.conditions is None:
         if texts:
             raise InputError("this model has no classes: leave out --labels")

@@ -36,8 +36,8 @@ from diffusion.images import write_png
 from diffusion.records import current_config, readable
 from diffusion.sealed import digest_of
 
-SHARD = 1000
-"""The most images in one file."""
+SHARD, TEXT_SHARD = 1000, 10
+"""The most images in one file; of a text-to-image model, whose images take longer."""
 
 PNG, EXPORT = r"\d{6,10}\.png", "arr_0.npz"
 TEMPORARIES = r"samples.*\.npz|samples\.sha256|sampling\.json|grid\.png|trajectory\.gif|arr_0\.npz"
@@ -64,7 +64,7 @@ def parse_ids(text: str) -> list[int]:
 
 
 class Job:
-    """Stores the images of one job: in samples.npz, or above `SHARD` images in samples-00000-of-00050.npz and so on.
+    """Stores the images of one job: in samples.npz, or above `shard` images in samples-00000-of-00050.npz and so on.
 
     Each file appears whole or not at all, and its SHA-256 goes into samples.sha256. A job that was killed goes on after
     the files that are as they were written, if sampling.json says that they belong to it. Only one process may work in
@@ -74,6 +74,7 @@ class Job:
       out: an existing folder.
       ids: the numbers of the images.
       record: everything that determines the images; kept in sampling.json.
+      shard: the most images in one file; 0 for `SHARD`.
 
     Attributes:
       replaces: how this job differs from the other one whose samples.npz it is about to replace; "" if there is none.
@@ -84,9 +85,10 @@ class Job:
         the program writes.
     """
 
-    def __init__(self, out: Path, ids: Sequence[int], record: Mapping[str, Any]):
+    def __init__(self, out: Path, ids: Sequence[int], record: Mapping[str, Any], shard: int = 0):
         self.out = out
-        self.shards = [ids[i : i + SHARD] for i in range(0, len(ids), SHARD)]
+        shard = shard or SHARD
+        self.shards = [ids[i : i + shard] for i in range(0, len(ids), shard)]
         self.record = {**record, "num": len(ids), "ids": write_ids(ids)}
         for name in (RECORD, CHECKSUMS, *PICTURES, *(self.path(i).name for i in range(len(self.shards)))):
             files.refuse_links(out / name, out)

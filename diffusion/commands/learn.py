@@ -18,7 +18,7 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import devices, files, sealed
-from diffusion.commands import cli, learned, losses, rollouts, samplers, shared_flags, sources, students, usage
+from diffusion.commands import cli, learned, losses, prompts, rollouts, samplers, shared_flags, sources, students, usage
 from diffusion.errors import InputError, nearest
 from diffusion.learning import searches, tables
 from diffusion.learning.family import SCOPES
@@ -128,7 +128,7 @@ def _facts(source):
     """Returns everything that determines a table."""
     settings = {"scope": _SCOPE.value, "teacher": _TEACHER.value, "teacher_calls": _TEACHER_CALLS.value}
     settings |= {"noises": _count(source), "loss": losses.spelled_out(losses.parse(_LOSS.value))}
-    settings |= {"seed": source.seed, "labels": list(source.labels)}
+    settings |= {"seed": source.seed, "labels": list(source.labels), **prompts.settings(source.trained.model)}
     return {**source.facts(), **settings}
 
 
@@ -240,7 +240,7 @@ def _finish(source, bed, search, places, folder):
 
 def _as_asked():
     """Returns the flags of the command line that say which model is asked and how, for the same in another program."""
-    names = ["workdir", "ema", "clip", "dynamic_threshold", "network"]
+    names = ["workdir", "ema", "clip", "dynamic_threshold", "network", *prompts.FLAGS]
     names += [name for name in flags.FLAGS if name.startswith("guidance_")]
     given = [flags.FLAGS[name] for name in names if flags.FLAGS[name].value != flags.FLAGS[name].default]
     return [shlex.quote(f"--{flag.name}={','.join(map(str, np.ravel(flag.value)))}") for flag in given]

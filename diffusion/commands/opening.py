@@ -1,14 +1,17 @@
 """Opens the model that a flag names: a run folder, a file of convert.py, a folder of diffusers, or what ships."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from absl import flags
 
 from diffusion import pretrained
-from diffusion.commands import own
+from diffusion.commands import own, prompts
+from diffusion.conditions import Prompts
 from diffusion.errors import InputError
 from diffusion.interop import diffusers
 from diffusion.model import Model, Trained
@@ -47,7 +50,9 @@ def open_model(workdir: str | None, ema: str) -> Opened:
     Raises:
       InputError: there is no such model, or it is damaged.
     """
-    networks = own.networks(flags.FLAGS.network)
+    networks, imported = own.networks(flags.FLAGS.network), prompts.imported_options(flags.FLAGS)
+    if not (workdir and diffusers.is_folder(workdir)):
+        prompts.refuse_options(flags.FLAGS)
     if not workdir and (folder := run_folder.newest("runs")) is not None:
         try:
             return Opened(str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks))
@@ -55,7 +60,7 @@ def open_model(workdir: str | None, ema: str) -> Opened:
             raise InputError(
                 f"{error}; this is the newest run, and --workdir names another, or {pretrained.SHIPPED}"
             ) from None
-    found = open_named(workdir, ema, networks)
+    found = open_named(workdir, ema, networks, imported)
     if not workdir:
         print(f"no run in runs/ has a checkpoint, so this uses the {found.shipped} model that ships with the project")
     return found
@@ -70,28 +75,34 @@ def home_of(name: str) -> Path:
     return Path("runs", f"{kind}-{stem}-{place}")
 
 
-def open_named(name: str | None, ema: str, networks: Mapping[str, Callable[..., Any]]) -> Opened:
+def open_named(
+    name: str | None,
+    ema: str,
+    networks: Mapping[str, Callable[..., Any]],
+    imported: Mapping[str, Any] = MappingProxyType({}),
+) -> Opened:
     """Opens a model by its name.
 
     Args:
       name: a run folder, a file of convert.py, a folder of diffusers, or a model that ships, see `pretrained.name_of`.
       ema: as for `open_model`.
       networks: see `make_model`.
+      imported: what goes to `interop.diffusers.load` besides the folder.
 
     Raises:
       InputError: there is no such model, or it is damaged.
     """
     shipped = pretrained.name_of(name)
-    imported = not shipped and diffusers.is_folder(name)
-    if not shipped and not imported and not name.endswith(weights.SUFFIX):
+    is_imported = not shipped and diffusers.is_folder(name)
+    if not shipped and not is_imported and not name.endswith(weights.SUFFIX):
         folder = run_folder.existing(name)
         return Opened(str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks))
-    if imported:
-        trained = diffusers.load(name)
+    if is_imported:
+        trained = diffusers.load(name, **imported)
     else:
         trained = pretrained.load(shipped) if shipped else weights.load(name, networks)
     if ema and ema != trained.ema:
-        raise InputError(f"ema is {ema}; this {'folder' if imported else 'file'} holds only that of {trained.ema}")
+        raise InputError(f"ema is {ema}; this {'folder' if is_imported else 'file'} holds only that of {trained.ema}")
     if shipped:
         home = Path("runs", f"{pretrained.SHIPPED}-{shipped}")  # no name of a run
         return Opened(f"the {shipped} model that ships", home, trained, shipped)
@@ -111,6 +122,9 @@ def open_weaker(path: str, model: Model) -> Trained:
         levels = [values.tolist() for values in (m.schedule.alpha_bar, m.schedule.noise_var)]
         return {"schedule": levels, "prediction": m.prediction, "image size": m.image_shape, "classes": m.conditions}
 
+    if isinstance(model.conditions, Prompts) and isinstance(weaker.model.conditions, Prompts):
+        told = weaker.model.conditions.replace(model.conditions.names, model.conditions.negative)
+        weaker = weaker._replace(model=dataclasses.replace(weaker.model, conditions=told))
     theirs = facts(weaker.model)
     for name, ours in facts(model).items():
         if theirs[name] != ours:

@@ -31,10 +31,8 @@ def batches(
     result = []
     for begin in range(ids.start, ids.stop, size):
         part = range(begin, begin + size)
-        cond = null = None
-        if labels:
-            cond = drawing.labels_of(np.asarray(part), labels)
-            null = model.conditions.nulls(size) if guidance.acts() else None
+        told = drawing.conditions_of(model, np.asarray(part), labels, guidance)
+        cond, null = told.get("cond"), told.get("null_cond") if guidance.acts() else None
         result.append(Noises(draw(key, part, model.space.shape), cond, null))
     return tuple(result)
 

@@ -16,16 +16,25 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import devices, files
-from diffusion.commands import cli, edits, jobs, samplers, shared_flags, sources, usage
+from diffusion.autoencoder import MAX_PIXELS
+from diffusion.commands import cli, edits, jobs, prompts, samplers, shared_flags, sources, usage
+from diffusion.conditions import Prompts
 from diffusion.errors import printable
 from diffusion.images import sheet, write_gif, write_png
+from diffusion.sealed import digest_of
 from diffusion.training import environment
 
 shared_flags.define_source_flags()
 shared_flags.define_sampler_flags()
 edits.define_flags()
 usage.group("What is drawn and written")
-_NUM = flags.DEFINE_integer("num", 64, "Number of images, numbered from 0.", lower_bound=1, upper_bound=10**8)
+_NUM = flags.DEFINE_integer(
+    "num",
+    64,
+    "Number of images, numbered from 0. Default of a text-to-image model: one for each prompt.",
+    lower_bound=1,
+    upper_bound=10**8,
+)
 _SEEDS = flags.DEFINE_string("seeds", None, "Draw the images of these numbers instead, as 0-63 or 5,7,100-199.")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: one named after the sampler in the run folder.")
 _PNG = flags.DEFINE_bool("png", False, "Also write every image as png/NUMBER.png.")
@@ -45,7 +54,7 @@ def main() -> None:
         return
     # What to draw.
     sampling = sources.open_sampling()
-    ids = range(_NUM.value) if _SEEDS.value is None else jobs.parse_ids(_SEEDS.value)
+    ids = _ids(sampling)
     print(sampling.title(len(ids)))
     for note in sampling.notes():
         print(f"note: {note}")
@@ -56,6 +65,31 @@ def main() -> None:
     out = _make_folder(sampling, ids)
     with files.locked(out, "sampling into", ".sampling.lock"):
         _sample_into(out, ids, sampling)
+
+
+def _ids(sampling):
+    """Returns the numbers of the images."""
+    if _SEEDS.value is not None:
+        return jobs.parse_ids(_SEEDS.value)
+    one_each = _told_prompts(sampling) and flags.FLAGS["num"].using_default_value and flags.FLAGS.interpolate is None
+    return range(len(sampling.source.labels) if one_each else _NUM.value)
+
+
+def _told_prompts(sampling):
+    return isinstance(sampling.source.trained.model.conditions, Prompts)
+
+
+def _shard(sampling):
+    """Returns how many images a file has at most."""
+    return jobs.TEXT_SHARD if _told_prompts(sampling) else jobs.SHARD
+
+
+def _batch_size(sampling):
+    """Returns how many images are drawn at a time: those of a text-to-image model are large."""
+    if _told_prompts(sampling) and flags.FLAGS["batch_size"].using_default_value:
+        height, width, _ = sampling.source.trained.model.space.image_shape
+        return max(1, MAX_PIXELS // (height * width))
+    return flags.FLAGS.batch_size
 
 
 def _make_folder(sampling, ids):
@@ -69,7 +103,7 @@ def _make_folder(sampling, ids):
 
 def _sample_into(out, ids, sampling):
     """Draws what is missing of the job in a folder; images of another job of one file give way."""
-    job = jobs.Job(out, ids, sampling.record())
+    job = jobs.Job(out, ids, sampling.record(), _shard(sampling))
     if job.replaces:
         print(f"note: this replaces the images of another job in {out} ({printable(job.replaces)})")
     if job.damaged:
@@ -81,13 +115,15 @@ def _sample_into(out, ids, sampling):
         job.remove_pictures()
 
     # Pictures, then the record, which says that the job is complete.
-    write_png(out / "grid.png", sampling.picture(job.images(0)[:64], ids[:64]))
+    first = job.images(0)[:64]
+    write_png(out / "grid.png", sampling.picture(first, ids[: len(first)]))
     if _PNG.value:
         job.write_pngs()
     if _NPZ.value:
         job.export()
     if _GIF.value:
-        write_gif(out / "trajectory.gif", [sheet(frame) for frame in sampling.frames(ids[:64])])
+        count = _batch_size(sampling) if _told_prompts(sampling) else 64
+        write_gif(out / "trajectory.gif", [sheet(frame) for frame in sampling.frames(ids[:count])])
     job.finish(
         seconds_with_compilation=round(seconds, 3),
         devices=devices.describe(mesh),
@@ -107,7 +143,7 @@ def _draw(sampling, job, mesh):
     with tqdm(total=total, initial=done, unit="image", disable=None) as progress:
         for index in missing:
             batches = []
-            for images in sampling.draw(job.shards[index], mesh, flags.FLAGS.batch_size):
+            for images in sampling.draw(job.shards[index], mesh, _batch_size(sampling)):
                 batches.append(images)
                 progress.update(len(images))
             job.write(index, np.concatenate(batches), sampling.source.labels)
@@ -122,9 +158,12 @@ def _label(sampling, ids):
         sampler = f"{Path(sampler).stem}-{hashlib.sha256(sampling.table.to_json().encode()).hexdigest()[:8]}"
     parts = [sampler, f"{len(sampling.table.tau) - 1}steps", sampling.tau, f"seed{sampling.source.seed}"]
     parts[1:1] = [] if given.eta is None else [f"eta{given.eta:g}"]
-    if len(ids) > jobs.SHARD:  # so that it never meets a job of one file
+    if len(ids) > _shard(sampling):  # so that it never meets a job of one file
         parts.append(f"{len(ids)}images" + f"={jobs.write_ids(ids)}" * (_SEEDS.value is not None))
     others = ("clip", "dynamic_threshold", "labels", "ema", *(n for n in given if n.startswith("guidance_")))
+    others += tuple(name for name in prompts.FLAGS if name != "prompts")
+    if given.prompts is not None:  # known by what is in it
+        parts.append(f"prompts={digest_of(sampling.source.settings)[:8]}")
     for name in others:
         if not given[name].using_default_value:
             weaker = name == "guidance_model"

@@ -6,6 +6,7 @@ from diffusion import pretrained
 from diffusion.commands import usage
 from diffusion.denoiser import CLIPS
 from diffusion.guidance import RULES
+from diffusion.models.layers import DTYPES
 
 
 def define_source_flags() -> None:
@@ -28,6 +29,12 @@ def define_source_flags() -> None:
     flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
     flags.DEFINE_string("clip", None, f"x_0 outside [-1, 1]: {', '.join(CLIPS)}. Default: what suits the model.")
     flags.DEFINE_float("dynamic_threshold", None, "Clip x_0 at this quantile of its own pixels instead, as 0.995.")
+    usage.group("Text to image, with a folder of diffusers")
+    flags.DEFINE_string("prompt", None, "What the images show.")
+    flags.DEFINE_string("prompts", None, "A file with a prompt in each line; images take them in turn, one each.")
+    flags.DEFINE_string("negative_prompt", None, "What guidance pushes away from. Default: the empty text.")
+    flags.DEFINE_string("size", None, "Of the images in pixels, as 512, or 512x768 for height and width.")
+    flags.DEFINE_enum("dtype", None, list(DTYPES), "Of arithmetic and matrices; bfloat16 takes half the memory.")
     usage.group("Classes and guidance")
     flags.DEFINE_list(
         "labels", None, "Classes that images take in turn, by name or number: frog,cat or 0,3. Default: all."

@@ -19,14 +19,16 @@ from diffusion.commands import (
     learned,
     opening,
     own,
+    prompts,
     rollouts,
     samplers,
     starts,
     students,
 )
 from diffusion.commands.datasets import load_data_of
+from diffusion.conditions import Prompts
 from diffusion.denoiser import Options, check_options
-from diffusion.errors import InputError, printable
+from diffusion.errors import InputError
 from diffusion.guidance import Guidance
 from diffusion.learning import analytic, paths
 from diffusion.model import Trained
@@ -147,8 +149,8 @@ class Sampling(NamedTuple):
         """Says which classes the images take in turn, or nothing for a model without classes."""
         labels, model = self.source.labels, self.source.trained.model
         if len(labels) > MAX_NAMED:
-            return f" of {len(labels)} classes in turn"
-        names = (printable(model.conditions.names[label]) for label in labels)
+            return f" of {len(labels)} {'prompts' if isinstance(model.conditions, Prompts) else 'classes'} in turn"
+        names = (prompts.shortened(model.conditions.names[label]) for label in labels)
         return f" of {', '.join(names)}" if labels else ""
 
     def notes(self) -> Iterator[str]:
@@ -225,27 +227,17 @@ def open_source() -> Source:
     """
     given = flags.FLAGS
     opened = opening.open_model(given.workdir, given.ema or "")
+    guides = Guidance(scale=given.guidance_scale, rule=given.guidance_rule).acts() and given.guidance_model is None
+    opened = opened._replace(trained=prompts.told(given, opened.trained, guides))
     trained = opened.trained
     clip = trained.clip if given.clip is None else given.clip
     check_options(trained.model.prediction, Options(clip, given.dynamic_threshold))
     if clip != "none" or given.dynamic_threshold is not None:
         latents.check_pixels(trained.model, f"clip {clip}" if given.dynamic_threshold is None else "dynamic_threshold")
     labels = guiding.labels(given.labels, trained.model)
-    settings = {
-        "clip": clip,
-        "dynamic_threshold": given.dynamic_threshold,
-        "guidance_scale": given.guidance_scale,
-        "guidance_interval": guiding.interval(given.guidance_interval),
-        "guidance_rescale": given.guidance_rescale,
-        "guidance_rule": given.guidance_rule,
-    }
-    guide = Guidance(
-        scale=given.guidance_scale,
-        interval=settings["guidance_interval"],
-        rescale=given.guidance_rescale,
-        rule=given.guidance_rule,
-    )
-    guide.check(cond=None, acts=False)
+    guide = guiding.asked(given)
+    settings = {"clip": clip, "dynamic_threshold": given.dynamic_threshold, **guiding.settings(guide)}
+    settings |= prompts.settings(trained.model, sized=given.size is not None)
     check_rule(trained.model.prediction, guide if guide.acts() else None)
     guiding.check_effect(given, trained, guide.acts())
     sha256, configs = digest(trained.params), [trained.config]

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from diffusion import pretrained, timesteps
 from diffusion.commands import config_files, opening, own, recipes
 from diffusion.errors import InputError
-from diffusion.model import UNET, Trained
+from diffusion.model import UNET, UNET2D_CONDITION, Trained
 from diffusion.objectives import choice, progressive
 from diffusion.objectives.teaching import Course
 from diffusion.schedules import NoiseSchedule
@@ -192,6 +192,8 @@ def own_table(schedule: NoiseSchedule, steps: int) -> SamplerTable:
 
 def _check_lesson(config, teacher):
     """Refuses a teacher from which the objective cannot learn."""
+    if teacher.config.network == UNET2D_CONDITION:
+        raise InputError("config.teacher is told texts, and no student here is; learn.py learns a table for it instead")
     known = progressive_steps(teacher.config, teacher.step)
     if teacher.model.learned_variance:
         raise InputError(

@@ -5,13 +5,15 @@ import functools
 
 from flax import linen as nn
 
+from diffusion.models.clip_text import CLIPText
 from diffusion.models.own import Network, adapt
 from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
 from diffusion.models.unet2d import UNet2D
+from diffusion.models.unet2d_condition import UNet2DCondition
 from diffusion.types import ApplyFn
 
-__all__ = ["Network", "Transformer", "UNet", "UNet2D", "adapt", "as_apply_fn"]
+__all__ = ["CLIPText", "Network", "Transformer", "UNet", "UNet2D", "UNet2DCondition", "adapt", "as_apply_fn"]
 
 
 def as_apply_fn(model: nn.Module) -> ApplyFn:

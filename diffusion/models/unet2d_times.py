@@ -1,5 +1,6 @@
 """What `diffusion.models.unet2d` makes of times and noise levels: features, embeddings, and a consistency boundary."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,11 +16,12 @@ class TimeEmbedding(nn.Module):
 
     width: int
     dtype: Any
+    act: Callable = nn.silu
 
     @nn.compact
     def __call__(self, features):
         h = nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="linear_1")(features)
-        return nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="linear_2")(nn.silu(h))
+        return nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="linear_2")(self.act(h))
 
 
 def with_boundary(

@@ -84,7 +84,6 @@ def read_fields(where: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
         "mlp_ratio": 4.0,
         "qk_norm": False,
         "dropout": float(found["dropout"]),
-        "dtype": "float32",
         "remat": False,
     }
     found["out_channels"] = found["out_channels"] or found["in_channels"]
@@ -99,8 +98,8 @@ def name_of(path: tuple[str, ...]) -> str:
     return f"transformer_blocks.{first.removeprefix('block_')}.{_BLOCK[rest[0]]}.{LEAVES[leaf]}"
 
 
-def read_params(weights: Weights, like: Params, time_shift: float) -> Params:
-    """Returns the parameters of `models.Transformer`, whose times are theirs less time_shift.
+def read_params(weights: Weights, like: Params, time_shift: float, dtype: str = "float32") -> Params:
+    """Returns the parameters of `models.Transformer`, whose times are theirs less time_shift, matrices in dtype.
 
     Raises:
       InputError: blocks with different embedders, or as `to_params`.
@@ -110,12 +109,15 @@ def read_params(weights: Weights, like: Params, time_shift: float) -> Params:
         first = f"transformer_blocks.0{copy[2]}" if copy else name
         if first != name and not (first in weights.shapes and np.array_equal(weights.read(name), weights.read(first))):
             raise InputError(f"{weights.where}: {name} differs from {first}; DiT has one embedder for all blocks")
-    params = to_params(
-        _cut(weights), like, name_of, ignored=lambda name: bool(_COPY.fullmatch(name)) or name == "pos_embed.pos_embed"
-    )
+
+    def ignored(name):
+        return bool(_COPY.fullmatch(name)) or name == "pos_embed.pos_embed"
+
+    params = to_params(_cut(weights), like, name_of, ignored, dtype)
     # They have the cosines first.
-    kernel = np.asarray(params["time_1"]["kernel"])
-    params["time_1"]["kernel"] = jnp.asarray(told_earlier(np.roll(kernel, len(kernel) // 2, axis=0), -time_shift))
+    kernel = np.asarray(params["time_1"]["kernel"], np.float32)
+    told = told_earlier(np.roll(kernel, len(kernel) // 2, axis=0), -time_shift)
+    params["time_1"]["kernel"] = jnp.asarray(told, dtype)
     return params
 
 

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.
 
 STEM = "diffusion_pytorch_model"
 """What files of weights are called, before their variant and suffix."""
+
+_STEMS = MappingProxyType({"safetensors": STEM, "bin": STEM})
 
 _POINTER = b"version https://git-lfs"
 
@@ -63,23 +66,24 @@ def part(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def open_weights(folder: Path, numbers: int, variant: str = "") -> Weights:
+def open_weights(folder: Path, numbers: int, variant: str = "", stems: Mapping[str, str] = _STEMS) -> Weights:
     """Opens the weights of a network.
 
     Args:
       folder: of the network.
       numbers: how many it has; much larger files of torch are not read.
       variant: as fp16; "" for the full precision, or fp16 where there is nothing else.
+      stems: what the files are called, by their suffixes.
 
     Raises:
       InputError: there are none, they are damaged, incomplete, or hold something other than tensors.
     """
     for dot in [f".{variant}"] if variant else ["", ".fp16"]:
-        for suffix in ("safetensors", "bin"):
-            for path in (folder / f"{STEM}{dot}.{suffix}", folder / f"{STEM}.{suffix}.index{dot}.json"):
+        for suffix, stem in stems.items():
+            for path in (folder / f"{stem}{dot}.{suffix}", folder / f"{stem}.{suffix}.index{dot}.json"):
                 if path.is_file():
                     return _open(path, suffix, numbers)
-    wanted = f"{STEM}{f'.{variant}' if variant else ''}.safetensors"
+    wanted = f"{stems['safetensors']}{f'.{variant}' if variant else ''}.safetensors"
     found = sorted(file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin", ".msgpack"))
     also = f"; it has {', '.join(found)[:200]}" if found else ""
     raise InputError(f"{folder} holds no weights {wanted} or .bin, nor an index of them{also}; get the whole folder")

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import keys, spaces
-from diffusion.errors import InputError
-from diffusion.interop.diffusers import dit, folders, unet2d
+from diffusion.errors import InputError, nearest
+from diffusion.interop.diffusers import dit, folders, unet2d, unet2d_condition
 from diffusion.interop.diffusers.autoencoders import autoencoder_factor, is_autoencoder, load_autoencoder
+from diffusion.interop.diffusers.clip_text import load_text
 from diffusion.interop.diffusers.schedulers import Sampling, read_scheduler
 from diffusion.interop.diffusers.state import to_params
-from diffusion.model import TRANSFORMER, UNET2D, Trained, make_model
+from diffusion.model import TRANSFORMER, UNET2D, UNET2D_CONDITION, Trained, make_model
+from diffusion.models.layers import DTYPES
 from diffusion.records import readable
 from diffusion.types import Params
 
@@ -30,23 +33,29 @@ def load(
     variant: str = "",
     scheduler: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
+    dtype: str = "float32",
 ) -> Trained:
     """Reads the model in a folder that diffusers' save_pretrained wrote: a pipeline, or a network with its scheduler.
 
     Neither torch nor diffusers is needed, and nothing in the folder is executed. The sampler, its grid, steps and clip
-    become the defaults of the model. Times of ours are theirs + 1.
+    become the defaults of the model. Times of ours are theirs + 1. A text-to-image model takes prompts by its
+    `conditions`, see `diffusion.conditions.Prompts`.
 
     Args:
       folder: has model_index.json, or config.json and beside it, or in the folder scheduler next to it,
         scheduler_config.json.
       variant: of the weights, as fp16; "" for the full precision, or fp16 where there is nothing else.
       scheduler: a config, with its _class_name, in the place of the folder's.
-      image_size: (height, width) where the network's config has none, or another one.
+      image_size: (height, width) of the images, where the network's config has none, or another one.
+      dtype: "float32", or "bfloat16" for arithmetic and matrices of network and text encoder, in half the memory; an
+        autoencoder is float32 in any case.
 
     Raises:
       InputError: there is no such folder, something in it is missing, damaged or not supported, and named.
     """
     folder = Path(folder).expanduser()
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; {nearest(str(dtype), DTYPES)}")
     if not folders.is_folder(folder):
         raise InputError(
             f"{folder} is no folder of diffusers: it has neither {folders.INDEX} nor a {folders.CONFIG} with a "
@@ -54,18 +63,22 @@ def load(
         )
     if is_autoencoder(folder):
         raise InputError(f"{folder} holds an autoencoder alone, which draws no samples; `load_autoencoder` reads it")
-    network = _unet(folder, image_size) if _is_unet(folder) else _transformer(folder, image_size)
+    network = _network(folder, _size(folder, image_size))
+    network.fields["dtype"] = dtype
     sampling = _scheduler(folder, scheduler)
     whole = _whole_config(network, sampling)
-    with readable(network.where):  # what is wrong with the network is said before any weights are read
-        model = make_model(whole, network.shape, _class_names(folder, network.num_classes))
+    text = load_text(folder, network.text_width, dtype, variant) if network.text_width else None
+    with readable(network.where):  # what is wrong with the network is said before its weights are read
+        names = _class_names(folder, network.num_classes)
+        model = make_model(whole, network.shape, names, text=text)
     autoencoder = _autoencoder(folder, network.shape, variant)
     if autoencoder is not None:
-        whole.latents = str(folder)
+        shape, whole.latents = autoencoder.autoencoder.image_shape, str(folder)
+        whole.data.size, whole.data.channels = shape[0], shape[2]
         model = dataclasses.replace(model, space=spaces.latents(autoencoder))
     like = jax.eval_shape(model.init, keys.make(0))
     weights = folders.open_weights(network.at, folders.count(jax.tree.leaves(like)), variant)
-    return Trained(model, network.read(weights, like, sampling.time_shift), whole, 0, EMA)
+    return Trained(model, network.read(weights, like, sampling.time_shift, dtype), whole, 0, EMA)
 
 
 class _Network(NamedTuple):
@@ -79,7 +92,8 @@ class _Network(NamedTuple):
       shape: (H, W, C) of its input.
       out_channels: of its output.
       num_classes, label_dropout: as config.model and config.train have them.
-      read: (weights, the shapes of the parameters, time_shift) -> the parameters.
+      read: (weights, the shapes of the parameters, time_shift, dtype of matrices) -> the parameters.
+      text_width: of the embeddings of texts that it is told; 0 for none.
     """
 
     at: Path
@@ -90,23 +104,34 @@ class _Network(NamedTuple):
     out_channels: int
     num_classes: int
     label_dropout: float
-    read: Callable[[folders.Weights, Params, float], Params]
+    read: Callable[[folders.Weights, Params, float, str], Params]
+    text_width: int = 0
 
 
-def _is_unet(folder):
-    """Tells whether the network of a folder is a UNet2DModel; raises InputError where it is none that is supported."""
-    others = {}
-    for name, classes in (("transformer", dit.CLASSES), ("unet", (unet2d.CLASS,))):
+def _network(folder, size):
+    """Returns the network of a folder; raises InputError where it is none that is supported."""
+    kinds = {unet2d.CLASS: _unet, unet2d_condition.CLASS: _text_unet, **dict.fromkeys(dit.CLASSES, _transformer)}
+    found = ""
+    for name in ("transformer", "unet"):
         where = folders.part(folder, name) / folders.CONFIG
         if where.is_file():
-            others[where] = folders.read_config(where)["_class_name"]
-            if others[where] in classes:
-                return name == "unet"
-    known = f"{unet2d.CLASS}, {dit.CLASSES[0]}"
-    if others:
-        where, found = next(iter(others.items()))
-        raise InputError(f"{where}: {found} is not supported; supported: {known}")
-    raise InputError(f"{folder} holds no {where.relative_to(folder)} of a network; supported: {known}")
+            kind = folders.read_config(where)["_class_name"]
+            if kind in kinds and (kind in dit.CLASSES) == (name == "transformer"):
+                return kinds[kind](folder, size)
+            found = found or f"{where}: {kind} is not supported"
+    known = ", ".join([unet2d.CLASS, unet2d_condition.CLASS, dit.CLASSES[0]])
+    raise InputError(f"{found or f'{folder} holds no {where.relative_to(folder)} of a network'}; supported: {known}")
+
+
+def _size(folder, image_size):
+    """Returns the size of what the network of a folder sees, for images of a size; None for that of its config."""
+    if image_size is None or not _has_autoencoder(folder):
+        return image_size
+    factor = autoencoder_factor(folder)
+    if any(side < factor or side % factor for side in image_size):
+        height, width = image_size
+        raise InputError(f"image_size is {height} x {width}; the autoencoder takes multiples of {factor}")
+    return tuple(side // factor for side in image_size)
 
 
 def _read(folder, name, read_fields, image_size):
@@ -122,13 +147,22 @@ def _unet(folder, image_size):
     at, where, fields, found, shape = _read(folder, "unet", unet2d.read_fields, image_size)
     null = unet2d.LABEL_DROPOUT in found
     classes = (found["num_class_embeds"] or 0) - null
-    fields |= {"null_class": null or not classes, "dtype": "float32"}
+    fields |= {"null_class": null or not classes}
     dropout = found[unet2d.LABEL_DROPOUT] if null else 0.0
 
-    def read(weights, like, time_shift):
-        return to_params(weights, like, unet2d.name_of)
+    return _Network(at, where, UNET2D, fields, shape, found["out_channels"], classes, dropout, _read_unet)
 
-    return _Network(at, where, UNET2D, fields, shape, found["out_channels"], classes, dropout, read)
+
+def _text_unet(folder, image_size):
+    at, where, fields, found, shape = _read(folder, "unet", unet2d_condition.read_fields, image_size)
+    with readable(where):
+        width = int(np.max(fields["cross_attention_dim"]))
+    # Texts were left out for a tenth of the images in its training.
+    return _Network(at, where, UNET2D_CONDITION, fields, shape, found["out_channels"], 0, 0.1, _read_unet, width)
+
+
+def _read_unet(weights, like, time_shift, dtype):
+    return to_params(weights, like, unet2d.name_of, dtype=dtype)
 
 
 def _transformer(folder, image_size):
@@ -149,9 +183,13 @@ def _class_names(folder, num_classes):
     return tuple(names[number] if times[names[number]] == 1 else f"{names[number]} {number}" for number in numbers)
 
 
+def _has_autoencoder(folder):
+    return any((folder / name).is_dir() for name in ("vae", "vqvae"))
+
+
 def _autoencoder(folder, shape, variant):
     """Returns the autoencoder in whose latents a pipeline's network works, None for one of pixels."""
-    if not any((folder / name).is_dir() for name in ("vae", "vqvae")):
+    if not _has_autoencoder(folder):
         return None
     height, width, channels = shape
     factor = autoencoder_factor(folder)
@@ -199,9 +237,10 @@ def _whole_config(network: _Network, sampling: Sampling) -> ConfigDict:
             f"{network.where}: out_channels is {out}, of {channels} in_channels; supported: as many, or twice as many"
         )
     fields = dict(network.fields)
-    own = {name: getattr(sampling, name) for name in ("time_scale", "time_shift", "sigma_min")}
+    if network.kind in (UNET2D, UNET2D_CONDITION):
+        fields |= {name: getattr(sampling, name) for name in ("time_scale", "time_shift")}
     if network.kind == UNET2D:
-        fields |= own
+        fields["sigma_min"] = sampling.sigma_min
     elif sampling.sigma_min:
         raise InputError(f"{network.where}: a consistency model of this class is not supported; supported: UNet2DModel")
     labels = "folders" if classes else "none"

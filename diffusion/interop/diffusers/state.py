@@ -31,14 +31,21 @@ def current_name(name: str) -> str:
     return name
 
 
-def to_params(weights: Weights, like: Params, name_of: Name, ignored: Callable[[str], bool] | None = None) -> Params:
-    """Returns parameters in float32 with the values of tensors, each read only once it is known to fit.
+def to_params(
+    weights: Weights,
+    like: Params,
+    name_of: Name,
+    ignored: Callable[[str], bool] | None = None,
+    dtype: str = "float32",
+) -> Params:
+    """Returns parameters with the values of tensors, each read only once it is known to fit.
 
     Args:
       weights: the tensors.
       like: a tree with the shapes of the parameters.
       name_of: which tensor each of them is.
       ignored: which tensors hold nothing that is learned.
+      dtype: of matrices and kernels, "float32" or "bfloat16", which halves the memory; vectors are float32.
 
     Raises:
       InputError: tensors are missing, unknown, of another shape or not finite; they are named.
@@ -68,7 +75,8 @@ def to_params(weights: Weights, like: Params, name_of: Name, ignored: Callable[[
         array = array.astype(np.float32).reshape(_shapes(path, leaf.shape)[0])
         if not np.isfinite(array).all():
             raise InputError(f"{weights.where}: {name} is not finite; get the file again")
-        params[path] = jnp.asarray(array.transpose(_axes(path, array.ndim)))
+        array = array.transpose(_axes(path, array.ndim))
+        params[path] = jnp.asarray(array, dtype if array.ndim > 1 else np.float32)
     return flax.traverse_util.unflatten_dict(params)
 
 

@@ -119,9 +119,9 @@ def image_shape(where: str, found: Mapping[str, Any], image_size: tuple[int, int
 
 
 def name_of(path: tuple[str, ...]) -> str:
-    """Returns what a parameter of `models.UNet2D` is called in a file."""
+    """Returns what a parameter of `models.UNet2D` or `UNet2DCondition` is called in a file."""
     if path == ("time_proj",):
         return "time_proj.weight"
-    numbered = r"(down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers|to_out)_(\d+)"
+    numbered = r"(down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers|to_out|transformer_blocks|net)_(\d+)"
     *layers, leaf = path
     return ".".join([*(re.sub(f"^{numbered}$", r"\1.\2", layer) for layer in layers), LEAVES[leaf]])

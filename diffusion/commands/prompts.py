@@ -1,0 +1,125 @@
+"""Reads the flags of text-to-image models: prompts, size, precision and LoRA files."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion import files
+from diffusion.conditions import Prompts
+from diffusion.errors import InputError, printable
+from diffusion.model import Model, Trained
+
+MAX_BYTES = 2**22
+"""The largest file of prompts; the record of a job keeps them all."""
+
+SHOWN = 60
+"""The most characters of a prompt that a message shows."""
+
+NOTED = 3
+"""So many prompts that are cut are named."""
+
+_FOR_TEXTS = ("prompt", "prompts", "negative_prompt")
+
+_OF_FOLDERS = ("size", "dtype")
+
+FLAGS = (*_FOR_TEXTS, *_OF_FOLDERS)
+"""What the flags are called."""
+
+
+def imported_options(given: Any) -> dict[str, Any]:
+    """Returns what the flags ask of `interop.diffusers.load`; a flag that is not given is left out.
+
+    Raises:
+      InputError: a flag holds something that it cannot.
+    """
+    found = {} if given.size is None else {"image_size": _size(given.size)}
+    return found | ({} if given.dtype is None else {"dtype": given.dtype})
+
+
+def refuse_options(given: Any) -> None:
+    """Raises InputError if flags for folders of diffusers are given, for a model that comes from elsewhere."""
+    for name in _OF_FOLDERS:
+        if given[name].value is not None:
+            raise InputError(f"--{name} is for folders of diffusers, and this model is none; leave it out")
+
+
+def _size(text):
+    """Returns (height, width) of --size."""
+    sides = text.split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isascii() and side.isdecimal() and len(side) < 6 for side in sides):
+        raise InputError(f"size is {text!r}; write 512, or HEIGHTxWIDTH as 512x768")
+    return int(sides[0]), int(sides[-1])
+
+
+def told(given: Any, trained: Trained, guides: bool) -> Trained:
+    """Returns the model with the prompts of the flags, and says what is cut of them; any other model as it is.
+
+    Args:
+      given: all flags.
+      trained: the model.
+      guides: whether guidance acts in which the model itself is asked without a prompt.
+
+    Raises:
+      InputError: a text-to-image model without prompts, another with them, or a file that holds none.
+    """
+    conditions = trained.model.conditions
+    asked = [name for name in _FOR_TEXTS if given[name].value is not None]
+    if not isinstance(conditions, Prompts):
+        if asked:
+            raise InputError(f"--{asked[0]} is for text-to-image models, and this one is told no text; leave it out")
+        return trained
+    if (given.prompt is None) == (given.prompts is None):
+        raise InputError('this model draws what a text says; give --prompt="TEXT", or --prompts=FILE with one a line')
+    if given.negative_prompt is not None and not guides:
+        raise InputError("--negative_prompt does nothing without guidance by the prompt; give --guidance_scale=7.5")
+    texts = (given.prompt,) if given.prompts is None else read(given.prompts)
+    found = conditions.replace(texts, given.negative_prompt or "")
+    for note in _notes(found, guides):
+        print(f"note: {note}")
+    return trained._replace(model=dataclasses.replace(trained.model, conditions=found))
+
+
+def settings(model: Model, sized: bool = False) -> dict[str, Any]:
+    """Returns what a record says of the prompts of a model, and of the size of images where a flag gave it.
+
+    A model that is told no prompts, at its own size, has {}.
+    """
+    shape = {"image_shape": list(model.space.image_shape)} if sized else {}
+    found = model.conditions
+    if not isinstance(found, Prompts):
+        return shape
+    texts = {"prompts": list(found.names), "negative_prompt": found.negative}
+    return {**shape, **texts, "text_encoder_sha256": found.encoder.sha256}
+
+
+def shortened(text: str) -> str:
+    """Returns a prompt for a message, printable and not too long."""
+    return printable(text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…")
+
+
+def read(path: str) -> tuple[str, ...]:
+    """Returns the prompts in a file, one a line; raises InputError if it holds none or cannot be read."""
+    try:
+        text = files.read(Path(path).expanduser(), MAX_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"--prompts={path} is no text in UTF-8; write it anew") from None
+    except OSError as error:
+        raise InputError(f"--prompts={path} cannot be read ({error.strerror or error}); check the path") from None
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not lines:
+        raise InputError(f"--prompts={path} holds no prompt; write one a line")
+    return lines
+
+
+def _notes(found: Prompts, guides: bool) -> Sequence[str]:
+    """Returns what a user may not expect of prompts."""
+    texts = dict.fromkeys((*found.names, found.negative))
+    cut = [(text, left) for text in texts if (left := found.encoder.left_out(text))]
+    notes = [
+        f'the prompt "{shortened(text)}" is longer than the text encoder takes; its end is cut: "{printable(left)}"'
+        for text, left in cut[:NOTED]
+    ]
+    notes += [f"{len(cut) - NOTED:,} more prompts are cut"] * (len(cut) > NOTED)
+    unguided = "without guidance images follow the prompt little; --guidance_scale=7.5 is usual"
+    return [*notes, *[unguided] * (not guides)]
