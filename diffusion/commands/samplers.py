@@ -247,7 +247,7 @@ def _refuse_foreign(sampler):
     name = _name(sampler)
     plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp")).removesuffix("scheduler").removeprefix("sample")
     ours = {re.sub(r"[^a-z0-9]", "", known): known for known in SAMPLERS}
-    equal = ours.get(plain) or EQUIVALENTS.get(plain) or EQUIVALENTS.get(plain.removeprefix("k"))
+    equal = EQUIVALENTS.get(plain) or EQUIVALENTS.get(plain.removeprefix("k")) or ours.get(plain)
     if name not in SAMPLERS and equal:
         raise InputError(f"sampler is {name!r}; here that is {equal!r} (sample.py --list shows all)")
 
