@@ -64,18 +64,23 @@ def _choices(**lists):
 
 
 _ENDS = {"lower_order_final": (True, False)}
+_SPENT = {"variant": ("official", "exact", "midpoint"), "calls": ("steps", "grid", "fast")}
 OURS = {
     "ddim": _choices(),
-    "dpm_solver": _choices(order=(2, 3)),
+    "dpm_solver": _choices(order=(2, 3), **_SPENT),
+    "dpm_solver_multistep": _choices(order=(2, 3), variant=("official",), **_ENDS),
     "dpm_solver_pp": _choices(order=(2, 3), variant=("exact", "official"), **_ENDS),
-    "dpm_solver_pp_singlestep": _choices(order=(2, 3)),
-    "unipc": _choices(order=(2, 3), variant=("bh1", "bh2", "exact"), **_ENDS),
+    "dpm_solver_pp_singlestep": _choices(order=(2, 3), **_SPENT),
+    "unipc": _choices(order=(2, 3), variant=("bh1", "bh2", "exact"), basis=("x0", "eps"), **_ENDS),
+    "sa_solver": _choices(predictor_order=(2, 3), corrector_order=(2, 3, 4), sde_eta=(0.0,)),
+    "er_sde": _choices(order=(2, 3), kind=("ode",)),
     "deis": _choices(order=(2, 3, 4), basis=("lambda", "rho", "t"), **_ENDS),
     "lms": _choices(order=(2, 3, 4), **_ENDS),
     "ipndm": _choices(order=(2, 3, 4), **_ENDS),
     "plms": _choices(order=(2, 4), **_ENDS),
     "pndm": _choices(**_ENDS),
     "heun": _choices(),
+    "rk": _choices(order=(2, 3, 4), basis=("rho", "flow")),
 }
 LEFT_OUT = {
     "ddpm": "stochastic",
@@ -84,6 +89,9 @@ LEFT_OUT = {
     "consistency": "stochastic",
     "euler": "the table of ddim",
     "edm": "heun, or stochastic",
+    "dpm_solver_pp_sde": "stochastic",
+    "restart": "stochastic",
+    "tcd": "ddim, or stochastic",
 }
 
 

@@ -67,7 +67,7 @@ def dpm_solver(
       calls: "steps", `order` of them a step. "grid": one at each time of tau, S in all; a step goes over `order` times.
         "fast": S in all as well, with steps of equal share in tau and inner calls between, DPM-Solver-fast.
       inner: where in a step, as shares of it in lambda, the inner calls are made: r1 of order 2 (1/2 unless given), or
-        r1, r2 of order 3 (1/3, 2/3).
+        r1, r2 of order 3 (1/3, 2/3), which keeps its order with r2 = 2/3 only.
 
     Raises:
       InputError: an option outside the above, zero signal at tau[0], or tau is not a grid of the schedule.
