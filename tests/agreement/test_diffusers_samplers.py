@@ -7,6 +7,7 @@ from sidebyside import (
     agree,
     by_flow_sigma,
     by_sigma,
+    diffusers,
     fresh,
     in_double,
     library,
@@ -29,6 +30,9 @@ from diffusion.solvers import (
     tcd,
     unipc,
 )
+from diffusion.timesteps import noise
+
+AysSchedules = pytest.importorskip("diffusers.schedulers.scheduling_utils").AysSchedules
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -160,3 +164,33 @@ def test_heun_on_a_flow_from_zero_signal_agrees_with_diffusers(shift):
             table_path(rk(schedule, tau, 2, "flow"), network(schedule), start()),
             library_path(theirs, schedule, network(schedule), start(), clock=by_flow_sigma, output="flow_prediction"),
         )
+
+
+def test_grids_of_sigmas_agree_with_diffusers():
+    schedule = SCHEDULES["linear"]
+    for steps in (2, 5, 10):
+        theirs = library("EulerDiscrete", "linear", steps, use_beta_sigmas=True).sigmas.numpy()[:-1]
+        tau = timesteps.beta(schedule, steps, of="sigma")
+        np.testing.assert_allclose(np.exp(-schedule.half_log_snr(tau[:-1])), theirs, rtol=1e-7)
+    sd = SCHEDULES["scaled_linear"]
+    for model, name in (("sd15", "StableDiffusion"), ("sdxl", "StableDiffusionXL")):
+        theirs = AysSchedules[f"{name}Sigmas"]
+        assert theirs[:-1] == list(noise.AYS[model][:-1])
+        # Their timesteps are whole, and made of levels with more digits than are published.
+        np.testing.assert_allclose(timesteps.ays(sd, 10, model)[:-1] - 1, AysSchedules[f"{name}Timesteps"], atol=1.5)
+    assert AysSchedules["StableDiffusionVideoSigmas"][:-1] == list(noise.AYS["svd"][:-1])
+
+
+def test_shifted_grids_agree_with_diffusers():
+    flow = schedules.rectified_flow(1000)
+    for steps in (2, 5, 10):
+        for shift in (1.0, 3.0):
+            theirs = library("FlowMatchEulerDiscrete", "flow", steps, shift=shift)
+            lowest = shift / 1000 / (1 + (shift - 1) / 1000)  # theirs shifts the range, and then the times
+            tau = timesteps.shifted(flow, steps, shift, lowest=lowest)
+            np.testing.assert_allclose(tau / 1000, theirs.sigmas.numpy(), rtol=1e-7, atol=1e-12)
+        for options, given in (({}, {}), ({"shift_terminal": 0.1}, {"terminal": 0.1})):
+            theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **options)
+            theirs.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=0.8)
+            tau = timesteps.shifted(flow, steps, mu=0.8, **given)
+            np.testing.assert_allclose(tau / 1000, theirs.sigmas.numpy(), rtol=1e-6, atol=1e-12)
