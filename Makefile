@@ -30,7 +30,8 @@ test: $(VENV)/.installed-test
 # what needs torch comes without its dependencies, or pip brings gigabytes of CUDA.
 agreement: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 pytorch-fid==0.3.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 pytorch-fid==0.3.0 \
+		k-diffusion==0.1.1.post1
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,reference]"
 	$(BIN)/python -m pytest tests/agreement
 

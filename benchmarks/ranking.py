@@ -44,14 +44,15 @@ _TOLERANCE = flags.DEFINE_float("tolerance", 1e-7, "Of the exact solution.")
 _LEARN = flags.DEFINE_integer("learn", 0, "Also learn a table for each budget, from so many noises of their own.")
 
 
-def leading_without_first(schedule, steps):
-    """i (T // (S + 1)) + 1 for i in S..1: what diffusers' multistep schedulers call "leading"."""
-    stride = schedule.num_timesteps // (steps + 1)
-    return timesteps.explicit(schedule, stride * np.arange(steps, 0, -1) + 1)
-
-
 GRIDS = {name: timesteps.GRIDS[name] for name in ("uniform", "linspace", "quadratic", "leading", "log_snr", "karras")}
-GRIDS |= {"karras, rho 3": partial(timesteps.karras, rho=3.0), "explicit: leading of S + 1": leading_without_first}
+GRIDS |= {
+    "karras:rho=3": partial(timesteps.karras, rho=3.0),
+    "leading:last=false": partial(timesteps.leading, last=False),
+    "linspace:last=false": partial(timesteps.linspace, last=False),
+    "uniform:start=0.9": partial(timesteps.uniform, start=0.9),
+    "kl_optimal": timesteps.kl_optimal,
+    "beta": timesteps.beta,
+}
 """`strided` and `trailing` are `uniform` where the number of steps divides T."""
 
 
@@ -64,18 +65,23 @@ def _choices(**lists):
 
 
 _ENDS = {"lower_order_final": (True, False)}
+_SPENT = {"variant": ("official", "exact", "midpoint"), "calls": ("steps", "grid", "fast")}
 OURS = {
     "ddim": _choices(),
-    "dpm_solver": _choices(order=(2, 3)),
+    "dpm_solver": _choices(order=(2, 3), **_SPENT),
+    "dpm_solver_multistep": _choices(order=(2, 3), variant=("official",), **_ENDS),
     "dpm_solver_pp": _choices(order=(2, 3), variant=("exact", "official"), **_ENDS),
-    "dpm_solver_pp_singlestep": _choices(order=(2, 3)),
-    "unipc": _choices(order=(2, 3), variant=("bh1", "bh2", "exact"), **_ENDS),
+    "dpm_solver_pp_singlestep": _choices(order=(2, 3), **_SPENT),
+    "unipc": _choices(order=(2, 3), variant=("bh1", "bh2", "exact"), basis=("x0", "eps"), end=(0, 1), **_ENDS),
+    "sa_solver": _choices(predictor_order=(2, 3), corrector_order=(2, 3, 4), sde_eta=(0.0,)),
+    "er_sde": _choices(order=(2, 3), kind=("ode",)),
     "deis": _choices(order=(2, 3, 4), basis=("lambda", "rho", "t"), **_ENDS),
     "lms": _choices(order=(2, 3, 4), **_ENDS),
     "ipndm": _choices(order=(2, 3, 4), **_ENDS),
     "plms": _choices(order=(2, 4), **_ENDS),
     "pndm": _choices(**_ENDS),
     "heun": _choices(),
+    "rk": _choices(order=(2, 3, 4), basis=("rho", "flow")),
 }
 LEFT_OUT = {
     "ddpm": "stochastic",
@@ -84,6 +90,9 @@ LEFT_OUT = {
     "consistency": "stochastic",
     "euler": "the table of ddim",
     "edm": "heun, or stochastic",
+    "dpm_solver_pp_sde": "stochastic",
+    "restart": "stochastic",
+    "tcd": "ddim, or stochastic",
 }
 
 

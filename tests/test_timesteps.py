@@ -5,14 +5,17 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from reference import refused
+from scipy import stats
 
 from diffusion import schedules, timesteps
 from diffusion.errors import InputError
+from diffusion.timesteps import noise
 
 LINEAR = schedules.linear()
 T = LINEAR.num_timesteps
 GRIDS = pytest.mark.parametrize("name", timesteps.GRIDS)
-TO_THE_TOP = {"uniform", "strided", "linspace", "trailing", "log_snr", "karras"}
+BY_NOISE = ("log_snr", "karras", "polyexponential", "kl_optimal")  # refused where lambda is infinite
+TO_THE_TOP = {"uniform", "strided", "linspace", "trailing", *BY_NOISE, "beta", "shifted"}
 
 
 def ceil_div(a, b):
@@ -50,7 +53,7 @@ with_signal_at_the_top = pytest.mark.parametrize(
 def test_short_schedules_have_a_grid_for_every_number_of_steps(name, total):
     for build in schedules.SCHEDULES.values():
         schedule = build(total)
-        if name in ("log_snr", "karras") and schedule.alpha_bar[-1] == 0:
+        if name in BY_NOISE and schedule.alpha_bar[-1] == 0:
             with refused("infinite at zero terminal SNR"):
                 timesteps.GRIDS[name](schedule, 1)
             continue
@@ -174,7 +177,7 @@ def test_karras_is_even_in_a_root_of_noise_over_signal(build, rho):
         assert (tau[0], tau[-2], tau[-1]) == (T, 1, 0)
 
 
-@pytest.mark.parametrize("name", ["log_snr", "karras"])
+@pytest.mark.parametrize("name", BY_NOISE)
 def test_a_grid_in_log_snr_is_refused_where_it_is_infinite(name):
     with refused("zero terminal SNR"):
         timesteps.GRIDS[name](schedules.zero_terminal_snr(LINEAR), 10)
@@ -279,3 +282,90 @@ def test_a_start_below_1_multiplies_every_time_of_a_grid(name, start):
 def test_a_start_outside_0_to_1_is_refused(start):
     with pytest.raises(InputError, match="start of tau is"):
         timesteps.uniform(schedules.cosine(), 7, start=start)
+
+
+# Grids by noise level that other libraries have
+
+
+@pytest.mark.parametrize("steps", [2, 7, 25])
+def test_polyexponential_is_k_diffusions_ramp_in_log_sigma(steps):
+    low, high = (np.exp(-LINEAR.half_log_snr(t)) for t in (1, T))
+    for rho in (0.5, 1.0, 2.0):
+        ramp = np.linspace(1, 0, steps) ** rho
+        wanted = np.exp(ramp * (np.log(high) - np.log(low)) + np.log(low))
+        tau = timesteps.polyexponential(LINEAR, steps, rho)
+        np.testing.assert_allclose(np.exp(-LINEAR.half_log_snr(tau[:-1])), wanted, rtol=1e-10)
+    np.testing.assert_allclose(timesteps.polyexponential(LINEAR, steps), timesteps.log_snr(LINEAR, steps), atol=1e-9)
+
+
+def test_kl_optimal_is_even_in_the_angle_whose_tangent_is_sigma():
+    tau = timesteps.kl_optimal(LINEAR, 9)
+    angles = np.arctan(np.exp(-LINEAR.half_log_snr(tau[:-1])))
+    np.testing.assert_allclose(np.diff(angles), (angles[-1] - angles[0]) / 8, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.6, 0.6), (2.0, 1.0), (0.5, 0.7)])
+def test_beta_takes_quantiles_of_the_distribution(alpha, beta):
+    tau = timesteps.beta(LINEAR, 8, alpha, beta)
+    shares = stats.beta.cdf((tau[:-1] - 1) / (T - 1), alpha, beta)
+    np.testing.assert_allclose(shares, 1 - np.arange(8) / 8, atol=1e-12)
+    tau = timesteps.beta(LINEAR, 8, alpha, beta, of="sigma")
+    sigma = np.exp(-LINEAR.half_log_snr(tau[:-1]))
+    shares = stats.beta.cdf((sigma - sigma[-1]) / (sigma[0] - sigma[-1]), alpha, beta)
+    np.testing.assert_allclose(shares, np.linspace(1, 0, 8), atol=1e-9)
+
+
+def test_shifted_times_are_those_of_the_formula():
+    flow = schedules.rectified_flow(1000)
+    u = np.linspace(1, 1 / 6, 6)
+    for given, k in (({}, 3.0), ({"shift": 1.5}, 1.5), ({"mu": 1.15}, np.exp(1.15)), ({"tokens": 4096}, np.exp(1.15))):
+        tau = timesteps.shifted(flow, 6, **given)
+        np.testing.assert_allclose(tau[:-1] / 1000, k * u / (1 + (k - 1) * u), rtol=1e-13)
+    np.testing.assert_allclose(timesteps.shifted(flow, 6, shift=1.0), timesteps.uniform(flow, 6), atol=0.5)
+    np.testing.assert_array_equal(timesteps.shifted(flow, 6, tokens=256), timesteps.shifted(flow, 6, mu=0.5))
+    # What is shifted by k is k times as noisy in units of the signal: log-SNR moves by a constant.
+    moved = flow.half_log_snr(timesteps.shifted(flow, 6)[1:-1]) - flow.half_log_snr(1000 * u[1:])
+    np.testing.assert_allclose(moved, -np.log(3), rtol=1e-12)
+    stretched = timesteps.shifted(flow, 6, terminal=0.1)
+    np.testing.assert_allclose(stretched[[0, -2]], [1000, 100], rtol=1e-13)
+    ratios = (1000 - stretched[1:-1]) / (1000 - timesteps.shifted(flow, 6)[1:-1])
+    np.testing.assert_allclose(ratios, ratios[0], rtol=1e-12)
+
+
+def test_align_your_steps_takes_the_published_levels_and_interpolates_their_logarithms():
+    schedule = schedules.scaled_linear()
+    for model in ("sd15", "sdxl"):
+        tau = timesteps.ays(schedule, 10, model)
+        sigma = np.exp(-schedule.half_log_snr(tau[:-1]))
+        np.testing.assert_allclose(sigma, noise.AYS[model][:-1], rtol=1e-4)  # the first is the schedule's own, 14.6146
+        twice = np.log(np.exp(-schedule.half_log_snr(timesteps.ays(schedule, 20, model)[:-1])))
+        np.testing.assert_allclose(twice[1::2][:-1], (twice[:-2:2] + twice[2::2]) / 2, atol=1e-4)
+    with refused("deepfloyd begins at noise / signal 160.41, and this schedule at 14.615"):
+        timesteps.ays(schedule, 10, "deepfloyd")
+
+
+def test_linspace_without_rounding_is_even():
+    np.testing.assert_allclose(timesteps.linspace(LINEAR, 7, rounded=False)[:-1], np.linspace(T, 1, 7), rtol=1e-15)
+    np.testing.assert_allclose(
+        timesteps.linspace(LINEAR, 7, last=False, rounded=False)[:-1], np.linspace(T, 1, 8)[:-1], rtol=1e-15
+    )
+
+
+def test_sections_start_below_t_where_asked():
+    np.testing.assert_allclose(
+        timesteps.sections(LINEAR, "2,3", start=0.9), 0.9 * timesteps.sections(LINEAR, "2,3"), rtol=1e-15
+    )
+
+
+def test_wrong_options_of_these_grids_are_refused():
+    for text, build, options in (
+        ("rho is 0", timesteps.polyexponential, {"rho": 0.0}),
+        ("alpha is -1", timesteps.beta, {"alpha": -1.0}),
+        ("of is 'rho'.*sigma", timesteps.beta, {"of": "rho"}),
+        ("shift=2.0 and mu=1.0.*one of them", timesteps.shifted, {"shift": 2.0, "mu": 1.0}),
+        ("shift=-2", timesteps.shifted, {"shift": -2.0}),
+        ("terminal is 1", timesteps.shifted, {"terminal": 1.0}),
+        ("model is 'sd3'.*sd15", timesteps.ays, {"model": "sd3"}),
+    ):
+        with refused(text):
+            build(LINEAR, 10, **options)

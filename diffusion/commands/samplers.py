@@ -18,7 +18,7 @@ from diffusion.sampling import check_prediction, check_variance
 from diffusion.schedules import NoiseSchedule
 from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS, SamplerTable
 from diffusion.solvers import make_table as make_checked_table
-from diffusion.timesteps import GRIDS, Tau
+from diffusion.timesteps import GRIDS, MODEL_GRIDS, Tau
 
 SAMPLERS = SOLVERS | ESTIMATED_SOLVERS
 
@@ -62,7 +62,7 @@ def make_tau(schedule: NoiseSchedule, text: str, num_steps: int, resources: Reso
     Raises:
       InputError: an unknown name or option, or a grid that the schedule cannot have.
     """
-    grids = GRIDS | OWN_LENGTH | paths.GRIDS
+    grids = GRIDS | OWN_LENGTH | MODEL_GRIDS | paths.GRIDS
     own = _name(text) in OWN_LENGTH
     leading = 1 if own else 2
     choice = options.parse("tau", text, grids, leading)
@@ -189,6 +189,7 @@ def describe() -> str:
         ("samplers (network calls for 10 steps), --sampler", SAMPLERS, 2, calls),
         ("grids of --steps timesteps, --tau", GRIDS, 2, None),
         ("grids of their own length, --tau", OWN_LENGTH, 1, None),
+        ("grids of --steps timesteps for certain models, --tau", MODEL_GRIDS, 2, None),
         ("grids found on the model by dynamic programming, --tau", paths.GRIDS, 2, None),
         ("rules of guidance, --guidance_rule", RULES, 2, None),
     )
@@ -247,7 +248,7 @@ def _refuse_foreign(sampler):
     name = _name(sampler)
     plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp")).removesuffix("scheduler").removeprefix("sample")
     ours = {re.sub(r"[^a-z0-9]", "", known): known for known in SAMPLERS}
-    equal = ours.get(plain) or EQUIVALENTS.get(plain) or EQUIVALENTS.get(plain.removeprefix("k"))
+    equal = EQUIVALENTS.get(plain) or EQUIVALENTS.get(plain.removeprefix("k")) or ours.get(plain)
     if name not in SAMPLERS and equal:
         raise InputError(f"sampler is {name!r}; here that is {equal!r} (sample.py --list shows all)")
 

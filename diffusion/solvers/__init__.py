@@ -8,7 +8,7 @@ from collections.abc import Callable
 from diffusion.solvers.adams import deis, ipndm, lms, plms, pndm
 from diffusion.solvers.ddim import ddim, ddpm, split_noise
 from diffusion.solvers.differentiable import differentiable
-from diffusion.solvers.exponential import dpm_solver_pp, unipc
+from diffusion.solvers.exponential import dpm_solver_multistep, dpm_solver_pp
 from diffusion.solvers.forms import (
     Form,
     Level,
@@ -26,10 +26,13 @@ from diffusion.solvers.forms import (
     runge_kutta,
     step_orders,
 )
-from diffusion.solvers.heun import edm, heun
-from diffusion.solvers.onestep import analytic_dpm, consistency, euler, euler_ancestral, sigma_hat
+from diffusion.solvers.heun import edm, heun, restart
+from diffusion.solvers.onestep import analytic_dpm, consistency, euler, euler_ancestral, sigma_hat, tcd
+from diffusion.solvers.predictor_corrector import sa_solver, unipc
 from diffusion.solvers.resampling import resampled
+from diffusion.solvers.rungekutta import rk
 from diffusion.solvers.singlestep import dpm_solver, dpm_solver_pp_singlestep
+from diffusion.solvers.stochastic import dpm_solver_pp_sde, er_sde
 from diffusion.solvers.table import SamplerTable, from_json, gaussian_moments, make_table, reverse
 
 SOLVERS: dict[str, Callable[..., SamplerTable]] = {
@@ -39,9 +42,13 @@ SOLVERS: dict[str, Callable[..., SamplerTable]] = {
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "dpm_solver": dpm_solver,
+    "dpm_solver_multistep": dpm_solver_multistep,
     "dpm_solver_pp": dpm_solver_pp,
     "dpm_solver_pp_singlestep": dpm_solver_pp_singlestep,
+    "dpm_solver_pp_sde": dpm_solver_pp_sde,
     "unipc": unipc,
+    "sa_solver": sa_solver,
+    "er_sde": er_sde,
     "deis": deis,
     "lms": lms,
     "ipndm": ipndm,
@@ -49,7 +56,10 @@ SOLVERS: dict[str, Callable[..., SamplerTable]] = {
     "pndm": pndm,
     "heun": heun,
     "edm": edm,
+    "restart": restart,
+    "rk": rk,
     "consistency": consistency,
+    "tcd": tcd,
 }
 """Solvers that need only a schedule and a grid; all their options have defaults."""
 
@@ -73,12 +83,15 @@ __all__ = [
     "deis",
     "differentiable",
     "dpm_solver",
+    "dpm_solver_multistep",
     "dpm_solver_pp",
+    "dpm_solver_pp_sde",
     "dpm_solver_pp_singlestep",
     "edm",
     "eps_levels",
     "eps_of",
     "eps_weight",
+    "er_sde",
     "euler",
     "euler_ancestral",
     "first_order",
@@ -94,10 +107,14 @@ __all__ = [
     "plms",
     "pndm",
     "resampled",
+    "restart",
     "reverse",
+    "rk",
     "runge_kutta",
+    "sa_solver",
     "sigma_hat",
     "split_noise",
     "step_orders",
+    "tcd",
     "unipc",
 ]

@@ -30,6 +30,7 @@ from diffusion.solvers.forms import (
     first_order,
     levels,
     newest,
+    order_label,
     step_orders,
 )
 from diffusion.solvers.integrals import NODES, WEIGHTS, lagrange_integrals
@@ -54,7 +55,12 @@ _COORDINATES = {
 
 
 def deis(
-    schedule: NoiseSchedule, tau, order: int = 3, basis: str = "lambda", lower_order_final: bool = True
+    schedule: NoiseSchedule,
+    tau,
+    order: int | Sequence[int] = 3,
+    basis: str = "lambda",
+    lower_order_final: bool = True,
+    end: float = 0.0,
 ) -> SamplerTable:
     """Builds DEIS (arXiv:2204.13902): Adams-Bashforth, polynomials integrated exactly; tAB-DEIS and rho-AB-DEIS.
 
@@ -64,43 +70,45 @@ def deis(
     Args:
       schedule: the noise schedule.
       tau: a grid from `diffusion.timesteps`.
-      order: 1 (DDIM) to 4, the number of evaluations combined; the paper's r is order - 1.
+      order: 1 (DDIM) to 4, the number of evaluations combined; the paper's r is order - 1. A sequence gives each step
+        its order, and sets lower_order_final aside.
       basis: the variable in which eps is a polynomial. "t" is the paper's tAB, and depends on how the schedule
         continues between timesteps; "rho" is its rho-AB; "lambda" is diffusers' DEIS.
       lower_order_final: the last steps take the orders ..., 3, 2, 1. If False, only the last step is lowered.
+      end: the time that the last step goes to; 1 is diffusers', which leaves that noise in.
 
     Raises:
-      InputError: an order or basis outside the above, zero signal at tau[0], or tau is not a grid of the schedule.
+      InputError: an option outside the above, zero signal at tau[0], or tau is not a grid of the schedule.
     """
-    order = check_order(order, 4)
     if basis not in _COORDINATES:
         raise InputError(f"basis is {basis!r}; {nearest(str(basis), _COORDINATES)}")
-    name = f"deis(order={order}, basis={basis})"
-    grid = eps_levels(name, schedule, tau)
+    name = f"deis(order={order_label(order)}, basis={basis})"
+    grid = ended(name, schedule, eps_levels(name, schedule, tau), end)
     orders = step_orders(grid, order, 4, lower_order_final)
     return _adams(name, tau, grid, orders, lambda nodes, to: _integrals(schedule, basis, nodes, to))
 
 
-def lms(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool = False) -> SamplerTable:
+def lms(schedule: NoiseSchedule, tau, order: int | Sequence[int] = 4, lower_order_final: bool = False) -> SamplerTable:
     """Builds k-diffusion's linear multistep (`sample_lms`): `deis(basis="rho")`, by default in full order to the end.
 
     Args:
       schedule: the noise schedule.
       tau: a grid from `diffusion.timesteps`.
-      order: 1 (DDIM) to 4; the first steps have order 1, 2, ....
+      order: 1 (DDIM) to 4; the first steps have order 1, 2, .... Or a sequence, the order of each step.
       lower_order_final: the last steps take the orders ..., 3, 2, 1 instead; then the last returns D.
 
     Raises:
       InputError: an order outside 1..4, zero signal at tau[0], or tau is not a grid of the schedule.
     """
-    order = check_order(order, 4)
-    name = f"lms(order={order})"
+    name = f"lms(order={order_label(order)})"
     grid = eps_levels(name, schedule, tau)
     orders = step_orders(grid, order, 4, lower_order_final, full_at_zero=True)
     return _adams(name, tau, grid, orders, lambda nodes, to: _integrals(schedule, "rho", nodes, to))
 
 
-def ipndm(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool = False) -> SamplerTable:
+def ipndm(
+    schedule: NoiseSchedule, tau, order: int | Sequence[int] = 4, lower_order_final: bool = False
+) -> SamplerTable:
     """Builds iPNDM (arXiv:2204.13902): classical Adams-Bashforth weights on eps, in DDIM's step; one call a step.
 
     It has the stated order only where the grid is uniform in rho. On other smooth grids it has order 2, as PNDM's
@@ -109,14 +117,13 @@ def ipndm(schedule: NoiseSchedule, tau, order: int = 4, lower_order_final: bool 
     Args:
       schedule: the noise schedule.
       tau: a grid from `diffusion.timesteps`.
-      order: 1 (DDIM) to 4; the first steps have order 1, 2, ....
+      order: 1 (DDIM) to 4; the first steps have order 1, 2, .... Or a sequence, the order of each step.
       lower_order_final: the last steps take the orders ..., 3, 2, 1; published: False, full order to the very end.
 
     Raises:
       InputError: an order outside 1..4, zero signal at tau[0], or tau is not a grid of the schedule.
     """
-    order = check_order(order, 4)
-    name = f"ipndm(order={order})"
+    name = f"ipndm(order={order_label(order)})"
     grid = eps_levels(name, schedule, tau)
     orders = step_orders(grid, order, 4, lower_order_final, full_at_zero=True)
     return _adams(name, tau, grid, orders, _classical)

@@ -91,3 +91,30 @@ def split_noise(at: Level, to: Level, eta: float) -> tuple[float, float]:
     """
     kept, fresh = posterior_shares(at.signal**2, at.noise**2, to.signal**2, to.noise**2)
     return kept_noise(kept, eta), eta * np.sqrt(fresh)
+
+
+def ancestral(at: Level, to: Level, eta: float) -> tuple[Level, float]:
+    """Splits a step into a deterministic one and fresh noise, as k-diffusion's ancestral samplers do.
+
+    The deterministic step may be of any order. It goes to less noise than x_s has, n_s A, and the noise drawn, of std
+    n_s B, brings the variance back: A and B are those of `split_noise`. In units of the signal they are sigma_down and
+    sigma_up of k-diffusion.
+
+    Returns:
+      (where the deterministic step goes, the std of the noise); with eta = 0 the first is `to`.
+    """
+    A, B = split_noise(at, to, eta)
+    with np.errstate(divide="ignore"):
+        down = Level(to.t, to.signal, float(A * to.noise), float(to.half_log_snr - np.log(A)))
+    return down, float(to.noise * B)
+
+
+def check_s_noise(s_noise: float) -> None:
+    """Refuses a factor of the noise that is negative or not finite.
+
+    Raises:
+      InputError: it is.
+    """
+    require_concrete("s_noise", s_noise)
+    if not 0 <= s_noise < np.inf:
+        raise InputError(f"s_noise is {s_noise}; it must be finite and at least 0, and 1 keeps the variance")

@@ -209,6 +209,11 @@ def step_orders(
     return [int(p) for p in order]
 
 
+def order_label(order: int | Sequence[int]) -> str:
+    """Writes an order, or the orders of all steps, as it stands in a table's name."""
+    return f"{order}" if np.ndim(order) == 0 else "".join(map(str, order))
+
+
 def newest(grid: Sequence[Level], i: int, p: int) -> Sequence[Level]:
     """Returns the levels of the p newest evaluations in step i: grid[i], grid[i - 1], ...."""
     return grid[i - p + 1 : i + 1][::-1]
@@ -238,19 +243,32 @@ def eps_weight(at: Level, to: Level) -> float:
 def runge_kutta(
     at: Level,
     targets: Sequence[Level],
-    weights: Sequence[float],
+    weights: Sequence[float | Sequence[float]],
     evaluate: Callable[[Level, Form, Form], Form],
     num_registers: int,
 ) -> list[Stage]:
-    """Writes one step from `at` as stages, for methods in which each evaluation F_j enters the next target only.
+    """Writes one step from `at` as stages: an explicit Runge-Kutta method with evaluations at the targets in turn.
 
-    U_j = first_order(at, target_j) + weight_j (F_{j-1} - F_0), F_j = evaluate(target_j, U_j, D_j); the last U_j is the
-    next x. All U_j are begun in the first stage and wait in the registers for their last term. Needs as many registers
-    as targets.
+    U_j = first_order(at, target_j) + sum_k weights_jk (F_k - F_0), F_k = evaluate(target_k, U_k, D_k); the last U_j is
+    the next x. All U_j are begun in the first stage and wait in the registers for their further terms. Needs as many
+    registers as targets.
+
+    Args:
+      at: where the step begins, and F_0 is evaluated.
+      targets: where F_1, F_2, ... are evaluated, and where the step ends.
+      weights: for each target those of F_1, F_2, ...; a number is the weight of the newest of them, as in methods in
+        which each evaluation enters the next target only. The first target has none before it: 0.
+      evaluate: (level, x, D) -> F, such as `eps_of`.
+      num_registers: R.
     """
+    rows = [[0.0] * (j - 1) + [w] * (j > 0) if np.ndim(w) == 0 else list(w) for j, w in enumerate(weights)]
     x, *waiting, D, _ = columns(num_registers)
-    begun = [first_order(at, to, x, D) - w * evaluate(at, x, D) for to, w in zip(targets, weights, strict=True)]
+    begun = [first_order(at, to, x, D) - sum(w) * evaluate(at, x, D) for to, w in zip(targets, rows, strict=True)]
     stages = [Stage(at, begun)]
-    for here, weight in zip(targets[:-1], weights[1:], strict=True):
-        stages.append(Stage(here, [waiting[0] + weight * evaluate(here, x, D), *waiting[1:]]))
+    for k, here in enumerate(targets[:-1], 1):
+        found = evaluate(here, x, D)
+        # Those that wait lose their first, which is x now; what stands behind the last is unused.
+        terms = [w[k - 1] * found for w in rows[k:]]
+        moved = [u + term for u, term in zip(waiting, terms, strict=False)]
+        stages.append(Stage(here, [*moved, *waiting[len(moved) :]]))
     return stages

@@ -15,7 +15,8 @@ def exponential_moments(z: float, count: int) -> Float[np.ndarray, "count"]:
     and Ostermann, Acta Numerica 2010, section 2).
 
     Args:
-      z: rate times step, 0 <= z <= inf; at inf the kernel sits at v = 1 and every moment is 1.
+      z: rate times step, -50 < z <= inf; at inf the kernel sits at v = 1 and every moment is 1. A negative one is of
+        the eps basis, whose kernel grows backwards.
       count: at least 1.
     """
     if z < 4:

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion.errors import InputError
-from diffusion.schedules import NoiseSchedule
-from diffusion.solvers.ddim import check_eta, ddim, ddpm, split_noise
-from diffusion.solvers.forms import Level, Stage, build, columns, eps_of, grid_levels
+from diffusion.schedules import NoiseSchedule, transition_var
+from diffusion.solvers.ddim import check_eta, check_s_noise, ddim, ddpm, split_noise
+from diffusion.solvers.forms import Level, Stage, build, columns, ended, eps_of, first_order, grid_levels, levels
 from diffusion.solvers.table import SamplerTable
 from diffusion.timesteps import require_concrete
 
@@ -26,7 +26,7 @@ def euler(schedule: NoiseSchedule, tau) -> SamplerTable:
     return dataclasses.replace(ddim(schedule, tau), name="euler")
 
 
-def euler_ancestral(schedule: NoiseSchedule, tau, eta: float = 1.0) -> SamplerTable:
+def euler_ancestral(schedule: NoiseSchedule, tau, eta: float = 1.0, s_noise: float = 1.0) -> SamplerTable:
     """Builds k-diffusion's ancestral Euler: the table of ddim with the same eta.
 
     k-diffusion steps to sigma_down and adds noise sigma_up = eta sigma_s sqrt(1 - sigma_s^2 / sigma_t^2) to x / a, with
@@ -37,11 +37,15 @@ def euler_ancestral(schedule: NoiseSchedule, tau, eta: float = 1.0) -> SamplerTa
       schedule: the noise schedule.
       tau: a grid from `diffusion.timesteps`.
       eta: 0 is deterministic; 1 is DDPM.
+      s_noise: a factor of the noise drawn; 1 keeps the variance.
 
     Raises:
-      InputError: eta lies outside 0..1, or tau is not a grid of the schedule.
+      InputError: an option outside the above, or tau is not a grid of the schedule.
     """
-    return dataclasses.replace(ddim(schedule, tau, eta), name=f"euler_ancestral(eta={eta:g})")
+    check_s_noise(s_noise)
+    table = ddim(schedule, tau, eta)
+    update = table.update * [1.0, 1.0, s_noise]
+    return dataclasses.replace(table, update=update, name=f"euler_ancestral(eta={eta:g})")
 
 
 def sigma_hat(schedule: NoiseSchedule, tau) -> SamplerTable:
@@ -79,6 +83,34 @@ def consistency(schedule: NoiseSchedule, tau, sigma_min: float = 0.0) -> Sampler
         stages.append(Stage(at, [to.signal * D + fresh * z]))
     name = f"consistency(sigma_min={sigma_min:g})" if sigma_min else "consistency"
     return build(name, tau, stages, num_registers=1)
+
+
+def tcd(schedule: NoiseSchedule, tau, eta: float = 0.3, end: float = 0.0) -> SamplerTable:
+    """Builds strategic stochastic sampling, for networks of trajectory consistency distillation (arXiv:2402.19159).
+
+    A deterministic DDIM step goes past the next time s of tau to s' below it, and new noise takes x from s' back to s.
+    As in diffusers, s' is the timestep 1 + floor((1 - eta) (s - 1)).
+
+    Args:
+      schedule: the noise schedule.
+      tau: a grid from `diffusion.timesteps`.
+      eta: gamma of the paper. 0 is deterministic DDIM; at 1 every step goes to s' = 1, nearly as `consistency`.
+      end: the time that the last step goes to; 1 is diffusers', which leaves that noise in.
+
+    Raises:
+      InputError: eta lies outside 0..1, end outside the last step, or tau is not a grid of the schedule.
+    """
+    check_eta(eta)
+    x, D, z = columns(1)
+    stages = []
+    grid = ended("tcd", schedule, grid_levels(schedule, tau), end)
+    for i, (at, to) in enumerate(pairwise(grid)):
+        past, std = to, 0.0
+        if eta > 0 and i < len(grid) - 2:
+            past = levels(schedule, [1 + np.floor((1 - eta) * (to.t - 1))])[0]
+            std = np.sqrt(transition_var(to.signal**2, to.noise**2, past.signal**2, past.noise**2))
+        stages.append(Stage(at, [to.signal / past.signal * first_order(at, past, x, D) + std * z]))
+    return build(f"tcd(eta={eta:g})", tau, stages, num_registers=1)
 
 
 def analytic_dpm(

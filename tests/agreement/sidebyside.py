@@ -38,7 +38,8 @@ _CONFIGS = {
 KINDS = (
     *("DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep", "DPMSolverSinglestep", "KDPM2Discrete", "UniPCMultistep"),
     *("DEISMultistep", "PNDM", "IPNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete"),
-    *("LCM", "EDMEuler", "EDMDPMSolverMultistep", "FlowMatchEulerDiscrete"),
+    *("LCM", "EDMEuler", "EDMDPMSolverMultistep", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "TCD", "SASolver"),
+    "KDPM2AncestralDiscrete",
 )
 """The schedulers compared."""
 

@@ -33,9 +33,8 @@ from sidebyside import (
 
 import diffusion
 from diffusion import schedules, timesteps
-from diffusion.solvers import ddim, ddpm
+from diffusion.solvers import ddim, ddpm, dpm_solver_pp, unipc
 from diffusion.solvers.adams import deis, ipndm, lms, plms, pndm
-from diffusion.solvers.exponential import dpm_solver_pp, unipc
 from diffusion.solvers.heun import heun
 from diffusion.solvers.onestep import consistency, euler, euler_ancestral
 from diffusion.solvers.singlestep import dpm_solver, dpm_solver_pp_singlestep

@@ -22,9 +22,8 @@ from sidebyside import (
 from trajectories import exact_states, grid, start_states, uniform_lambdas
 
 from diffusion import schedules, timesteps
-from diffusion.solvers import ddim, ddpm
+from diffusion.solvers import ddim, ddpm, dpm_solver_pp, unipc
 from diffusion.solvers.adams import deis, plms, pndm
-from diffusion.solvers.exponential import dpm_solver_pp, unipc
 from diffusion.solvers.singlestep import dpm_solver_pp_singlestep
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
