@@ -59,6 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.transformer.mlp_ratio = 4.0  # channels inside each block's perceptron over width
     config.transformer.qk_norm = False  # normalise queries and keys, which long trainings may need to stay stable
     config.transformer.dropout = 0.0  # rate after attention and perceptron, in training
+    config.transformer.time_shift = 0.0  # what is added to t; -1 for networks of others, whose times count from 0
     config.transformer.dtype = "float32"  # or bfloat16, for the arithmetic
     config.transformer.remat = False  # compute the blocks again in the backward pass, to save memory
 

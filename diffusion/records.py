@@ -34,6 +34,8 @@ def current_config(saved: Mapping[str, Any]) -> ConfigDict:
             config.sample.tau = f"{name}:{option}={rest}"
     # There was one network then, and one space.
     config.network, config.latents = config.get("network", UNET), config.get("latents", "")
+    if isinstance(config.get("transformer"), ConfigDict):
+        config.transformer.time_shift = config.transformer.get("time_shift", 0.0)
     return config
 
 

@@ -275,6 +275,10 @@ def test_an_autoencoder_alone_becomes_a_file_of_ours_also_in_half_precision(tmp_
     assert_same(whole.params, found.params)
     rounded = jax.tree.map(lambda a: a.astype("float16").astype("float32") if a.ndim > 1 else a, found.params)
     assert_same(half.params, rounded)
+    for name in ("vae", "float32.safetensors"):
+        result = run("convert.py", f"--workdir={name}", "--to=diffusers", f"--out=from-{name}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert_same(diffusers.load_autoencoder(tmp_path / f"from-{name}").params, found.params)
 
 
 def test_tensors_can_be_read_twice_from_every_kind_of_file(folder, monkeypatch):

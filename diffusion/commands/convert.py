@@ -55,8 +55,13 @@ def _write_folder():
         raise InputError(f"--to=diffusers needs --{'out' if name else 'workdir'}; give the one")
     if useless := [flag.name for flag in (_FIGURES, _STEP, _DTYPE) if flag.value != flag.default]:
         raise InputError(f"--{useless[0]} does nothing with --to=diffusers; leave it out")
-    trained = opening.open_named(name, _EMA.value or "", own.networks(_NETWORK.value)).trained
-    diffusers.save(trained, _OUT.value)
+    found = reconstructions.open_autoencoder(name, _EMA.value or "")
+    if found is not None:
+        trained = found.trained
+        diffusers.save_autoencoder(trained, _OUT.value)
+    else:
+        trained = opening.open_named(name, _EMA.value or "", own.networks(_NETWORK.value)).trained
+        diffusers.save(trained, _OUT.value)
     print(f"{name}, step {trained.step:,}, EMA {trained.ema}: wrote {_OUT.value}, which diffusers reads")
 
 

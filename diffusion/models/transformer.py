@@ -33,6 +33,7 @@ class Transformer(nn.Module):
       qk_norm: normalise queries and keys of each head, so that their products stay bounded in long trainings
         (arXiv:2302.05442).
       dropout: rate after attention and perceptron, in training.
+      time_shift: what is added to t before it is told; -1 for networks of others, whose times count from 0.
       dtype: of the arithmetic; parameters and normalisation are float32.
       remat: whether the gradient computes the blocks again instead of keeping what they compute.
       sees_end, sees_scale: as those of `UNet`.
@@ -47,6 +48,7 @@ class Transformer(nn.Module):
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     dropout: float = 0.0
+    time_shift: float = 0.0
     dtype: str = "float32"
     remat: bool = False
     sees_end: bool = False
@@ -86,8 +88,8 @@ class Transformer(nn.Module):
 
     def _embed(self, t, cond, dtype):
         """Returns the embedding of the timestep, to which a class adds its own, [B, width]."""
-        inits = {"init": _NORMAL, "class_init": _NORMAL}
-        return embed_told(t, cond, network=self, features=TIME_FEATURES, width=self.width, dtype=dtype, **inits)
+        sizes = {"features": TIME_FEATURES, "width": self.width, "dtype": dtype}
+        return embed_told(t + self.time_shift, cond, network=self, **sizes, init=_NORMAL, class_init=_NORMAL)
 
     def _check(self, x, t, cond):
         """Raises InputError if the fields allow no network, or x, t or cond do not suit it."""

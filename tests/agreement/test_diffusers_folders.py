@@ -352,6 +352,46 @@ def test_an_autoencoder_read_from_its_folder_computes_the_same(name, tmp_path):
         np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
     autoencoders.save(tmp_path / "it.safetensors", found)
     jax.tree.map(np.testing.assert_array_equal, autoencoders.load(tmp_path / "it.safetensors").params, params)
+    # Written again it is the same here, and there.
+    interop.save_autoencoder(found, tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, interop.load_autoencoder(tmp_path / "again").params, params)
+    again = getattr(diffusers, kind).from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_latents_scaled_by_channel_are_scaled_by_the_layers_beside_them(tmp_path):
+    kind, fields = AUTOENCODERS["as in Stable Diffusion"]
+    coder(kind, fields).save_pretrained(tmp_path / "it")
+    found = interop.load_autoencoder(tmp_path / "it")
+    scaling = {"shift": np.float32([0.3, -1.0, 0.0, 2.0]), "scale": np.float32([0.5, 2.0, 1.0, 0.1])}
+    found = found._replace(params={**found.params, "scaling": scaling})
+    interop.save_autoencoder(found, tmp_path / "out")
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    ours = found.autoencoder.moments(found.params, x)
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out")
+    assert theirs.config.scaling_factor == 1
+    with torch.no_grad():
+        spread = theirs.encode(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).latent_dist
+        decoded = theirs.decode(spread.mean).sample.numpy().transpose(0, 2, 3, 1)
+    pairs = [(ours.mean, spread.mean), (ours.std, spread.std)]
+    pairs = [(mine, array.numpy().transpose(0, 2, 3, 1)) for mine, array in pairs]
+    for mine, wanted in [*pairs, (found.decode(found.params, ours.mean), decoded)]:
+        np.testing.assert_allclose(mine, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    coder(*AUTOENCODERS["a codebook"]).save_pretrained(tmp_path / "codes")
+    codes = interop.load_autoencoder(tmp_path / "codes")
+    scaling = {"shift": np.zeros(3, np.float32), "scale": np.float32([1, 2, 3])}
+    with pytest.raises(InputError, match="codebook are scaled by channel"):
+        interop.save_autoencoder(codes._replace(params={**codes.params, "scaling": scaling}), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def assert_same_pipelines(found, wanted, *networks):
+    """The same scheduler, and the same weights to the bit."""
+    assert type(found.scheduler) is type(wanted.scheduler)
+    for name in networks:
+        theirs, ours = getattr(wanted, name).state_dict(), getattr(found, name).state_dict()
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 
 def test_a_pipeline_of_latents_draws_the_same_images(tmp_path):
@@ -378,6 +418,8 @@ def test_a_pipeline_of_latents_draws_the_same_images(tmp_path):
     again = weights.load(tmp_path / "it.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)
     assert again.model.space.autoencoder.sha256 == trained.model.space.autoencoder.sha256
+    interop.save(trained, tmp_path / "again")
+    assert_same_pipelines(diffusers.LDMPipeline.from_pretrained(tmp_path / "again"), pipeline, "unet", "vqvae")
 
 
 TRANSFORMERS = {
@@ -428,6 +470,36 @@ def test_a_pipeline_of_dit_has_its_classes_latents_and_guidance(tmp_path):
     assert trained.model.conditions.null == 5
     assert trained.model.space.image_shape == (16, 16, 3)
     assert trained.config.train.label_dropout > 0
+    with pytest.raises(InputError, match=r"config\.model\.num_classes is 5; DiTPipeline of diffusers takes 1000 only"):
+        interop.save(trained, tmp_path / "again")
+
+
+def test_a_pipeline_of_dit_is_written_as_it_was_and_one_of_ours_is_told_times_from_0(tmp_path):
+    model = transformer(**TRANSFORMERS["of latents"], num_embeds_ada_norm=1000)
+    vae = coder("AutoencoderKL", encoder((8, 8)))
+    pipeline = diffusers.DiTPipeline(model, vae, diffusers.DDIMScheduler(clip_sample=False))
+    pipeline.save_pretrained(tmp_path / "dit")
+    trained = interop.load(tmp_path / "dit")
+    interop.save(trained, tmp_path / "again")
+    again = diffusers.DiTPipeline.from_pretrained(tmp_path / "again")
+    assert_same_pipelines(again, pipeline, "transformer", "vae")
+    assert again.get_label_ids("7") == [7]
+    # A transformer of ours counts its times from 1.
+    config = trained.config.copy_and_resolve_references()
+    config.transformer.time_shift = 0.0
+    names, space = trained.model.conditions.names, trained.model.space
+    ours = trained._replace(
+        model=make_model(config, space.image_shape, names, autoencoder=space.autoencoder), config=config
+    )
+    interop.save(ours, tmp_path / "ours")
+    written = diffusers.DiTPipeline.from_pretrained(tmp_path / "ours").transformer
+    x, t, labels = images(model), np.array([2, 977]), np.array([4, 1000])
+    with jax.default_matmul_precision("highest"):
+        wanted = np.asarray(jax.jit(ours.model.apply_fn)(ours.params, x, t, labels))
+    with torch.no_grad():
+        seen = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+        out = written(seen, timestep=torch.from_numpy(t - 1), class_labels=torch.from_numpy(labels)).sample
+    np.testing.assert_allclose(out.numpy().transpose(0, 2, 3, 1), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_blocks_with_different_embedders_are_refused(tmp_path):

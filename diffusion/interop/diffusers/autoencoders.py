@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import keys
 from diffusion.autoencoder import TrainedAutoencoder, make_autoencoder
 from diffusion.errors import InputError
 from diffusion.interop.diffusers import folders
-from diffusion.interop.diffusers.state import LEAVES, fields_of, require, to_params
+from diffusion.interop.diffusers.state import LEAVES, Written, fields_of, require, to_params, to_tensors
 from diffusion.records import readable
 from diffusion.sealed import digest
 from diffusion.types import Params
@@ -170,6 +171,65 @@ def _params(at, like, found, levels, variant) -> Params:
     shift, scale = found.get("shift_factor") or 0.0, found["scaling_factor"]
     params["scaling"] = {"shift": jnp.full(channels, shift), "scale": jnp.full(channels, scale)}
     return params
+
+
+def write_autoencoder(trained: TrainedAutoencoder, shift: bool = False) -> Written:
+    """Returns what an autoencoder is there, the inverse of `load_autoencoder`.
+
+    Latents have one factor there. Where each channel has its own, a Gaussian's layers on both sides of the latents take
+    the scaling in, and the factor is 1.
+
+    Args:
+      trained: the autoencoder.
+      shift: whether its config may have a shift_factor, which the pipelines do not read.
+
+    Raises:
+      InputError: a codebook's latents are scaled by channel, which a VQModel cannot.
+    """
+    fields, (height, width, channels) = trained.config.autoencoder, trained.autoencoder.image_shape
+    kind = VQ if fields.codes else KL
+    moved, scaled = (np.asarray(trained.params["scaling"][name]) for name in ("shift", "scale"))
+    params = {name: part for name, part in trained.params.items() if name != "scaling"}
+    one = np.all(moved == moved[0]) and np.all(scaled == scaled[0])
+    if not one or (moved[0] and not (shift and kind == KL)):
+        if kind == VQ:
+            raise InputError("the latents of this codebook are scaled by channel, for which VQModel has no field")
+        params = _scaled_within(params, moved, scaled)
+        moved, scaled = np.zeros(1), np.ones(1)
+    config = {
+        "_class_name": kind,
+        **DEFAULTS[kind],
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": list(fields.channels),
+        "down_block_types": ["DownEncoderBlock2D"] * len(fields.channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(fields.channels),
+        "layers_per_block": fields.num_blocks,
+        "latent_channels": fields.latent_channels,
+        "norm_num_groups": fields.groups,
+        "mid_block_add_attention": fields.attention,
+        "sample_size": height if height == width else [height, width],
+        "scaling_factor": float(str(scaled[0])),  # the shortest number that is this one in float32
+    }
+    if kind == VQ:
+        config |= {"num_vq_embeddings": fields.codes, "vq_embed_dim": fields.code_channels or fields.latent_channels}
+    elif moved[0]:
+        config["shift_factor"] = float(str(moved[0]))
+    levels = len(fields.channels)
+    return Written(config, to_tensors(params, lambda path: name_of(path, levels), is_pixelwise))
+
+
+def _scaled_within(params, shift, scale):
+    """Returns parameters whose latents are scaled as they leave the encoder, and scaled back in the decoder."""
+    before, after = (params[name] for name in ("quant_conv", "post_quant_conv"))
+    both = np.concatenate([scale, np.ones_like(scale)])  # mean and log-variance
+    bias = np.concatenate([(np.asarray(before["bias"])[: len(scale)] - shift) * scale, 2 * np.log(scale)])
+    bias[len(scale) :] += np.asarray(before["bias"])[len(scale) :]
+    quant = {"kernel": np.asarray(before["kernel"]) * both, "bias": bias}
+    kernel = np.asarray(after["kernel"])
+    back = {"kernel": kernel / scale[:, None], "bias": np.asarray(after["bias"]) + shift @ kernel}
+    arrays = jax.tree.map(lambda array: np.asarray(array, np.float32), {"quant_conv": quant, "post_quant_conv": back})
+    return {**params, **arrays}
 
 
 def _whole_config(fields: Mapping[str, Any], shape: tuple[int, int, int]) -> ConfigDict:

@@ -9,7 +9,7 @@ import numpy as np
 
 from diffusion.errors import InputError
 from diffusion.interop.diffusers.folders import Weights
-from diffusion.interop.diffusers.state import LEAVES, fields_of, require, to_params
+from diffusion.interop.diffusers.state import LEAVES, Written, fields_of, require, to_params, to_tensors
 from diffusion.interop.diffusers.unet import told_earlier
 from diffusion.types import Params
 
@@ -62,6 +62,12 @@ _ENDS = {
 _BLOCK = {"query": "attn1.to_q", "key": "attn1.to_k", "value": "attn1.to_v", "attention_out": "attn1.to_out.0"}
 _BLOCK |= {"modulation": "norm1.linear", "mlp_1": "ff.net.0.proj", "mlp_2": "ff.net.2"}
 
+NULL = 1000
+"""The label that means no class in DiTPipeline."""
+
+_WRITTEN = (("mlp_ratio", 4), ("qk_norm", False))
+"""The values of fields that DiTTransformer2DModel has."""
+
 _COPY = re.compile(r"transformer_blocks\.([1-9]\d*)(\.norm1\.emb\..+)")
 
 
@@ -98,8 +104,8 @@ def name_of(path: tuple[str, ...]) -> str:
     return f"transformer_blocks.{first.removeprefix('block_')}.{_BLOCK[rest[0]]}.{LEAVES[leaf]}"
 
 
-def read_params(weights: Weights, like: Params, time_shift: float, dtype: str = "float32") -> Params:
-    """Returns the parameters of `models.Transformer`, whose times are theirs less time_shift, matrices in dtype.
+def read_params(weights: Weights, like: Params, dtype: str = "float32") -> Params:
+    """Returns the parameters of `models.Transformer`, matrices in dtype.
 
     Raises:
       InputError: blocks with different embedders, or as `to_params`.
@@ -114,11 +120,60 @@ def read_params(weights: Weights, like: Params, time_shift: float, dtype: str = 
         return bool(_COPY.fullmatch(name)) or name == "pos_embed.pos_embed"
 
     params = to_params(_cut(weights), like, name_of, ignored, dtype)
-    # They have the cosines first.
-    kernel = np.asarray(params["time_1"]["kernel"], np.float32)
-    told = told_earlier(np.roll(kernel, len(kernel) // 2, axis=0), -time_shift)
-    params["time_1"]["kernel"] = jnp.asarray(told, dtype)
+    params["time_1"]["kernel"] = _other_half_first(params["time_1"]["kernel"])
     return params
+
+
+def _other_half_first(kernel):
+    """Returns the layer behind cosines and then sines, as they are there, of one behind sines and then cosines."""
+    return jnp.roll(kernel, len(kernel) // 2, axis=0)
+
+
+def write(fields: Mapping[str, Any], params: Params, shape: tuple[int, int, int], num_classes: int) -> Written:
+    """Returns what a network is there, the inverse of `read_fields` and `read_params`.
+
+    Args:
+      fields: of `models.Transformer`.
+      params: its parameters.
+      shape: (h, w, C) of the latents.
+      num_classes: how many it has.
+
+    Raises:
+      InputError: DiTTransformer2DModel or its pipeline has no network like this; the field is named.
+    """
+    height, width, channels = shape
+    wrong = [(f"config.transformer.{name}", fields[name], value) for name, value in _WRITTEN if fields[name] != value]
+    wrong += [("config.model.num_classes", num_classes, NULL)] * (num_classes != NULL)
+    wrong += [("the width of the latents", width, height)] * (width != height)
+    if wrong or fields["time_shift"] not in (0, -1):
+        name, found, wanted = (wrong or [("config.transformer.time_shift", fields["time_shift"], "0 or -1")])[0]
+        raise InputError(f"{name} is {found}; DiTPipeline of diffusers takes {wanted} only")
+    heads, out = fields["num_heads"], params["out"]["bias"].size // fields["patch"] ** 2
+    config = {
+        "_class_name": CLASSES[0],
+        **DEFAULTS,
+        "num_attention_heads": heads,
+        "attention_head_dim": fields["width"] // heads,
+        "in_channels": channels,
+        "out_channels": out,
+        "num_layers": fields["depth"],
+        "dropout": fields["dropout"],
+        "sample_size": height,
+        "patch_size": fields["patch"],
+        "num_embeds_ada_norm": num_classes,
+    }
+    kernel = params["time_1"]["kernel"]
+    if not fields["time_shift"]:  # times are told from 0 there
+        kernel = told_earlier(kernel, -1.0)
+    params = {**params, "time_1": {**params["time_1"], "kernel": _other_half_first(kernel)}}
+    tensors = to_tensors(params, name_of)
+    cut = f"{_ENDS['patches']}.weight"
+    patches = tensors[cut].reshape(-1, fields["patch"], fields["patch"], channels)
+    tensors[cut] = np.ascontiguousarray(patches.transpose(0, 3, 1, 2))
+    for name in [name for name in tensors if name.startswith(_TOLD)]:
+        copies = (name.replace("blocks.0.", f"blocks.{block}.") for block in range(1, fields["depth"]))
+        tensors |= dict.fromkeys(copies, tensors[name])
+    return Written(config, tensors)
 
 
 def _cut(weights):

@@ -78,7 +78,7 @@ def load(
         model = dataclasses.replace(model, space=spaces.latents(autoencoder))
     like = jax.eval_shape(model.init, keys.make(0))
     weights = folders.open_weights(network.at, folders.count(jax.tree.leaves(like)), variant)
-    return Trained(model, network.read(weights, like, sampling.time_shift, dtype), whole, 0, EMA)
+    return Trained(model, network.read(weights, like, dtype), whole, 0, EMA)
 
 
 class _Network(NamedTuple):
@@ -92,7 +92,7 @@ class _Network(NamedTuple):
       shape: (H, W, C) of its input.
       out_channels: of its output.
       num_classes, label_dropout: as config.model and config.train have them.
-      read: (weights, the shapes of the parameters, time_shift, dtype of matrices) -> the parameters.
+      read: (weights, the shapes of the parameters, dtype of matrices) -> the parameters.
       text_width: of the embeddings of texts that it is told; 0 for none.
     """
 
@@ -104,7 +104,7 @@ class _Network(NamedTuple):
     out_channels: int
     num_classes: int
     label_dropout: float
-    read: Callable[[folders.Weights, Params, float, str], Params]
+    read: Callable[[folders.Weights, Params, str], Params]
     text_width: int = 0
 
 
@@ -161,7 +161,7 @@ def _text_unet(folder, image_size):
     return _Network(at, where, UNET2D_CONDITION, fields, shape, found["out_channels"], 0, 0.1, _read_unet, width)
 
 
-def _read_unet(weights, like, time_shift, dtype):
+def _read_unet(weights, like, dtype):
     return to_params(weights, like, unet2d.name_of, dtype=dtype)
 
 
@@ -236,9 +236,9 @@ def _whole_config(network: _Network, sampling: Sampling) -> ConfigDict:
         raise InputError(
             f"{network.where}: out_channels is {out}, of {channels} in_channels; supported: as many, or twice as many"
         )
-    fields = dict(network.fields)
+    fields = {**network.fields, "time_shift": sampling.time_shift}
     if network.kind in (UNET2D, UNET2D_CONDITION):
-        fields |= {name: getattr(sampling, name) for name in ("time_scale", "time_shift")}
+        fields["time_scale"] = sampling.time_scale
     if network.kind == UNET2D:
         fields["sigma_min"] = sampling.sigma_min
     elif sampling.sigma_min:

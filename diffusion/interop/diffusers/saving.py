@@ -11,59 +11,77 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 from diffusion import files, options, schedules
+from diffusion.autoencoder import TrainedAutoencoder
 from diffusion.errors import InputError
-from diffusion.interop.diffusers import folders, unet, unet2d
-from diffusion.interop.diffusers.state import to_tensors
-from diffusion.model import UNET, UNET2D, Model, Trained
+from diffusion.interop.diffusers import dit, folders, unet, unet2d
+from diffusion.interop.diffusers.autoencoders import write_autoencoder
+from diffusion.interop.diffusers.state import Written, to_tensors
+from diffusion.model import TRANSFORMER, UNET, UNET2D, UNET2D_CONDITION, Model, Trained
 from diffusion.objectives import choice
 from diffusion.solvers.ddim import VARIANCES, ddim, ddpm
 from diffusion.timesteps import leading
-from diffusion.types import Params
 
 _CLIP = {"recompute": True, "keep_eps": True, "none": False}
 
 
 def save(trained: Trained, folder: str | os.PathLike) -> None:
-    """Writes a model of pixels as a pipeline: a UNet2DModel, and a DDPMScheduler or a DDIMScheduler.
+    """Writes a model as a pipeline: a network, a DDPMScheduler or DDIMScheduler, and the autoencoder of its latents.
 
     The scheduler is DDPM's where the model's own sampler is ddpm, or else DDIM's, which other schedulers of diffusers
     take over by from_config. A network of `models.UNet` is written with its times from 1 folded into a layer, so that
     it is told the times from 0 that diffusers counts.
 
     Args:
-      trained: the model.
+      trained: the model; of latents it becomes an LDMPipeline, or with a transformer a DiTPipeline.
       folder: where it is written, with its parts; an older model of the same files there gives way.
 
     Raises:
-      InputError: diffusers has no network, schedule or prediction like these, and the field is named; or the folder
-        holds something else, as the weights of a larger model. Nothing is written then.
+      InputError: diffusers has no network, autoencoder, schedule or prediction like these, and the field is named; or
+        the folder holds something else, as the weights of a larger model. Nothing is written then.
     """
-    folder, model = Path(folder).expanduser(), trained.model
-    network, params = _network(trained)
+    model, transformer = trained.model, trained.config.network == TRANSFORMER
     scheduler = _scheduler(trained.config, model)
-    name = scheduler["_class_name"]
-    index = {
-        "_class_name": name.replace("Scheduler", "Pipeline"),
-        "_diffusers_version": unet2d.VERSION,
-        "scheduler": ["diffusers", name],
-        "unet": ["diffusers", unet2d.CLASS],
-    }
-    tensors = to_tensors(params, unet2d.name_of)
-    contents = {
-        f"unet/{folders.STEM}.safetensors": safetensors.numpy.save(tensors, {"format": "pt"}),
-        f"unet/{folders.CONFIG}": _text(network),
-        f"scheduler/{folders.SCHEDULER}": _text(scheduler),
-        folders.INDEX: _text(index),
-    }
-    _write(folder, contents)
+    parts, kind = {"transformer" if transformer else "unet": _network(trained)}, scheduler["_class_name"]
+    index = {"_class_name": kind.replace("Scheduler", "Pipeline"), "scheduler": ["diffusers", kind]}
+    if model.space.autoencoder is not None:
+        index["_class_name"] = "DiTPipeline" if transformer else "LDMPipeline"
+        parts["vae" if transformer else "vqvae"] = write_autoencoder(model.space.autoencoder)
+    if transformer:
+        index["id2label"] = dict(enumerate(model.conditions.names))
+    index |= {name: ["diffusers", part.config["_class_name"]] for name, part in parts.items()}
+    contents = {}
+    for name, part in parts.items():
+        contents |= _files(part, f"{name}/")
+    contents[f"scheduler/{folders.SCHEDULER}"] = _text(scheduler)
+    _write(Path(folder).expanduser(), contents | {folders.INDEX: _text(index)})
+
+
+def save_autoencoder(trained: TrainedAutoencoder, folder: str | os.PathLike) -> None:
+    """Writes an autoencoder as an AutoencoderKL or a VQModel.
+
+    Args:
+      trained: the autoencoder.
+      folder: where it is written; an older one there gives way.
+
+    Raises:
+      InputError: diffusers has none like this, or the folder holds something else. Nothing is written then.
+    """
+    _write(Path(folder).expanduser(), _files(write_autoencoder(trained, shift=True), ""))
+
+
+def _files(part, place):
+    """Returns the files of a network, its config last."""
+    tensors = safetensors.numpy.save(part.tensors, {"format": "pt"})
+    return {f"{place}{folders.STEM}.safetensors": tensors, f"{place}{folders.CONFIG}": _text(part.config)}
 
 
 def _text(content):
+    content = {**content, "_diffusers_version": unet2d.VERSION}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _write(folder, contents):
-    """Writes the files of a pipeline, its index last, into a folder that holds no others."""
+    """Writes files, the one last that says what they are, into a folder that holds no others."""
     for name in contents:
         files.remove_temporaries((folder / name).parent, re.escape(Path(name).name), folder)
     for path in sorted(folder.rglob("*")):
@@ -71,17 +89,15 @@ def _write(folder, contents):
         if not path.is_dir() and name not in contents:
             raise InputError(f"{folder} holds {name}, which is no part of this model; name a new folder")
     # Without its index it is no pipeline, so half of one is never taken for the whole.
-    files.remove(folder / folders.INDEX, folder)
+    files.remove(folder / list(contents)[-1], folder)
     for name, content in contents.items():
         files.make_folder((folder / name).parent, folder)
         files.write_atomically(folder / name, content, folder)
 
 
-def _network(trained) -> tuple[dict[str, Any], Params]:
-    """Returns the config of UNet2DModel, and the parameters of `models.UNet2D`, that compute what a model computes."""
+def _network(trained) -> Written:
+    """Returns the UNet2DModel or DiTTransformer2DModel that computes what a model computes."""
     config, model = trained.config, trained.model
-    if model.space.autoencoder is not None:
-        raise InputError("this is a model of latents, which cannot be written for diffusers yet; give one of pixels")
     if choice.is_student(config.train.objective):
         raise InputError(f"diffusers has no students of objective {config.train.objective}; give their teacher")
     if config.network == UNET2D:
@@ -93,11 +109,18 @@ def _network(trained) -> tuple[dict[str, Any], Params]:
             )
     elif config.network == UNET:
         fields, params = unet.fields_and_params(config.model, trained.params, model.image_shape)
+    elif config.network == TRANSFORMER and model.space.autoencoder is not None:
+        return dit.write(config.transformer, trained.params, model.image_shape, config.model.num_classes)
+    elif config.network == UNET2D_CONDITION:
+        raise InputError("a text-to-image model is read from a folder of diffusers and not written; copy that folder")
     else:
+        pixels = " for pixels" if config.network == TRANSFORMER else ""
         raise InputError(
-            f"config.network is {config.network!r}, which diffusers does not have; train with config.network={UNET2D}"
+            f"config.network is {config.network!r}, which diffusers does not have{pixels}; train with "
+            f"config.network={UNET2D}"
         )
-    return unet2d.write_config(fields, config, model.image_shape, model.learned_variance), params
+    written = unet2d.write_config(fields, config, model.image_shape, model.learned_variance)
+    return Written(written, to_tensors(params, unet2d.name_of))
 
 
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -113,14 +136,20 @@ def _scheduler(config: ConfigDict, model: Model) -> dict[str, Any]:
         )
     name, clip = config.sample.sampler.partition(":")[0], config.sample.clip or model.space.clip
     shared = {
-        "_diffusers_version": unet2d.VERSION,
         **_betas(config.schedule),
         "prediction_type": _PREDICTION_TYPES[model.prediction],
         "clip_sample": _CLIP[clip],
         **_spacing(config.sample.tau),
     }
-    if name == "ddpm" or model.learned_variance:  # no other scheduler takes the variance off what the network returns
-        variance = "learned" if model.learned_variance else _options(config.sample.sampler, ddpm)["variance"]
+    # DiTPipeline takes the variance off what the network returns; elsewhere only this scheduler does.
+    learned = model.learned_variance and config.network != TRANSFORMER
+    if name == "ddpm" or learned:
+        variance = "learned" if learned else _options(config.sample.sampler, ddpm)["variance"]
+        if variance == "learned" and not learned:
+            raise InputError(
+                f"config.sample.sampler is {config.sample.sampler!r}; DiTPipeline leaves the network's variance out: "
+                "give ddpm:variance=small"
+            )
         kind = dict(zip(VARIANCES, ("fixed_small", "fixed_large", "learned_range"), strict=True))[variance]
         return {"_class_name": "DDPMScheduler", **shared, "variance_type": kind}
     end = _options(config.sample.sampler, ddim)["end"] if name == "ddim" else 0

@@ -1,7 +1,7 @@
 """Turns the tensors of a torch network into parameters of ours and back: other names, and axes in another order."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax.numpy as jnp
@@ -13,6 +13,19 @@ from diffusion.types import Params
 
 Name = Callable[[tuple[str, ...]], str]
 """The path of one of our parameters -> the name of the tensor that it is there."""
+
+
+class Written(NamedTuple):
+    """A network as diffusers has it.
+
+    Attributes:
+      config: with its _class_name.
+      tensors: by name.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 """What the last part of a path is called there."""

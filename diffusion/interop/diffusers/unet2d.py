@@ -99,7 +99,6 @@ def write_config(fields: Mapping[str, Any], config: Any, shape: tuple[int, int, 
     classes = num_classes + bool(null) if num_classes else None
     return {
         "_class_name": CLASS,
-        "_diffusers_version": VERSION,
         **theirs,
         "sample_size": height if height == width else [height, width],
         "in_channels": channels,
