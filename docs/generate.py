@@ -5,6 +5,7 @@ A page says where such a part goes with a line `<!-- generated: KIND ARGUMENTS -
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import re
@@ -126,7 +127,89 @@ def recipes(page: str) -> str:
     return "\n".join(rows)
 
 
-KINDS = {"modules": modules, "flags": flags, "fields": fields, "recipes": recipes}
+ORDERS = {
+    "ddim": "1; the variance at any eta as well",
+    "ddpm": "1",
+    "sigma_hat": "1",
+    "euler": "1",
+    "euler_ancestral": "1",
+    "dpm_solver": "`order` at eta 0",
+    "dpm_solver_multistep": "`order`; official 3: 2",
+    "dpm_solver_pp": "`order`; official and halved 3: 2",
+    "dpm_solver_pp_singlestep": "`order` at eta 0",
+    "dpm_solver_pp_sde": "2 at eta 0",
+    "unipc": "`order` + 1, from exact start values",
+    "sa_solver": "that of unipc at sde_eta 0",
+    "er_sde": "1 at order 1; its moments on Gaussian data tend to the data's",
+    "deis": "`order`, from exact start values",
+    "lms": "`order`, from exact start values",
+    "ipndm": "`order` on grids even in n / a, else 2",
+    "plms": "2",
+    "pndm": "2",
+    "heun": "2",
+    "edm": "2 without churn (euler: 1)",
+    "restart": "2 between its noises",
+    "rk": "`order`",
+    "consistency": "none: each step draws a sample",
+    "tcd": "1 at eta 0",
+    "analytic_dpm": "1; its variance is exact on Gaussian data",
+}
+"""The order of convergence of each solver, as its tests measure it."""
+
+
+def samplers(page: str) -> str:
+    """Returns a section for each sampler: calls, order, options, other names and papers; and one for the grids."""
+    from diffusion import options, schedules, timesteps
+    from diffusion.commands.samplers import OWN_LENGTH, SAMPLERS, make_table
+    from diffusion.solvers import names
+
+    schedule, half = schedules.linear(), {"gamma": lambda tau: [0.5] * (len(tau) - 1)}
+    sections, foreign = ["## Samplers"], [(other, ours) for other, ours in names.SAMPLERS.items() if other != ours]
+    for name, function in SAMPLERS.items():
+        counts = [make_table(schedule, name, steps, "uniform", resources=half).nfe for steps in (10, 20, 30)]
+        called = [f"`{other}` = `{ours}`" for other, ours in foreign if ours.partition(":")[0] == name]
+        facts = {"calls, by default": _formula(*counts), "order": ORDERS[name], "other names": ", ".join(called)}
+        sections.append(_choice(name, function, options.defaults(function, 2), facts))
+    sections.append("\n## Grids of timesteps")
+    for table, leading in ((timesteps.GRIDS | timesteps.MODEL_GRIDS, 2), (OWN_LENGTH, 1)):
+        for name, function in table.items():
+            called = [f"`{other}` = `{ours}`" for other, ours in names.GRIDS.items() if ours.partition(":")[0] == name]
+            known = options.defaults(function, leading)
+            sections.append(_choice(name, function, known, {"other names": ", ".join(called)}))
+    sections.append("\n## Names that mean two things\n")
+    sections += [f"- `{name}`: {' or '.join(map(_markdown, both))}" for name, both in names.AMBIGUOUS.items()]
+    return "\n".join(sections)
+
+
+def _formula(at_10, at_20, at_30):
+    """Writes the number of network calls for S steps, from those for 10, 20 and 30."""
+    factor, rest = (at_20 - at_10) // 10, 2 * at_10 - at_20
+    if at_30 - at_20 != at_20 - at_10:
+        return f"{at_10} for S = 10, {at_20} for S = 20"
+    sign = f" {'+' if rest > 0 else '-'} {abs(rest)}" if rest else ""
+    return f"{factor if factor > 1 else ''} S{sign}".strip()
+
+
+def _choice(name, function, known, facts):
+    """Returns the section of one function: its summary, options and papers, and further facts where there are any."""
+    text, needed = inspect.getdoc(function), inspect.Parameter.empty
+    shown = [
+        f"`{key}`" + ("" if value is needed or value == () else f" ({_plain(value)})") for key, value in known.items()
+    ]
+    papers = [f"[arXiv:{found}](https://arxiv.org/abs/{found})" for found in re.findall(r"arXiv:(\d+\.\d+)", text)]
+    facts = {**facts, "options": ", ".join(shown), "papers": ", ".join(dict.fromkeys(papers))}
+    lines = [f"- {what}: {value}" for what, value in facts.items() if value]
+    return "\n".join([f"\n### {name}\n", _markdown(text.partition("\n")[0]), "", *lines])
+
+
+def _plain(value):
+    """Returns a default as the command line has it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+KINDS = {"modules": modules, "flags": flags, "fields": fields, "recipes": recipes, "samplers": samplers}
 
 
 def _dump_flags(program):

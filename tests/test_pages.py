@@ -9,10 +9,13 @@ import pytest
 
 import diffusion
 from configs import default
-from diffusion import schedules, solvers, timesteps
+from diffusion import options, schedules, solvers, timesteps
+from diffusion.commands.samplers import SAMPLERS, TAUS
 from diffusion.guidance import RULES
+from diffusion.learning import paths
 from diffusion.objectives.losses import OBJECTIVES
 from diffusion.predictions import PREDICTIONS
+from diffusion.solvers import names as foreign
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +54,22 @@ def test_the_page_of_commands_has_the_flags_of_a_program_and_none_of_its_librari
     defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "diffusion/commands/train.py").read_text())
     assert set(defined) <= set(listed)
     assert not {"verbosity", "help", "log_dir"} & set(listed)
+
+
+def test_the_page_of_samplers_has_every_one_with_its_calls_options_and_other_names(generate):
+    page = generate.fill("<!-- generated: samplers -->")
+    assert generate.ORDERS.keys() == SAMPLERS.keys()
+    parts = dict(part.split("\n", 1) for part in page.split("\n### ")[1:])
+    assert parts.keys() == {*SAMPLERS, *TAUS} - paths.GRIDS.keys()
+    for name, function in SAMPLERS.items():
+        for option in options.defaults(function, 2):
+            assert f"`{option}`" in parts[name]
+    for other, ours in foreign.SAMPLERS.items():
+        assert other == ours or f"`{other}` = `{ours}`" in parts[ours.partition(":")[0]]
+    assert "calls, by default: 2 S - 1\n" in parts["heun"]
+    assert "calls, by default: S\n" in parts["unipc"]
+    assert "arXiv:2302.04867" in parts["unipc"]
+    assert all(name in page for name in foreign.AMBIGUOUS)
 
 
 def test_the_citation_has_the_version_of_the_library():

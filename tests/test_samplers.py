@@ -8,8 +8,8 @@ import pytest
 from reference import refused
 
 from diffusion import schedules, solvers, timesteps
+from diffusion.commands import aliases
 from diffusion.commands.samplers import (
-    EQUIVALENTS,
     OWN_LENGTH,
     SAMPLERS,
     chosen_steps,
@@ -18,6 +18,7 @@ from diffusion.commands.samplers import (
     make_table,
     make_tau,
 )
+from diffusion.solvers import names as foreign
 
 LINEAR = schedules.linear()
 
@@ -145,31 +146,61 @@ def test_a_grid_of_its_own_length_takes_no_steps():
             chosen_steps(f"{name}:x=1", 5, 25)
 
 
-@pytest.mark.parametrize(("other", "ours"), EQUIVALENTS.items())
-def test_names_of_other_libraries_lead_to_a_sampler_that_exists(other, ours):
-    make_table(LINEAR, ours, 5, "uniform")
-    with refused(f"here that is '{ours}'"):
-        make_table(LINEAR, other, 5, "uniform")
+@pytest.mark.parametrize(("other", "ours"), foreign.SAMPLERS.items())
+def test_names_of_other_libraries_are_the_tables_that_they_stand_for(other, ours):
+    tau = "trailing"
+    for name in (other, other.upper(), other.replace("_", " ").replace("pp", "++")):
+        made, wanted = (make_table(LINEAR, text, 9, tau) for text in (name, ours))
+        np.testing.assert_array_equal(made.update, wanted.update)
+
+
+@pytest.mark.parametrize(("other", "ours"), foreign.GRIDS.items())
+def test_names_of_grids_are_the_grids_that_they_stand_for(other, ours):
+    schedule = schedules.scaled_linear()
+    np.testing.assert_array_equal(make_tau(schedule, other, 10), make_tau(schedule, ours, 10))
 
 
 @pytest.mark.parametrize(
-    ("name", "ours"),
+    ("name", "sampler", "tau"),
     [
-        ("DDIM", "ddim"),
-        ("DDIMScheduler", "ddim"),
-        ("dpmpp_2m", "dpm_solver_pp:order=2,variant=official"),
-        ("DPM++ 2M", "dpm_solver_pp:order=2,variant=official"),
-        ("sample_dpmpp_2m", "dpm_solver_pp:order=2,variant=official"),
-        ("euler_a", "euler_ancestral"),
-        ("k_euler_a", "euler_ancestral"),
-        ("EulerAncestralDiscreteScheduler", "euler_ancestral"),
-        ("UniPC", "unipc"),
-        ("PNDMScheduler", "pndm"),
+        ("DDIM", "ddim", ""),
+        ("DPM++ 2M Karras", "dpm_solver_pp:order=2,variant=official", "karras"),
+        ("dpmpp_2m_sde_karras", "dpm_solver_pp:order=2,sde_eta=1,variant=official", "karras"),
+        ("sample_dpmpp_2m", "dpm_solver_pp:order=2,variant=official", ""),
+        ("k_euler_a", "euler_ancestral", ""),
+        ("DPM2 a Exponential", "dpm_solver:order=2,eta=1", "log_snr"),
+        ("Euler SGM Uniform", "euler", "linspace:last=false,rounded=false"),
+        ("er_sde:order=2", "er_sde:order=2", ""),
+        ("dpmpp_sde:eta=0.5", "dpm_solver_pp_sde:eta=0.5", ""),
+        ("dpmpp_2m:s_noise=1.1", "dpm_solver_pp:order=2,variant=official,s_noise=1.1", ""),
+        ("dpm_solver_multistep", "dpm_solver_multistep", ""),  # ours, and not diffusers' class of nearly this name
+        (
+            "DPMSolverMultistepScheduler(solver_order=3)",
+            "dpm_solver_pp:order=3,variant=official,lower_order_final=false",
+            "",
+        ),
+        (
+            "DPMSolverMultistepScheduler(algorithm_type=sde-dpmsolver++, use_karras_sigmas=True)",
+            "dpm_solver_pp:order=2,sde_eta=1,variant=official",
+            "karras",
+        ),
     ],
 )
-def test_however_others_write_them(name, ours):
-    with refused(f"here that is '{ours}'"):
-        make_table(LINEAR, name, 5, "uniform")
+def test_what_others_write_is_read_with_its_grid_and_options(name, sampler, tau):
+    assert aliases.meaning(name) == (sampler, tau)
+
+
+def test_what_a_name_stands_for_is_printed(capsys):
+    assert aliases.chosen("euler_a_karras", "uniform", tau_given=False) == ("euler_ancestral", "karras")
+    assert capsys.readouterr().out == "note: euler_a_karras stands for --sampler=euler_ancestral --tau=karras\n"
+    assert aliases.chosen("euler", "uniform", tau_given=True) == ("euler", "uniform")
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", foreign.AMBIGUOUS)
+def test_a_name_that_means_two_things_is_refused_with_both(name):
+    with refused("means two things: .* and "):
+        aliases.meaning(name) if name != "beta" else aliases.meaning("euler_beta")
 
 
 def test_the_list_names_everything_with_its_options_and_calls():

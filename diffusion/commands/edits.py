@@ -11,11 +11,10 @@ import numpy as np
 from absl import flags
 from jaxtyping import Bool, UInt8
 
-from diffusion import editing, files, keys, options, predictions, timesteps
+from diffusion import editing, files, keys, options, predictions
 from diffusion.commands import learned, samplers, usage
 from diffusion.data import decoding
 from diffusion.errors import InputError, printable, require_range
-from diffusion.learning import paths
 from diffusion.model import Model
 from diffusion.solvers import SamplerTable, resampled
 from diffusion.types import Images
@@ -108,7 +107,7 @@ def started(given: Any, sampler: str, tau: str) -> str:
             )
         return tau
     leading = 1 if tau.partition(":")[0] in samplers.OWN_LENGTH else 2
-    choice = options.parse("tau", tau, timesteps.GRIDS | samplers.OWN_LENGTH | paths.GRIDS, leading)
+    choice = options.parse("tau", tau, samplers.TAUS, leading)
     if "start" in choice.options or "start" not in choice.complete(leading):
         if strength is not None:
             raise InputError(f"tau {tau} has its own start; leave out --strength, or name a grid without one")

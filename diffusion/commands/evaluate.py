@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from diffusion import data, devices, files, options
 from diffusion.commands import (
+    aliases,
     bits,
     cli,
     datasets,
@@ -145,6 +146,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     config = source.trained.config
     tau = config.sample.tau if _TAU.value is None else _TAU.value
     names = options.split(own.stored("sampler", "samplers", _SAMPLERS.value, config.sample.sampler))
+    names = [aliases.without_grid(name, say=True) for name in names]
     steps = None if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
     steps = samplers.chosen_steps(tau, steps, [students.default_steps(source.trained)])
     if _GUIDANCE.value is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusion import options, schedules, timesteps
-from diffusion.commands import learned, own
+from diffusion.commands import aliases, learned, own
 from diffusion.errors import InputError, users_code
 from diffusion.guidance import RULES
 from diffusion.learning import paths
@@ -27,24 +27,8 @@ OWN_LENGTH = {"sections": timesteps.sections, "explicit": timesteps.explicit}
 
 TABLE_SUFFIX = ".json"
 
-EQUIVALENTS = {
-    "cmstochasticiterative": "consistency",
-    "deismultistep": "deis:order=2",
-    "dpmpp2m": "dpm_solver_pp:order=2,variant=official",
-    "dpmpp2msde": "dpm_solver_pp:order=2,sde_eta=1,variant=official",
-    "dpmpp2s": "dpm_solver_pp_singlestep:order=2",
-    "dpmsolvermultistep": "dpm_solver_pp:order=2,variant=official",
-    "dpmsolversinglestep": "dpm_solver_pp_singlestep:order=2",
-    "eulera": "euler_ancestral",
-    "eulerancestraldiscrete": "euler_ancestral",
-    "eulerdiscrete": "euler",
-    "flowmatcheulerdiscrete": "euler",
-    "heundiscrete": "heun",
-    "lcm": "consistency",
-    "lmsdiscrete": "lms",
-    "unipcmultistep": "unipc:order=2",
-}
-"""What samplers of diffusers and k-diffusion are called here, by their names in small letters and digits."""
+TAUS = GRIDS | OWN_LENGTH | MODEL_GRIDS | paths.GRIDS
+"""All grids by name."""
 
 Resources = Mapping[str, Callable[[Tau], Any]]
 """Options that cannot be written as text, as functions of the grid; `Source.resources` has those of a trained model."""
@@ -62,10 +46,10 @@ def make_tau(schedule: NoiseSchedule, text: str, num_steps: int, resources: Reso
     Raises:
       InputError: an unknown name or option, or a grid that the schedule cannot have.
     """
-    grids = GRIDS | OWN_LENGTH | MODEL_GRIDS | paths.GRIDS
+    text = aliases.grid(text)
     own = _name(text) in OWN_LENGTH
     leading = 1 if own else 2
-    choice = options.parse("tau", text, grids, leading)
+    choice = options.parse("tau", text, TAUS, leading)
     if choice.name in paths.GRIDS:
         choice = _with_estimate(choice, resources)
     if missing := choice.missing(leading):
@@ -113,7 +97,8 @@ def make_table(
 
     Args:
       schedule: the noise schedule.
-      sampler: a key of SAMPLERS, with options after a colon ("ddim:eta=0.5", "dpm_solver_pp:order=3,variant=official");
+      sampler: a key of SAMPLERS, with options after a colon ("ddim:eta=0.5", "dpm_solver_pp:order=3,variant=official"),
+        or a name of another library, see `aliases`;
         a function of the user's own ("package.module:function:order=2"), which is imported, see `own.stored`; or the
         path of a table that `SamplerTable.to_json` wrote ("mine.json"), which has its own grid.
       num_steps, tau: see `make_tau`.
@@ -130,7 +115,7 @@ def make_table(
         return _own_table(schedule, sampler, make_tau(schedule, tau, num_steps, resources), eta)
     if sampler == learned.LEARNED:
         raise InputError(f"sampler {sampler} is a table learned for a trained model by learn.py; name a solver here")
-    _refuse_foreign(sampler)
+    sampler = aliases.without_grid(sampler)
     choice = options.parse("sampler", sampler, SAMPLERS, leading=2)
     if eta is not None:
         choice = _with_eta(choice, eta)
@@ -241,16 +226,6 @@ def _with_eta(choice, eta):
         having = [name for name, function in SAMPLERS.items() if "eta" in options.defaults(function, leading=2)]
         raise InputError(f"sampler {choice.name} has no option 'eta'; those that have one: {', '.join(having)}")
     return choice._replace(options={**choice.options, "eta": eta})
-
-
-def _refuse_foreign(sampler):
-    """Names the equal of a sampler of another library."""
-    name = _name(sampler)
-    plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp")).removesuffix("scheduler").removeprefix("sample")
-    ours = {re.sub(r"[^a-z0-9]", "", known): known for known in SAMPLERS}
-    equal = EQUIVALENTS.get(plain) or EQUIVALENTS.get(plain.removeprefix("k")) or ours.get(plain)
-    if name not in SAMPLERS and equal:
-        raise InputError(f"sampler is {name!r}; here that is {equal!r} (sample.py --list shows all)")
 
 
 def _read_table(path, schedule, eta):

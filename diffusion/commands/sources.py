@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 
 from diffusion import keys
 from diffusion.commands import (
+    aliases,
     drawing,
     edits,
     guiding,
@@ -299,7 +300,8 @@ def open_sampling() -> Sampling:
     source = open_source()
     config = source.trained.config.sample
     sampler = own.stored("sampler", "sampler", given.sampler, config.sampler)
-    tau = config.tau if given.tau is None else given.tau
+    tau = aliases.grid(config.tau if given.tau is None else given.tau)
+    sampler, tau = aliases.chosen(sampler, tau, tau_given=given.tau is not None)
     if sampler == learned.LEARNED and given.tau is not None:
         raise InputError("a learned table has its own grid; leave out --tau")
     if samplers.is_file(sampler):

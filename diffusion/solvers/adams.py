@@ -151,7 +151,7 @@ def plms(
     """
     order = check_order(order, 4, lowest=2)
     name = f"plms(order={order})"
-    grid = ended(name, schedule, eps_levels(name, schedule, tau), end)
+    grid = ended(name, schedule, eps_levels(name, schedule, tau), end, may_stay=True)
     steps = len(grid) - 1
     x, *past, D, _ = columns(min(order, steps))
     stages = []
@@ -181,7 +181,7 @@ def pndm(schedule: NoiseSchedule, tau, lower_order_final: bool = False, end: flo
     Raises:
       InputError: zero signal at tau[0], or tau is not a grid of the schedule.
     """
-    grid = ended("pndm", schedule, eps_levels("pndm", schedule, tau), end)
+    grid = ended("pndm", schedule, eps_levels("pndm", schedule, tau), end, may_stay=True)
     steps = len(grid) - 1
     starts = min(3, steps - 1)
     registers = starts + 3 if starts else 1

@@ -31,7 +31,7 @@ def ddim(schedule: NoiseSchedule, tau, eta: float = 0.0, end: float = 0.0) -> Sa
     check_eta(eta)
     x, D, z = columns(1)
     stages = []
-    for at, to in pairwise(ended("ddim", schedule, grid_levels(schedule, tau), end)):
+    for at, to in pairwise(ended("ddim", schedule, grid_levels(schedule, tau), end, may_stay=True)):
         A, B = split_noise(at, to, eta)
         stages.append(Stage(at, [to.signal * D + to.noise * (A * eps_of(at, x, D) + B * z)]))
     return build(f"ddim(eta={eta:g})", tau, stages, num_registers=1)

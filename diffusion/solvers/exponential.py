@@ -68,7 +68,8 @@ def dpm_solver_pp(
         1; in between, sde_eta is not DDIM's eta.
       variant: "exact" is exponential Adams-Bashforth, of the stated order ("heun" of diffusers at order 2). "official"
         is the published 2M (Algorithm 2; "midpoint" of diffusers) at order 2, and at order 3 the published 3M, which
-        halves the second difference and has order 2.
+        halves the second difference and has order 2. "halved" does so, too, and is exact at order 2: the steps before
+        the third of k-diffusion's dpmpp_3m_sde.
       lower_order_final: the last steps take the orders ..., 3, 2, 1. diffusers does so only below 15 steps. If False,
         only the last step is lowered.
       s_noise: a factor of the noise drawn; 1 keeps the variance.
@@ -183,7 +184,12 @@ def _bh2(z: float, moments: Moments) -> Moments:
     return moments[0] * np.array([1, 0.5]) if moments.size == 2 else moments
 
 
-DPM_MOMENTS = {"exact": _exact, "official": _dpm_official}
+def _halved(z: float, moments: Moments) -> Moments:
+    """Halves the second moment where there is one, and is exact with two nodes, as k-diffusion's 3M is."""
+    return moments * np.array([1, 1, 0.5])[: moments.size]
+
+
+DPM_MOMENTS = {"exact": _exact, "official": _dpm_official, "halved": _halved}
 UNIPC_MOMENTS = {"exact": _exact, "bh1": _bh1, "bh2": _bh2}
 
 

@@ -125,14 +125,23 @@ def grid_levels(schedule: NoiseSchedule, tau) -> list[Level]:
     return levels(schedule, timesteps.check(schedule, tau))
 
 
-def ended(name: str, schedule: NoiseSchedule, grid: list[Level], end: float) -> list[Level]:
+def ended(name: str, schedule: NoiseSchedule, grid: list[Level], end: float, may_stay: bool = False) -> list[Level]:
     """Returns the levels of a grid whose last step goes to another time than 0, and keeps the noise of that time.
+
+    Args:
+      name: of the sampler, for errors.
+      schedule: the noise schedule.
+      grid: the levels of tau.
+      end: the time.
+      may_stay: True if the last step may have no length, as from 1 to 1, which some methods have no weights for.
 
     Raises:
       InputError: the time lies outside the last step.
     """
     if not 0 <= end <= grid[-2].t:
         raise InputError(f"{name}: end is {end}; it must lie in 0..{grid[-2].t:g}, in the last step of tau")
+    if end == grid[-2].t and not may_stay:
+        raise InputError(f"{name}: end is {end}, where the last step of tau begins; leave that time out of tau")
     return [*grid[:-1], *levels(schedule, [end])] if end else grid
 
 

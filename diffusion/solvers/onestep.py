@@ -103,7 +103,7 @@ def tcd(schedule: NoiseSchedule, tau, eta: float = 0.3, end: float = 0.0) -> Sam
     check_eta(eta)
     x, D, z = columns(1)
     stages = []
-    grid = ended("tcd", schedule, grid_levels(schedule, tau), end)
+    grid = ended("tcd", schedule, grid_levels(schedule, tau), end, may_stay=True)
     for i, (at, to) in enumerate(pairwise(grid)):
         past, std = to, 0.0
         if eta > 0 and i < len(grid) - 2:

@@ -69,9 +69,15 @@ def leading(schedule: NoiseSchedule, num_steps: int, start: float = 1.0, offset:
     return started(schedule, np.append(times, 0), start)
 
 
-def trailing(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
-    """Takes round(T - i T / S), diffusers' "trailing" without the errors of its float range: the grid of `uniform`."""
-    return uniform(schedule, num_steps, start)
+def trailing(schedule: NoiseSchedule, num_steps: int, start: float = 1.0, floored: bool = False) -> Tau:
+    """Takes round(T - i T / S), diffusers' "trailing" without the errors of its float range: the grid of `uniform`.
+
+    If floored it takes T - floor(i T / S), which ComfyUI and stable-diffusion-webui call "simple".
+    """
+    if not floored:
+        return uniform(schedule, num_steps, start)
+    steps, total = count(schedule, num_steps), schedule.num_timesteps
+    return started(schedule, np.append(total - np.arange(steps) * total // steps, 0), start)
 
 
 def sections(schedule: NoiseSchedule, counts: str | Sequence[int], start: float = 1.0) -> Tau:

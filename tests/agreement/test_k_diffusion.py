@@ -19,6 +19,7 @@ if SPEC is None:
     pytest.skip("k-diffusion is not installed: pip install --no-deps k-diffusion", allow_module_level=True)
 
 from diffusion import schedules, timesteps  # noqa: E402
+from diffusion.commands.samplers import make_table  # noqa: E402
 from diffusion.solvers import (  # noqa: E402
     dpm_solver,
     dpm_solver_pp,
@@ -177,3 +178,20 @@ def test_multistep_sde_samplers_take_s_noise(k, tau, s_noise):
         table = dpm_solver_pp(LINEAR, tau, 2, 0.7, variant, lower_order_final=False, s_noise=s_noise)
         options = {"eta": 0.7, "s_noise": s_noise, "solver_type": solver_type, "noise_sampler": draw}
         agree(ours(table, z), theirs(k.sample_dpmpp_2m_sde, tau, **options))
+
+
+@every_grid
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [("dpmpp_2m", 1), ("dpmpp_2m_sde", 1), ("dpmpp_3m_sde", 1), ("dpmpp_2s_ancestral", 2), ("lms", 1)],
+)
+def test_a_name_of_theirs_is_their_sampler(k, tau, name, stages):
+    z, draw = one_a_step(stages, len(tau) - 1)
+    noisy = "sde" in name or "ancestral" in name
+    table = make_table(LINEAR, name, 0, "explicit:times=" + ",".join(str(float(t)) for t in tau[:-1]))
+    options = {"noise_sampler": draw} if noisy else {}
+    one, other = ours(table, z if noisy else None), theirs(getattr(k, f"sample_{name}"), tau, **options)
+    if name == "lms":  # theirs integrates with a tolerance
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    else:
+        agree(one, other)
