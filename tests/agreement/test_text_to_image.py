@@ -1,10 +1,13 @@
 """Text-to-image pipelines of diffusers are read here without torch, and compute and draw the same."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import test_published
 
 from diffusion import keys
 from diffusion.commands import samplers
@@ -143,6 +146,27 @@ def test_a_text_encoder_computes_the_same(name, safe, tmp_path):
         wanted = model(torch.from_numpy(tokens)).last_hidden_state.numpy()
     with jax.default_matmul_precision("highest"):
         assert_near(jax.jit(ours.apply)({"params": params}, tokens), wanted)
+
+
+PUBLISHED = Path(__file__).parents[1] / "published"
+
+
+@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_published_network_has_as_many_parameters_there(path):
+    config = json.loads(path.read_text())
+    with torch.device("meta"):
+        if "_class_name" not in config:
+            model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+        else:
+            kind = getattr(diffusers, config["_class_name"].replace("Transformer2DModel", "DiTTransformer2DModel"))
+            model = kind.from_config(config)
+    # Each block of DiT stores the embedder of times and classes anew, and only the first one is used.
+    once = {
+        name: weight.numel()
+        for name, weight in model.named_parameters()
+        if not re.search(r"\.[1-9]\d*\.norm1\.emb", name)
+    }
+    assert sum(once.values()) == sum(leaf.size for leaf in jax.tree.leaves(test_published.shapes(config)))
 
 
 # Tokens.

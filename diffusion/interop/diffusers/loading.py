@@ -1,7 +1,7 @@
 """Makes a trained model of ours from a folder of diffusers."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusion import keys
 from diffusion.errors import InputError, nearest
-from diffusion.interop.diffusers import dit, folders, unet2d, unet2d_condition
+from diffusion.interop.diffusers import dit, folders, lora, unet2d, unet2d_condition
 from diffusion.interop.diffusers.autoencoders import autoencoder_factor, is_autoencoder, load_autoencoder
 from diffusion.interop.diffusers.clip_text import load_text
 from diffusion.interop.diffusers.schedulers import Sampling, read_scheduler
@@ -32,6 +32,7 @@ def load(
     scheduler: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
     dtype: str = "float32",
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
 ) -> Trained:
     """Reads the model in a folder that diffusers' save_pretrained wrote: a pipeline, or a network with its scheduler.
 
@@ -47,6 +48,7 @@ def load(
       image_size: (height, width) of the images, where the network's config has none, or another one.
       dtype: "float32", or "bfloat16" for arithmetic and matrices of network and text encoder, in half the memory; an
         autoencoder is float32 in any case.
+      loras: (file, scale) of LoRAs that are added to the network and to the text encoder, for all to be as if trained.
 
     Raises:
       InputError: there is no such folder, something in it is missing, damaged or not supported, and named.
@@ -61,6 +63,7 @@ def load(
         )
     if is_autoencoder(folder):
         raise InputError(f"{folder} holds an autoencoder alone, which draws no samples; `load_autoencoder` reads it")
+    added = [lora.read(path, scale) for path, scale in loras]
     network = _network(folder, _size(folder, image_size))
     network.fields["dtype"] = dtype
     sampling, autoencoder = _scheduler(folder, scheduler), _autoencoder(folder, network.shape, variant)
@@ -68,12 +71,14 @@ def load(
     if autoencoder is not None:
         shape, whole.latents = autoencoder.autoencoder.image_shape, str(folder)
         whole.data.size, whole.data.channels = shape[0], shape[2]
-    text = load_text(folder, network.text_width, dtype, variant) if network.text_width else None
+    lora.unused(added, [lora.UNET] * (network.kind != TRANSFORMER) + [lora.TEXT] * (network.text_width > 0))
+    text = load_text(folder, network.text_width, dtype, variant, added) if network.text_width else None
     with readable(network.where):
         names = _class_names(folder, network.num_classes)
         model = make_model(whole, shape, names, autoencoder=autoencoder, text=text)
     like = jax.eval_shape(model.init, keys.make(0))
     weights = folders.open_weights(network.at, folders.count(jax.tree.leaves(like)), variant)
+    weights = lora.merged(weights, lora.UNET, added)
     return Trained(model, network.read(weights, like, sampling.time_shift, dtype), whole, 0, EMA)
 
 
@@ -115,7 +120,7 @@ def _network(folder, size):
             if kind in kinds and (kind in dit.CLASSES) == (name == "transformer"):
                 return kinds[kind](folder, size)
             found = found or f"{where}: {kind} is not supported"
-    known = ", ".join([unet2d.CLASS, unet2d_condition.CLASS, dit.CLASSES[0]])
+    known = ", ".join([unet2d.CLASS, dit.CLASSES[0], unet2d_condition.CLASS])
     raise InputError(f"{found or f'{folder} holds no {where.relative_to(folder)} of a network'}; supported: {known}")
 
 
