@@ -82,6 +82,8 @@ def read(path: str | os.PathLike, scale: float = 1.0) -> Lora:
     path = Path(path).expanduser()
     if not np.isfinite(scale):
         raise InputError(f"the scale of LoRA {path} is {scale}; it must be finite")
+    if not path.is_file():
+        raise InputError(f"there is no LoRA file {path}; check the path")
     weights = folders.open_file(path)
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name in weights.shapes:
