@@ -53,8 +53,8 @@ def save(
     """
     if trained.config.network == UNET2D_CONDITION:
         raise InputError(
-            "this is a text-to-image model, whose text encoder and tokenizer no file holds; sample.py and learn.py take "
-            "its folder"
+            "this is a text-to-image model, and no file holds its text encoder and tokenizer; sample.py and learn.py "
+            "take its folder"
         )
     facts = {
         "config": trained.config.to_dict(),

@@ -233,6 +233,26 @@ def test_texts_have_the_same_tokens(parts, special, tmp_path):
     np.testing.assert_array_equal(ours.tokens(TEXTS), wanted)
 
 
+def test_texts_have_the_same_tokens_by_the_config_of_2022(tmp_path):
+    """Stable Diffusion 1's says of its special tokens how they are found in a text."""
+    _, vocabulary = save_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, MERGES)]))
+
+    def token(content):
+        ways = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        return {"__type": "AddedToken", "content": content, **ways}
+
+    config = {"bos_token": token("<|startoftext|>"), "eos_token": token("<|endoftext|>"), "pad_token": "<|endoftext|>"}
+    config |= {"unk_token": token("<|endoftext|>"), "model_max_length": 16, "tokenizer_class": "CLIPTokenizer"}
+    config |= {"add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    wanted = theirs(TEXTS, padding="max_length", max_length=16, truncation=True).input_ids
+    np.testing.assert_array_equal(clip_tokenizer.open_tokenizer(tmp_path, 16, 600).tokens(TEXTS), wanted)
+
+
 def test_a_text_that_is_too_long_says_what_is_left_out(tmp_path):
     save_tokenizer(tmp_path, length=6)
     ours = clip_tokenizer.open_tokenizer(tmp_path, 16, 600)
