@@ -16,10 +16,9 @@ from diffusion import keys, schedules, solvers, timesteps
 from diffusion.commands import datasets, samplers
 from diffusion.errors import InputError
 from diffusion.interop import diffusers, torch_file
-from diffusion.interop.diffusers import autoencoders, folders, schedulers, unet2d
+from diffusion.interop.diffusers import autoencoders, folders, schedulers
 from diffusion.interop.diffusers.state import to_tensors
 from diffusion.model import Trained, make_model, make_schedule
-from diffusion.models import UNet2D
 from diffusion.pretrained import weights
 from diffusion.pretrained.autoencoders import load as load_file
 from diffusion.training.autoencoders import load_autoencoder
@@ -476,40 +475,6 @@ def test_a_scheduler_is_a_sampler_a_grid_a_clip_and_steps(kind, fields, sampler,
     assert (found.sampler, found.tau, found.clip, found.steps) == (sampler, tau, clip, steps)
     table = samplers.make_table(make_schedule(found.schedule), found.sampler, found.steps, found.tau)
     assert len(table.tau) - 1 == found.steps
-
-
-PUBLISHED = {
-    "ddpm-cifar10-32": (
-        {
-            "attention_head_dim": None,
-            "block_out_channels": [128, 256, 256, 256],
-            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-            "sample_size": 32,
-        },
-        35_746_307,
-    ),
-    "ddpm-celebahq-256": (
-        {
-            "attention_head_dim": None,
-            "block_out_channels": [128, 128, 256, 256, 512, 512],
-            "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
-            "sample_size": 256,
-        },
-        113_673_219,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configurations_have_the_published_number_of_parameters(name):
-    config, wanted = PUBLISHED[name]
-    shared = {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6}
-    fields, found = unet2d.read_fields(name, {**shared, **config})
-    x = jax.ShapeDtypeStruct((1, *unet2d.image_shape(name, found, None)), jnp.float32)
-    shapes = jax.eval_shape(UNet2D(**fields).init, jax.random.key(0), x, jnp.ones(1))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == wanted
 
 
 # Options that came with the schedulers of others.

@@ -1,5 +1,6 @@
 """Laws of text-to-image models that need no torch; tests/agreement compares with diffusers itself."""
 
+import dataclasses
 import json
 import sys
 
@@ -12,12 +13,14 @@ from commands import error_line, run
 from PIL import Image
 
 from diffusion import keys, solvers, timesteps
-from diffusion.commands import prompts
+from diffusion.commands import prompts, rollouts
 from diffusion.conditions import Prompts, TextEncoder
 from diffusion.errors import InputError
 from diffusion.evaluation import load_samples
+from diffusion.guidance import Guidance
 from diffusion.interop import diffusers
 from diffusion.interop.clip_tokenizer import open_tokenizer
+from diffusion.pretrained import weights
 from diffusion.sampling import sample
 
 needs_tokenizers = pytest.mark.skipif(
@@ -74,6 +77,29 @@ def test_half_precision_keeps_matrices_in_half_and_draws_nearly_the_same(folder)
     )
     assert found.dtype == jnp.float32
     assert 0 < np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+@needs_tokenizers
+def test_a_table_is_learned_from_the_prompts_in_turn(folder):
+    model = diffusers.load(folder).model
+    model = dataclasses.replace(model, conditions=model.conditions.replace(["cat", "dog", "cow"], "no"))
+    for scale in (1.0, 7.5):
+        drawn = rollouts.batches(model, Guidance(scale=scale), (0, 1, 2), keys.make(0), range(4, 8), 4)[0]
+        np.testing.assert_array_equal(drawn.cond, model.conditions.encode(["dog", "cow", "cat", "dog"]))
+        assert (drawn.null is None) == (scale == 1)
+    np.testing.assert_array_equal(drawn.null, model.conditions.encode(["no"] * 4))
+
+
+@needs_tokenizers
+def test_what_no_file_and_no_folder_of_ours_holds_is_refused(folder, tmp_path):
+    trained = diffusers.load(folder)
+    with pytest.raises(InputError, match="no file holds its text encoder"):
+        weights.save(tmp_path / "it.safetensors", trained)
+    with pytest.raises(InputError, match="cannot be written for diffusers"):
+        diffusers.save(trained, tmp_path / "out")
+    with pytest.raises(InputError, match="cond is None; this network is told a text"):
+        trained.model.apply_fn(trained.params, np.zeros((1, 4, 4, 4), np.float32), np.ones(1))
+    assert not list(tmp_path.iterdir())
 
 
 @needs_tokenizers
@@ -199,6 +225,7 @@ def test_a_picture_is_changed_by_a_prompt_and_kept_by_a_mask(place):
     ("arguments", "said"),
     [
         ([], 'draws what a text says; give --prompt="TEXT"'),
+        (["--prompt=cat", "--lora=none.safetensors:0.5"], "there is no LoRA file none.safetensors"),
         (["--prompt=cat", "--labels=1"], "--labels names classes, and this model is told prompts"),
         (["--prompt=cat", "--size=8x"], "size is '8x'; write 512, or HEIGHTxWIDTH"),
         (["--prompt=cat", "--size=9"], "image_size is 9 x 9; the autoencoder takes multiples of 2"),

@@ -31,6 +31,7 @@ from diffusion.commands import (
     drawing,
     feature_spaces,
     own,
+    prompts,
     reconstructions,
     samplers,
     shared_flags,
@@ -122,7 +123,8 @@ def main() -> None:
 
 def measure_autoencoder(found: reconstructions.Source) -> None:
     """Measures how near what an autoencoder gives back comes to the images of its data."""
-    _refuse([*OF_DRAWING, "tau", "clip", "bound", "likelihood"], f"does nothing for {found.name}, an autoencoder")
+    useless = [*OF_DRAWING, *prompts.FLAGS, "tau", "clip", "bound", "likelihood"]
+    _refuse(useless, f"does nothing for {found.name}, an autoencoder")
     section = found.trained.config.data.copy_and_resolve_references()
     if _DATA.value is not None:
         section = datasets.named(_DATA.value, found.trained.autoencoder.image_shape)

@@ -1,5 +1,6 @@
 """Reads the flags of text-to-image models: prompts, size, precision and LoRA files."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ NOTED = 3
 
 _FOR_TEXTS = ("prompt", "prompts", "negative_prompt")
 
-_OF_FOLDERS = ("size", "dtype")
+_OF_FOLDERS = ("size", "dtype", "lora")
 
 FLAGS = (*_FOR_TEXTS, *_OF_FOLDERS)
 """What the flags are called."""
@@ -34,7 +35,10 @@ def imported_options(given: Any) -> dict[str, Any]:
       InputError: a flag holds something that it cannot.
     """
     found = {} if given.size is None else {"image_size": _size(given.size)}
-    return found | ({} if given.dtype is None else {"dtype": given.dtype})
+    found |= {} if given.dtype is None else {"dtype": given.dtype}
+    if given.lora is not None and not all(given.lora):
+        raise InputError(f"lora is {','.join(given.lora)!r}; give files, as style.safetensors:0.7")
+    return found | ({} if not given.lora else {"loras": [_lora(text) for text in given.lora]})
 
 
 def refuse_options(given: Any) -> None:
@@ -50,6 +54,14 @@ def _size(text):
     if not 1 <= len(sides) <= 2 or not all(side.isascii() and side.isdecimal() and len(side) < 6 for side in sides):
         raise InputError(f"size is {text!r}; write 512, or HEIGHTxWIDTH as 512x768")
     return int(sides[0]), int(sides[-1])
+
+
+def _lora(text):
+    """Returns (file, scale) of FILE:SCALE, or of a FILE alone, whose scale is 1."""
+    path, _, scale = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        return (path, float(scale)) if path else (text, 1.0)
+    return text, 1.0
 
 
 def told(given: Any, trained: Trained, guides: bool) -> Trained:

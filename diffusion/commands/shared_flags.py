@@ -35,6 +35,7 @@ def define_source_flags() -> None:
     flags.DEFINE_string("negative_prompt", None, "What guidance pushes away from. Default: the empty text.")
     flags.DEFINE_string("size", None, "Of the images in pixels, as 512, or 512x768 for height and width.")
     flags.DEFINE_enum("dtype", None, list(DTYPES), "Of arithmetic and matrices; bfloat16 takes half the memory.")
+    flags.DEFINE_list("lora", None, "LoRA files to add, FILE or FILE:SCALE, as style.safetensors:0.7.")
     usage.group("Classes and guidance")
     flags.DEFINE_list(
         "labels", None, "Classes that images take in turn, by name or number: frog,cat or 0,3. Default: all."

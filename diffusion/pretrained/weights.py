@@ -18,7 +18,7 @@ from diffusion.autoencoder import TrainedAutoencoder
 from diffusion.errors import InputError, is_whole
 from diffusion.files import remove_temporaries, write_atomically
 from diffusion.interop.safetensors_file import Header, read_header, read_tensors
-from diffusion.model import Trained, check_finite
+from diffusion.model import UNET2D_CONDITION, Trained, check_finite
 from diffusion.records import autoencoder_from_record, config_from_record, from_record, readable
 from diffusion.sealed import digest, digest_of
 from diffusion.types import Params
@@ -48,8 +48,14 @@ def save(
       dtype: "float32", or one of `HALVES`; the model in the file is then the rounded one, again in float32.
 
     Raises:
-      InputError: a parameter is not finite, or not in dtype.
+      InputError: a parameter is not finite, or not in dtype; or it is a text-to-image model, of which the text encoder
+        would be lost.
     """
+    if trained.config.network == UNET2D_CONDITION:
+        raise InputError(
+            "this is a text-to-image model, and no file holds its text encoder and tokenizer; sample.py and learn.py "
+            "take its folder"
+        )
     facts = {
         "config": trained.config.to_dict(),
         "image_shape": list(trained.model.space.image_shape),

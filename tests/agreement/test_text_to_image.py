@@ -1,10 +1,13 @@
 """Text-to-image pipelines of diffusers are read here without torch, and compute and draw the same."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import test_published
 
 from diffusion import keys
 from diffusion.commands import samplers
@@ -145,6 +148,27 @@ def test_a_text_encoder_computes_the_same(name, safe, tmp_path):
         assert_near(jax.jit(ours.apply)({"params": params}, tokens), wanted)
 
 
+PUBLISHED = Path(__file__).parents[1] / "published"
+
+
+@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_published_network_has_as_many_parameters_there(path):
+    config = json.loads(path.read_text())
+    with torch.device("meta"):
+        if "_class_name" not in config:
+            model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+        else:
+            kind = getattr(diffusers, config["_class_name"].replace("Transformer2DModel", "DiTTransformer2DModel"))
+            model = kind.from_config(config)
+    # Each block of DiT stores the embedder of times and classes anew, and only the first one is used.
+    once = {
+        name: weight.numel()
+        for name, weight in model.named_parameters()
+        if not re.search(r"\.[1-9]\d*\.norm1\.emb", name)
+    }
+    assert sum(once.values()) == sum(leaf.size for leaf in jax.tree.leaves(test_published.shapes(config)))
+
+
 # Tokens.
 
 
@@ -207,6 +231,26 @@ def test_texts_have_the_same_tokens(parts, special, tmp_path):
     ours = clip_tokenizer.open_tokenizer(tmp_path, 16, 600)
     wanted = theirs(TEXTS, padding="max_length", max_length=16, truncation=True).input_ids
     np.testing.assert_array_equal(ours.tokens(TEXTS), wanted)
+
+
+def test_texts_have_the_same_tokens_by_the_config_of_2022(tmp_path):
+    """Stable Diffusion 1's says of its special tokens how they are found in a text."""
+    _, vocabulary = save_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, MERGES)]))
+
+    def token(content):
+        ways = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        return {"__type": "AddedToken", "content": content, **ways}
+
+    config = {"bos_token": token("<|startoftext|>"), "eos_token": token("<|endoftext|>"), "pad_token": "<|endoftext|>"}
+    config |= {"unk_token": token("<|endoftext|>"), "model_max_length": 16, "tokenizer_class": "CLIPTokenizer"}
+    config |= {"add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    wanted = theirs(TEXTS, padding="max_length", max_length=16, truncation=True).input_ids
+    np.testing.assert_array_equal(clip_tokenizer.open_tokenizer(tmp_path, 16, 600).tokens(TEXTS), wanted)
 
 
 def test_a_text_that_is_too_long_says_what_is_left_out(tmp_path):

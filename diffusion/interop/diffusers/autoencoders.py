@@ -98,7 +98,7 @@ def load_autoencoder(
     at = _part(folder)
     where, kind, found = _arguments(at)
     with readable(where, "autoencoder"):
-        fields = _fields(where, kind, found)
+        fields = read_fields(where, kind, found)
         size = image_size or found["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         shape = (height, width, found["in_channels"])
@@ -133,8 +133,8 @@ def _part(folder):
     return next((folder / name for name in ("vae", "vqvae") if (folder / name).is_dir()), folder)
 
 
-def _fields(where, kind, found):
-    """Returns the section config.autoencoder."""
+def read_fields(where: str, kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the section config.autoencoder for the arguments of a class; raises InputError for what it has not."""
     levels = len(found["block_out_channels"])
     for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if list(found[name]) != [block] * levels:

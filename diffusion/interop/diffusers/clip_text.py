@@ -1,7 +1,7 @@
 """Reads the text encoder of a pipeline, which transformers saved: CLIP's, with its tokenizer."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from diffusion.conditions import Prompts, TextEncoder
 from diffusion.errors import InputError
 from diffusion.files import read_json
 from diffusion.interop.clip_tokenizer import Tokenizer, open_tokenizer
-from diffusion.interop.diffusers import folders
+from diffusion.interop.diffusers import folders, lora
 from diffusion.interop.diffusers.state import LEAVES, require, to_params
 from diffusion.models import CLIPText
 from diffusion.records import readable
@@ -42,7 +42,9 @@ _PREFIX = "text_model."
 """What names begin with in files of transformers before version 5."""
 
 
-def load_text(folder: Path, width: int, dtype: str = "float32", variant: str = "") -> Prompts:
+def load_text(
+    folder: Path, width: int, dtype: str = "float32", variant: str = "", loras: Sequence[lora.Lora] = ()
+) -> Prompts:
     """Reads text encoder and tokenizer of a pipeline; it is told no prompts yet.
 
     Args:
@@ -50,6 +52,7 @@ def load_text(folder: Path, width: int, dtype: str = "float32", variant: str = "
       width: of the embeddings that its network takes.
       dtype: of the arithmetic and of matrices.
       variant: of the weights, see `folders.open_weights`.
+      loras: what is added to the weights.
 
     Raises:
       InputError: something is missing, damaged or not supported, and named.
@@ -62,7 +65,8 @@ def load_text(folder: Path, width: int, dtype: str = "float32", variant: str = "
     if network.hidden_size != width:
         raise InputError(f"{where}: hidden_size is {network.hidden_size}, and the network takes texts of width {width}")
     tokenizer = open_tokenizer(folder / TOKENIZER, network.max_position_embeddings, network.vocab_size)
-    params = to_params(open_weights(at, like, variant), like, name_of, dtype=dtype)
+    weights = lora.merged(open_weights(at, like, variant), lora.TEXT, loras)
+    params = to_params(weights, like, name_of, dtype=dtype)
     return Prompts(make_encoder(network, params, tokenizer))
 
 

@@ -89,6 +89,15 @@ def open_weights(folder: Path, numbers: int, variant: str = "", stems: Mapping[s
     raise InputError(f"{folder} holds no weights {wanted} or .bin, nor an index of them{also}; get the whole folder")
 
 
+def open_file(path: Path) -> Weights:
+    """Opens the tensors of one file, safetensors by its name and otherwise of torch.save, of at most 256 MiB then.
+
+    Raises:
+      InputError: there is no such file, it is damaged, or holds something other than tensors.
+    """
+    return _open(path, "safetensors" if path.suffix == ".safetensors" else "bin", 0)
+
+
 def _open(path, suffix, numbers):
     """Opens a file, or all files that an index names."""
     try:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffusion import keys, spaces
 from diffusion.errors import InputError, nearest
-from diffusion.interop.diffusers import dit, folders, unet2d, unet2d_condition
+from diffusion.interop.diffusers import dit, folders, lora, unet2d, unet2d_condition
 from diffusion.interop.diffusers.autoencoders import autoencoder_factor, is_autoencoder, load_autoencoder
 from diffusion.interop.diffusers.clip_text import load_text
 from diffusion.interop.diffusers.schedulers import Sampling, read_scheduler
@@ -34,6 +34,7 @@ def load(
     scheduler: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
     dtype: str = "float32",
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
 ) -> Trained:
     """Reads the model in a folder that diffusers' save_pretrained wrote: a pipeline, or a network with its scheduler.
 
@@ -49,6 +50,7 @@ def load(
       image_size: (height, width) of the images, where the network's config has none, or another one.
       dtype: "float32", or "bfloat16" for arithmetic and matrices of network and text encoder, in half the memory; an
         autoencoder is float32 in any case.
+      loras: (file, scale) of LoRAs that are added to the network and to the text encoder, for all to be as if trained.
 
     Raises:
       InputError: there is no such folder, something in it is missing, damaged or not supported, and named.
@@ -63,11 +65,13 @@ def load(
         )
     if is_autoencoder(folder):
         raise InputError(f"{folder} holds an autoencoder alone, which draws no samples; `load_autoencoder` reads it")
+    added = [lora.read(path, scale) for path, scale in loras]
     network = _network(folder, _size(folder, image_size))
     network.fields["dtype"] = dtype
     sampling = _scheduler(folder, scheduler)
     whole = _whole_config(network, sampling)
-    text = load_text(folder, network.text_width, dtype, variant) if network.text_width else None
+    lora.unused(added, [lora.UNET] * (network.kind != TRANSFORMER) + [lora.TEXT] * (network.text_width > 0))
+    text = load_text(folder, network.text_width, dtype, variant, added) if network.text_width else None
     with readable(network.where):  # what is wrong with the network is said before its weights are read
         names = _class_names(folder, network.num_classes)
         model = make_model(whole, network.shape, names, text=text)
@@ -78,6 +82,7 @@ def load(
         model = dataclasses.replace(model, space=spaces.latents(autoencoder))
     like = jax.eval_shape(model.init, keys.make(0))
     weights = folders.open_weights(network.at, folders.count(jax.tree.leaves(like)), variant)
+    weights = lora.merged(weights, lora.UNET, added)
     return Trained(model, network.read(weights, like, dtype), whole, 0, EMA)
 
 
@@ -119,7 +124,7 @@ def _network(folder, size):
             if kind in kinds and (kind in dit.CLASSES) == (name == "transformer"):
                 return kinds[kind](folder, size)
             found = found or f"{where}: {kind} is not supported"
-    known = ", ".join([unet2d.CLASS, unet2d_condition.CLASS, dit.CLASSES[0]])
+    known = ", ".join([unet2d.CLASS, dit.CLASSES[0], unet2d_condition.CLASS])
     raise InputError(f"{found or f'{folder} holds no {where.relative_to(folder)} of a network'}; supported: {known}")
 
 
