@@ -95,7 +95,7 @@ def test_what_no_file_and_no_folder_of_ours_holds_is_refused(folder, tmp_path):
     trained = diffusers.load(folder)
     with pytest.raises(InputError, match="no file holds its text encoder"):
         weights.save(tmp_path / "it.safetensors", trained)
-    with pytest.raises(InputError, match="cannot be written for diffusers"):
+    with pytest.raises(InputError, match="not written; copy that folder"):
         diffusers.save(trained, tmp_path / "out")
     with pytest.raises(InputError, match="cond is None; this network is told a text"):
         trained.model.apply_fn(trained.params, np.zeros((1, 4, 4, 4), np.float32), np.ones(1))
@@ -145,7 +145,7 @@ def test_without_the_package_one_line_says_how_to_get_it(tmp_path, monkeypatch):
         ("unet/config.json", {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "has 'AttnDownBlock2D'"),
         ("unet/config.json", {"attention_head_dim": 3}, "must be a multiple of norm_num_groups, 4, and of .* 3 heads"),
         ("unet/config.json", {"cross_attention_dim": 12}, "hidden_size is 8, and the network takes texts of width 12"),
-        ("unet/config.json", {"in_channels": 9}, "the network has 9 in_channels, and its autoencoder latents of 4"),
+        ("unet/config.json", {"in_channels": 9}, "out_channels is 4, of 9 in_channels; supported: as many"),
         ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}, "architectures is .*T5EncoderModel"),
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("text_encoder/config.json", {"num_hidden_layers": 2}, "lacks encoder.layers.1"),
