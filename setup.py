@@ -82,8 +82,8 @@ setup(
             "ipywidgets>=8.1",  # tqdm in a notebook
             "pytest>=8.0",
         ],
-        # The live comparison in tests/agreement; install torch alone and first, a CPU build is enough, then torchvision
-        # and pytorch-fid with --no-deps (see the Makefile).
+        # The live comparison in tests/agreement; install torch alone and first, a CPU build is enough, then
+        # torchvision, pytorch-fid and k-diffusion, of which one module is read, with --no-deps (see the Makefile).
         "reference": [
             "torch>=2.13,<2.14",
             "torchvision>=0.28,<0.29",  # pytorch-fid builds its network from it

@@ -50,6 +50,7 @@ GRIDS |= {
     "leading:last=false": partial(timesteps.leading, last=False),
     "linspace:last=false": partial(timesteps.linspace, last=False),
     "uniform:start=0.9": partial(timesteps.uniform, start=0.9),
+    "uniform:start=0.75": partial(timesteps.uniform, start=0.75),
     "kl_optimal": timesteps.kl_optimal,
     "beta": timesteps.beta,
 }

@@ -344,6 +344,27 @@ def test_the_noise_of_a_whole_step_belongs_to_that_of_its_part_as_in_the_exact_s
     np.testing.assert_allclose(part * whole, grown[1] * grown[2] * (time[1] - time[0]), rtol=1e-10)
 
 
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_every_entry_is_finite_on_every_grid_and_the_end_returns_the_estimate(name):
+    build, options = STOCHASTIC[name]
+    for schedule in (LINEAR, schedules.cosine(), FLOW):
+        for grid, make in timesteps.GRIDS.items():
+            if schedule is FLOW and (grid in ("log_snr", "karras", "polyexponential", "kl_optimal")):
+                continue
+            for steps in (1, 2, 7):
+                tau = make(schedule, steps)
+                if schedule.at(tau[0])[0] == 0 and build in (dpm_solver, dpm_solver_multistep, er_sde, restart, edm):
+                    with refused("zero.*start tau lower"):
+                        build(schedule, tau, **options)
+                    continue
+                table = build(schedule, tau, **options)
+                assert np.all(np.isfinite(table.update))
+                assert np.all(table.t > 0)
+                last = np.zeros(table.num_registers + 2)
+                last[-2] = 1
+                np.testing.assert_allclose(table.update[-1, 0], last, atol=1e-12)
+
+
 def test_wrong_options_are_refused_in_one_line():
     tau = timesteps.log_snr(LINEAR, 6)
     for text, build, options in (
