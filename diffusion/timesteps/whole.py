@@ -69,11 +69,19 @@ def leading(schedule: NoiseSchedule, num_steps: int, start: float = 1.0, offset:
     return started(schedule, np.append(times, 0), start)
 
 
-def trailing(schedule: NoiseSchedule, num_steps: int, start: float = 1.0, floored: bool = False) -> Tau:
+def trailing(schedule: NoiseSchedule, num_steps: int, start: float = 1.0, floored: bool = False, among: int = 0) -> Tau:
     """Takes round(T - i T / S), diffusers' "trailing" without the errors of its float range: the grid of `uniform`.
 
-    If floored it takes T - floor(i T / S), which ComfyUI and stable-diffusion-webui call "simple".
+    If floored it takes T - floor(i T / S), which ComfyUI and stable-diffusion-webui call "simple". Given `among`, the
+    timesteps are K (T // K) and others of K such steps, S <= K of them from the first on: the grid of models that were
+    distilled on K = 50 timesteps, LCM and TCD.
     """
+    if among:
+        steps, total = count(schedule, num_steps), schedule.num_timesteps
+        if not is_whole(among) or not steps <= among <= total:
+            raise InputError(f"among is {among}; it must be a whole number in {steps}..{total}")
+        chosen = among - np.arange(steps) * among // steps
+        return started(schedule, np.append(chosen * (total // among), 0), start)
     if not floored:
         return uniform(schedule, num_steps, start)
     steps, total = count(schedule, num_steps), schedule.num_timesteps

@@ -12,7 +12,8 @@ from diffusion import keys
 from diffusion.commands import samplers
 from diffusion.errors import InputError
 from diffusion.interop import diffusers as interop
-from diffusion.model import Trained, make_model
+from diffusion.interop.diffusers.schedulers import read_scheduler
+from diffusion.model import Trained, make_model, make_schedule
 from diffusion.pretrained import autoencoders, weights
 from diffusion.sampling import sample
 
@@ -179,7 +180,16 @@ DETERMINISTIC = {
     ),
     "Euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "Euler leading": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "prediction_type": "v_prediction"}),
+    "Euler between timesteps": ("EulerDiscreteScheduler", {}),
+    "Euler of a beta distribution": ("EulerDiscreteScheduler", {"use_beta_sigmas": True}),
     "Heun": ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "DEIS": ("DEISMultistepScheduler", {}),
+    "UniPC in the eps basis": ("UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
+    "DPM-Solver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "DPM-Solver++ that leaves noise": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
+    "singlestep": ("DPMSolverSinglestepScheduler", {}),
+    "singlestep of order 3": ("DPMSolverSinglestepScheduler", {"solver_order": 3, "use_karras_sigmas": True}),
+    "singlestep exact": ("DPMSolverSinglestepScheduler", {"solver_type": "heun"}),
     "LMS": ("LMSDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "EDM Euler": ("EDMEulerScheduler", {}),
     "EDM DPM-Solver++": ("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential"}),
@@ -225,6 +235,26 @@ def test_the_sampler_of_a_folder_draws_the_same(name, pipeline_parts, tmp_path):
     shared = {"prediction": trained.model.prediction, "clip": config.clip, "x_init": begin}
     found = sample(trained.model.apply_fn, trained.params, table, jax.random.key(0), 2, (8, 8, 1), **shared)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=max(1, np.abs(wanted).max()) / 255)
+
+
+@pytest.mark.parametrize("kind", ["LCMScheduler", "TCDScheduler"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 50])
+def test_distilled_models_take_timesteps_of_their_training(kind, steps):
+    theirs = getattr(diffusers, kind)()
+    theirs.set_timesteps(steps)
+    found = read_scheduler("it", {"_class_name": kind})
+    tau = samplers.make_tau(make_schedule(found.schedule), found.tau, steps)
+    np.testing.assert_array_equal(tau[:-1] - 1, theirs.timesteps)
+
+
+@pytest.mark.parametrize("kind", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flows_take_the_shifted_times(kind, shift):
+    theirs = getattr(diffusers, kind)(shift=shift)
+    theirs.set_timesteps(10)
+    found = read_scheduler("it", {"_class_name": kind, "shift": shift})
+    tau = samplers.make_tau(make_schedule(found.schedule), found.tau, 10)
+    np.testing.assert_allclose(tau / 1000, np.unique(theirs.sigmas.numpy())[::-1], rtol=1e-6, atol=1e-9)
 
 
 def test_every_kind_of_file_holds_the_same_weights(tmp_path):

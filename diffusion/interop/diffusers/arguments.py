@@ -37,5 +37,14 @@ FLOW_EULER = {"num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting":
 FLOW_EULER |= {"max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096, "invert_sigmas": False}
 FLOW_EULER |= {"shift_terminal": None, **SIGMAS, "time_shift_type": "exponential", "stochastic_sampling": False}
 
+FLOW_HEUN = {"num_train_timesteps": 1000, "shift": 1.0}
+KDPM2 = {**LMS, **STABLE}
+DISTILLED = {**DDIM, **STABLE, "beta_schedule": "scaled_linear", "clip_sample": False, "original_inference_steps": 50}
+DISTILLED |= {"timestep_scaling": 10.0}
+SDE = {**LMS, **STABLE, "noise_sampler_seed": None}
+SA = {**BETAS, **THRESHOLD, **SIGMAS, **LAMBDA, "use_flow_sigmas": False, "flow_shift": 1.0, "predictor_order": 2}
+SA |= {"corrector_order": 2, "tau_func": None, "algorithm_type": "data_prediction", "lower_order_final": True}
+SA |= {"variance_type": None, "timestep_spacing": "linspace"}
+
 CONSISTENCY = {"num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "s_noise": 1.0}
 CONSISTENCY |= {"rho": 7.0, "clip_denoised": True}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from diffusion import options, schedules, timesteps
 from diffusion.errors import InputError, is_whole
 from diffusion.interop.diffusers import arguments
+from diffusion.interop.diffusers import scheduler_texts as told
 from diffusion.interop.diffusers.state import fields_of, require
 from diffusion.solvers import SOLVERS
 
@@ -63,7 +64,6 @@ _SUPPORTED = {
     "timestep_spacing": ("leading", "trailing", "linspace"),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
     "thresholding": (False,),
-    "use_beta_sigmas": (False, None),
     "use_flow_sigmas": (False,),
     "use_dynamic_shifting": (False,),
     "final_sigmas_type": ("zero",),
@@ -71,13 +71,12 @@ _SUPPORTED = {
     "lambda_min_clipped": (-float("inf"), None),
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
-    "predict_x0": (True,),
     "solver_p": (None,),
     "shift_terminal": (None,),
     "sigma_data": (0.5,),
     "s_noise": (1.0, 1),
     "sigma_schedule": ("karras", "exponential"),
-    "shift": (1.0, 1),
+    "tau_func": (None,),
     "invert_sigmas": (False,),
     "stochastic_sampling": (False,),
 }
@@ -108,93 +107,6 @@ def _prediction(fields):
     return _PREDICTIONS[fields["prediction_type"]]
 
 
-def _with(name, **given):
-    """Writes a name with the options that are given."""
-    settings = ",".join(f"{key}={str(value).lower()}" for key, value in given.items() if value is not None)
-    return f"{name}:{settings}" if settings else name
-
-
-def _grid(fields):
-    """Returns the grid of schedulers that take S timesteps."""
-    if fields.get("use_karras_sigmas"):
-        return "karras"
-    if fields.get("use_exponential_sigmas") or fields.get("use_lu_lambdas"):
-        return "log_snr"
-    spacing = fields["timestep_spacing"]
-    return _with(spacing, offset=fields["steps_offset"] or None if spacing == "leading" else None)
-
-
-def _inner_grid(fields):
-    """Returns the grid of those that space S + 1 timesteps and leave out the last, which is at the data."""
-    grid = _grid(fields)
-    if fields["timestep_spacing"] == "trailing" or grid in ("karras", "log_snr"):
-        return grid
-    return f"{grid}{',' if ':' in grid else ':'}last=false"
-
-
-def _end(fields):
-    """Returns the option of solvers whose last step goes to timestep 0 of theirs, not to the data."""
-    return None if fields["set_alpha_to_one"] else 1
-
-
-def _ddpm(fields):
-    kind = {"fixed_large": "large", "learned_range": "learned"}.get(fields["variance_type"], "small")
-    return _with("ddpm", variance=kind)
-
-
-def _pndm(fields):
-    return _with("plms" if fields["skip_prk_steps"] else "pndm", end=_end(fields))
-
-
-_VARIANTS = {"midpoint": "official", "heun": "exact"}
-
-
-def _multistep(fields):
-    """Returns DPM-Solver++ and its stochastic kind; in the eps basis only what DEIS and DDIM are as well."""
-    order, kind, solver = (fields[name] for name in ("solver_order", "algorithm_type", "solver_type"))
-    final = None if fields["lower_order_final"] and order < 3 else False  # there it is lowered below 15 steps only
-    if kind == "dpmsolver" and (order == 1 or (order == 2 and solver == "heun")):
-        return "ddim" if order == 1 else "deis:order=2,lower_order_final=false"
-    if kind not in ("dpmsolver++", "sde-dpmsolver++") or solver not in _VARIANTS or order not in (1, 2, 3):
-        raise InputError(
-            f"algorithm_type is {kind!r} with solver_type {solver!r} and solver_order {order}, which is not supported; "
-            "supported: dpmsolver++ and sde-dpmsolver++ of order 1 to 3 with midpoint or heun, and dpmsolver of order "
-            "1, or 2 with heun"
-        )
-    noise = 1 if kind.startswith("sde") else None
-    return _with("dpm_solver_pp", order=order, sde_eta=noise, variant=_VARIANTS[solver], lower_order_final=final)
-
-
-def _singlestep(fields):
-    order, kind = fields["solver_order"], fields["algorithm_type"]
-    if kind not in ("dpmsolver", "dpmsolver++") or order not in (1, 2, 3):
-        raise InputError(
-            f"algorithm_type is {kind!r} with solver_order {order}, which is not supported; supported: dpmsolver and "
-            "dpmsolver++ of order 1 to 3"
-        )
-    return _with("dpm_solver_pp_singlestep" if kind == "dpmsolver++" else "dpm_solver", order=order)
-
-
-_OTHERS = ("midpoint", "heun", "logrho")
-"""Solver types of other classes, which UniPC there takes for bh2."""
-
-
-def _unipc(fields):
-    kept = fields["lower_order_final"] or None
-    skipped = ",".join(map(str, fields["disable_corrector"])) or None
-    return _with(
-        "unipc",
-        order=fields["solver_order"],
-        variant="bh2" if fields["solver_type"] in _OTHERS else fields["solver_type"],
-        lower_order_final=None if kept else False,
-        disable_corrector=skipped,
-    )
-
-
-def _deis(fields):
-    return _with("deis", order=fields["solver_order"], lower_order_final=False)
-
-
 def _edm_levels(fields):
     require("", fields, {"prediction_type": ("epsilon",)})  # where there is one
     given = {"num_timesteps": int(fields["num_train_timesteps"])}
@@ -202,46 +114,52 @@ def _edm_levels(fields):
     return _choice("edm", schedules.edm, given), "edm"
 
 
-def _edm_grid(fields):
-    return "log_snr" if fields["sigma_schedule"] == "exponential" else _with("karras", rho=float(fields["rho"]))
-
-
 def _flow_levels(fields):
     given = {"num_timesteps": int(fields["num_train_timesteps"])}
     return _choice("rectified_flow", schedules.rectified_flow, given), "flow"
 
 
-def _consistency(fields):
-    return _with("consistency", sigma_min=float(fields["sigma_min"]))
-
-
-_DDPM_CLASS = _Class(arguments.DDPM, _ddpm, _grid, steps=1000)
-_DDIM_CLASS = _Class(arguments.DDIM, lambda fields: _with("ddim", end=_end(fields)), _grid, clip="keep_eps")
+_DDPM_CLASS = _Class(arguments.DDPM, told.ddpm, told.grid, steps=1000)
+_DDIM_CLASS = _Class(
+    arguments.DDIM, lambda fields: told.spelled("ddim", end=told.end(fields)), told.grid, clip="keep_eps"
+)
 
 CLASSES = {
     "DDPMScheduler": _DDPM_CLASS,
     "DDPMParallelScheduler": _DDPM_CLASS,
     "DDIMScheduler": _DDIM_CLASS,
     "DDIMParallelScheduler": _DDIM_CLASS,
-    "PNDMScheduler": _Class(arguments.PNDM, _pndm, _grid),
-    "DPMSolverMultistepScheduler": _Class(arguments.MULTISTEP, _multistep, _inner_grid),
-    "DPMSolverSinglestepScheduler": _Class(arguments.SINGLESTEP, _singlestep, _inner_grid),
-    "UniPCMultistepScheduler": _Class(arguments.UNIPC, _unipc, _inner_grid),
-    "DEISMultistepScheduler": _Class(arguments.DEIS, _deis, _inner_grid),
-    "EulerDiscreteScheduler": _Class(arguments.EULER, lambda fields: "euler", _grid),
-    "EulerAncestralDiscreteScheduler": _Class(arguments.ANCESTRAL, lambda fields: "euler_ancestral", _grid),
-    "HeunDiscreteScheduler": _Class(arguments.HEUN, lambda fields: "heun", _grid),
-    "KDPM2DiscreteScheduler": _Class({**arguments.LMS, **arguments.STABLE}, lambda fields: "dpm_solver:order=2", _grid),
-    "LMSDiscreteScheduler": _Class(arguments.LMS, lambda fields: "lms", _grid),
-    "EDMEulerScheduler": _Class(arguments.EDM, lambda fields: "euler", _edm_grid, levels=_edm_levels, time_shift=0.0),
+    "PNDMScheduler": _Class(arguments.PNDM, told.pndm, told.grid),
+    "DPMSolverMultistepScheduler": _Class(arguments.MULTISTEP, told.multistep, told.inner_grid),
+    "DPMSolverSinglestepScheduler": _Class(arguments.SINGLESTEP, told.singlestep, told.inner_grid),
+    "UniPCMultistepScheduler": _Class(arguments.UNIPC, told.unipc, told.inner_grid),
+    "DEISMultistepScheduler": _Class(arguments.DEIS, told.deis, told.inner_grid),
+    "SASolverScheduler": _Class(arguments.SA, told.sa, told.inner_grid),
+    "EulerDiscreteScheduler": _Class(arguments.EULER, lambda fields: "euler", told.exact_grid),
+    "EulerAncestralDiscreteScheduler": _Class(arguments.ANCESTRAL, lambda fields: "euler_ancestral", told.exact_grid),
+    "HeunDiscreteScheduler": _Class(arguments.HEUN, lambda fields: "heun", told.exact_grid),
+    "KDPM2DiscreteScheduler": _Class(arguments.KDPM2, lambda fields: "dpm_solver:order=2", told.exact_grid),
+    "KDPM2AncestralDiscreteScheduler": _Class(
+        arguments.KDPM2, lambda fields: "dpm_solver:order=2,eta=1", told.exact_grid
+    ),
+    "DPMSolverSDEScheduler": _Class(arguments.SDE, lambda fields: "dpm_solver_pp_sde", told.exact_grid),
+    "LMSDiscreteScheduler": _Class(arguments.LMS, lambda fields: "lms", told.exact_grid),
+    "TCDScheduler": _Class(arguments.DISTILLED, told.tcd, told.original_grid, steps=4),
+    "LCMScheduler": _Class(arguments.DISTILLED, lambda fields: "consistency", told.original_grid, steps=4),
+    "EDMEulerScheduler": _Class(
+        arguments.EDM, lambda fields: "euler", told.edm_grid, levels=_edm_levels, time_shift=0.0
+    ),
     "EDMDPMSolverMultistepScheduler": _Class(
-        arguments.EDM_DPM, _multistep, _edm_grid, levels=_edm_levels, time_shift=0.0
+        arguments.EDM_DPM, told.multistep, told.edm_grid, levels=_edm_levels, time_shift=0.0
     ),
     "CMStochasticIterativeScheduler": _Class(
-        arguments.CONSISTENCY, _consistency, lambda fields: "uniform", steps=1, levels=_edm_levels, time_shift=0.0
+        arguments.CONSISTENCY, told.consistency, lambda fields: "uniform", steps=1, levels=_edm_levels, time_shift=0.0
     ),
     "FlowMatchEulerDiscreteScheduler": _Class(
-        arguments.FLOW_EULER, lambda fields: "euler", lambda fields: "linspace", levels=_flow_levels, time_shift=0.0
+        arguments.FLOW_EULER, lambda fields: "euler", told.flow_grid, levels=_flow_levels, time_shift=0.0
+    ),
+    "FlowMatchHeunDiscreteScheduler": _Class(
+        arguments.FLOW_HEUN, lambda fields: "rk:order=2,basis=flow", told.flow_grid, levels=_flow_levels, time_shift=0.0
     ),
 }
 """The schedulers by the names of their classes."""
@@ -284,9 +202,13 @@ def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
     if name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler"):
         allowed |= {"sigma_min": (None,), "sigma_max": (None,)}
     if name == "FlowMatchEulerDiscreteScheduler":
-        allowed |= {"use_karras_sigmas": (False, None), "use_exponential_sigmas": (False, None)}
-    if fields.get("algorithm_type") == "dpmsolver":
-        allowed["final_sigmas_type"] = ("zero", "sigma_min")  # it knows no other end there; here it goes to the data
+        kinds = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+        allowed |= dict.fromkeys(kinds, (False, None))
+    if (
+        name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+        or fields.get("algorithm_type") == "dpmsolver"
+    ):
+        allowed["final_sigmas_type"] = ("zero", "sigma_min")
     require(where, fields, allowed)
     if not is_whole(fields["num_train_timesteps"]):
         raise InputError(f"{where}: num_train_timesteps is {fields['num_train_timesteps']!r}; it must be whole")
@@ -298,8 +220,6 @@ def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix(': ')}") from None
     clip = kind.clip if fields.get("clip_sample") or fields.get("clip_denoised") else "none"
-    if sampler.startswith("dpm_solver") and "singlestep" in name.lower():
-        steps = max(1, steps // fields["solver_order"])  # theirs counts network calls
     found = Sampling(schedule, prediction, clip, sampler, tau, steps, kind.time_shift)
     if name != "CMStochasticIterativeScheduler":
         return found
