@@ -20,6 +20,7 @@ from diffusion.evaluation import load_samples
 from diffusion.guidance import Guidance
 from diffusion.interop import diffusers
 from diffusion.interop.clip_tokenizer import open_tokenizer
+from diffusion.models import unet2d_cross
 from diffusion.pretrained import weights
 from diffusion.sampling import sample
 
@@ -45,6 +46,14 @@ def test_prompts_are_told_by_their_numbers_whatever_the_batch():
     for labels in (range(150), [5], [7, 7, 149, 0]):
         np.testing.assert_array_equal(told.told(np.asarray(labels)), letters([texts[i] for i in labels]))
     np.testing.assert_array_equal(told.nulls(4), letters(["no"] * 4))
+
+
+def test_attention_in_parts_is_attention(monkeypatch):
+    query, key, value = np.random.default_rng(0).standard_normal((3, 2, 15, 2, 4)).astype(np.float32)
+    wanted = jax.nn.dot_product_attention(query, key, value)
+    for pairs in (1, 40, 75, 224):
+        monkeypatch.setattr(unet2d_cross, "PAIRS", pairs)
+        np.testing.assert_allclose(unet2d_cross.attend(query, key, value), wanted, rtol=0, atol=1e-6)
 
 
 @needs_tokenizers
@@ -226,6 +235,7 @@ def test_a_picture_is_changed_by_a_prompt_and_kept_by_a_mask(place):
     [
         ([], 'draws what a text says; give --prompt="TEXT"'),
         (["--prompt=cat", "--lora=none.safetensors:0.5"], "there is no LoRA file none.safetensors"),
+        (["--prompt=cat", "--lora="], "lora is ''; give files"),
         (["--prompt=cat", "--labels=1"], "--labels names classes, and this model is told prompts"),
         (["--prompt=cat", "--size=8x"], "size is '8x'; write 512, or HEIGHTxWIDTH"),
         (["--prompt=cat", "--size=9"], "image_size is 9 x 9; the autoencoder takes multiples of 2"),

@@ -36,9 +36,9 @@ def imported_options(given: Any) -> dict[str, Any]:
     """
     found = {} if given.size is None else {"image_size": _size(given.size)}
     found |= {} if given.dtype is None else {"dtype": given.dtype}
-    if given.lora is not None and not all(given.lora):
+    if given.lora is not None and not (given.lora and all(given.lora)):
         raise InputError(f"lora is {','.join(given.lora)!r}; give files, as style.safetensors:0.7")
-    return found | ({} if not given.lora else {"loras": [_lora(text) for text in given.lora]})
+    return found | ({} if given.lora is None else {"loras": [_lora(text) for text in given.lora]})
 
 
 def refuse_options(given: Any) -> None:

@@ -165,7 +165,7 @@ class UNet2DCondition(nn.Module):
         width = self._by_level("cross_attention_dim")[0]
         if cond is None and self.is_initializing():
             return jnp.zeros((count, 1, width))
-        if jnp.ndim(cond) != 3 or cond.shape[0] != count or cond.shape[2] != width:
+        if cond is None or jnp.ndim(cond) != 3 or cond.shape[0] != count or cond.shape[2] != width:
             found = "None" if cond is None else f"of shape {jnp.shape(cond)}"
             raise InputError(
                 f"cond is {found}; this network is told a text, as embeddings [{count}, tokens, {width}]: "
