@@ -144,7 +144,7 @@ CLASSES = {
     ),
     "DPMSolverSDEScheduler": _Class(arguments.SDE, lambda fields: "dpm_solver_pp_sde", told.exact_grid),
     "LMSDiscreteScheduler": _Class(arguments.LMS, lambda fields: "lms", told.exact_grid),
-    "TCDScheduler": _Class(arguments.DISTILLED, told.tcd, told.original_grid, steps=4),
+    "TCDScheduler": _Class(arguments.DISTILLED, told.tcd, told.original_grid, steps=4, clip="keep_eps"),
     "LCMScheduler": _Class(arguments.DISTILLED, lambda fields: "consistency", told.original_grid, steps=4),
     "EDMEulerScheduler": _Class(
         arguments.EDM, lambda fields: "euler", told.edm_grid, levels=_edm_levels, time_shift=0.0
