@@ -126,9 +126,11 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
 
 def tells_of_lost(error: BaseException | None) -> bool:
     """Says whether an error, or one that led to it, is how XLA or JAX report that another process does not answer."""
-    while error is not None:
+    seen = []
+    while error is not None and error not in seen:  # an error that is raised again can lead to itself
         if _NO_ANSWER.search(str(error)):
             return True
+        seen.append(error)
         error = error.__cause__ or error.__context__
     return False
 

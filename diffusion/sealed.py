@@ -12,6 +12,9 @@ import numpy as np
 from diffusion import files
 from diffusion.errors import InputError
 
+LIMIT = 2**23
+"""The most bytes that `read` takes unless told otherwise, as JSON takes twenty times that as objects."""
+
 _SEAL = "sha256"
 
 
@@ -20,9 +23,7 @@ def write(path: str | os.PathLike, record: Mapping[str, Any], within: str | os.P
     files.write_json(path, {**record, _SEAL: digest_of(record)}, within)
 
 
-def read(
-    path: str | os.PathLike, limit: int = files.READ_LIMIT, within: str | os.PathLike | None = None
-) -> dict[str, Any]:
+def read(path: str | os.PathLike, limit: int = LIMIT, within: str | os.PathLike | None = None) -> dict[str, Any]:
     """Reads what `write` wrote, or an earlier version, which put no SHA-256 into it.
 
     Raises:

@@ -11,7 +11,7 @@ import time
 import pytest
 from commands import TINY, command, free_port, metrics, read_until, saved_steps, start_training
 
-from diffusion import process
+from diffusion import devices, process
 from diffusion.process import INTERRUPTED, PREEMPTED, STOPPING
 from diffusion.training import checkpoints
 
@@ -82,6 +82,15 @@ def test_a_signal_in_the_first_seconds_ends_a_run_quietly_with_its_code(tmp_path
         SIGNALS[number],
         "",
     )
+
+
+def test_an_error_that_leads_to_itself_is_looked_through_once():
+    first, second = ValueError("an image is damaged"), RuntimeError("a worker stopped")
+    first.__context__, second.__context__ = second, first
+    assert not devices.tells_of_lost(first)
+    lost = ValueError("UNAVAILABLE: no answer")
+    second.__context__ = lost
+    assert devices.tells_of_lost(first)
 
 
 def test_a_signal_that_a_callback_swallows_is_heard_all_the_same():

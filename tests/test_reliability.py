@@ -89,7 +89,7 @@ def test_1_a_run_killed_many_times_ends_in_the_same_bits_and_metrics(tmp_path, r
         read_until(process, "first step")
         number = rng.choice(list(kills))
         if sum(kills.values()) % 3 == 0:
-            during_saves += wait_for_save(folder, 20)
+            during_saves += wait_for_save(folder, 60)
             number = signal.SIGKILL
         else:
             time.sleep(rng.random())

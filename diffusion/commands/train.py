@@ -81,7 +81,7 @@ def main() -> int:
             print("stopped before the first step; nothing is lost")
             return stop.exit_code
         except (InputError, jax.errors.JaxRuntimeError) as error:
-            if not devices.tells_of_lost(error) or jax.process_count() == 1:
+            if jax.process_count() == 1 or not devices.tells_of_lost(error):
                 raise
             print(f"{devices.LOST} ({' '.join(str(error).split())[:200]})", file=sys.stderr)
             return PREEMPTED
