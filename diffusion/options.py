@@ -158,7 +158,7 @@ def split(text: str) -> list[str]:
     A part begins a new choice unless it is an option (it has an equals sign) or continues a list of numbers.
     """
     choices: list[str] = []
-    for part in filter(None, text.split(",")):
+    for part in filter(None, re.split(r",(?![^()]*\))", text)):  # arguments in parentheses stay together
         if choices and ":" in choices[-1] and re.match(r"\w+=|[-+]?(\d|\.\d)[\d.]*(e[-+]?\d+)?$", part):
             choices[-1] += f",{part}"
         else:

@@ -484,7 +484,7 @@ def test_a_config_keeps_fields_that_its_class_does_not_read():
         ("DEISMultistep", {}, "deis:order=2,lower_order_final=false,end=1", "linspace:last=false", "none", 50),
         ("SASolver", {}, "sa_solver:predictor_order=2,corrector_order=2", "linspace:last=false", "none", 50),
         ("KDPM2AncestralDiscrete", {"use_beta_sigmas": True}, "dpm_solver:order=2,eta=1", "beta:of=sigma", "none", 50),
-        ("TCD", {}, "tcd", "trailing:among=50", "none", 4),
+        ("TCD", {}, "tcd:end=1", "trailing:among=50", "none", 4),
         ("LCM", {"clip_sample": True}, "consistency", "trailing:among=50", "recompute", 4),
         ("FlowMatchHeunDiscrete", {}, "rk:order=2,basis=flow", "shifted:shift=1.0,lowest=0.001", "none", 50),
     ],

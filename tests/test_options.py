@@ -115,3 +115,8 @@ def test_a_list_of_choices_is_split_where_a_name_begins():
     text = "ddim,unipc:order=1,2,2,1,variant=bh1,heun,explicit:times=900.5,-1,1e-3,./a.json,ddim:eta=0.5,4steps.json"
     names = ["ddim", "unipc:order=1,2,2,1,variant=bh1", "heun", "explicit:times=900.5,-1,1e-3", "./a.json"]
     assert options.split(text) == [*names, "ddim:eta=0.5", "4steps.json"]
+
+
+def test_arguments_in_parentheses_stay_together():
+    text = "ddim,A(x=1, y=[0,1]),unipc:order=3,variant=bh1"
+    assert options.split(text) == ["ddim", "A(x=1, y=[0,1])", "unipc:order=3,variant=bh1"]

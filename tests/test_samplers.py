@@ -18,6 +18,8 @@ from diffusion.commands.samplers import (
     make_table,
     make_tau,
 )
+from diffusion.errors import InputError
+from diffusion.interop.diffusers import schedulers
 from diffusion.solvers import names as foreign
 
 LINEAR = schedules.linear()
@@ -212,3 +214,51 @@ def test_the_list_names_everything_with_its_options_and_calls():
         assert f" {calls} calls " in lines[name]
     assert "order=2, sde_eta=0.0, variant=exact" in text
     assert max(map(len, text.splitlines())) <= 200
+
+
+@pytest.mark.parametrize("name", schedulers.CLASSES)
+def test_a_class_of_diffusers_means_the_same_with_and_without_its_arguments(name):
+    found = schedulers.read_scheduler(name, {"_class_name": name}).sampler
+    assert foreign.SAMPLERS.get(name, found) == found
+    assert aliases.meaning(f"{name}()").sampler == found
+
+
+@pytest.mark.parametrize(
+    ("text", "sampler", "tau"),
+    [
+        (
+            "DPMSolverMultistepScheduler(use_beta_sigmas=True)",
+            "dpm_solver_pp:order=2,variant=official",
+            "beta:of=sigma",
+        ),
+        ("LCMScheduler(original_inference_steps=40)", "consistency", "trailing:among=40"),
+        ("UniPCMultistepScheduler(disable_corrector=[0,1], solver_order=3)", "unipc:order=3,variant=bh2,dis", ""),
+        ("LMS Karras", "lms", "karras"),
+        ("DPM++ 2M:order=3", "dpm_solver_pp:variant=official,order=3", ""),
+    ],
+)
+def test_a_name_of_elsewhere_says_all_that_it_says(text, sampler, tau):
+    found = aliases.meaning(text)
+    assert found.sampler.startswith(sampler)
+    assert found.tau == tau
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("DDIMScheduler(beta_start=0.3)", "beta_start is of the model"),
+        ("UniPCMultistepScheduler(solver_order=3,solver_order=2)", "is no argument, or its second"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        aliases.meaning(text)
+
+
+def test_grids_are_known_by_the_names_of_the_uis():
+    assert [aliases.grid(name) for name in ("Karras", "KL Optimal", "Trailing", "SGM Uniform")] == [
+        "karras",
+        "kl_optimal",
+        "trailing",
+        "linspace:last=false,rounded=false",
+    ]

@@ -17,6 +17,12 @@ from diffusion.timesteps import GRIDS, MODEL_GRIDS
 
 _CALL = re.compile(r"\s*(\w+Scheduler)\s*\((.*)\)\s*", re.DOTALL)
 _OF_GRIDS = ("timestep_spacing", "steps_offset", "use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
+_OF_GRIDS += ("use_beta_sigmas", "shift", "rho", "sigma_schedule", "original_inference_steps")
+"""The arguments of schedulers that say a grid."""
+
+_OF_MODELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+_OF_MODELS += ("rescale_betas_zero_snr", "clip_sample", "clip_sample_range", "clip_denoised", "sigma_max", "sigma_data")
+"""Those that say what the model is, or how its estimates are clipped."""
 
 
 def meaning(sampler: str) -> foreign.Meaning:
@@ -30,14 +36,18 @@ def meaning(sampler: str) -> foreign.Meaning:
     name, colon, options = sampler.partition(":")
     if name in SOLVERS | ESTIMATED_SOLVERS:
         return foreign.Meaning(sampler)
-    ours = {foreign.plain(known): known for known in SOLVERS | ESTIMATED_SOLVERS}
-    found = foreign.meaning(name) or (
-        foreign.Meaning(ours[foreign.plain(name)]) if foreign.plain(name) in ours else None
-    )
+    found = foreign.meaning(name, {foreign.plain(known): known for known in SOLVERS | ESTIMATED_SOLVERS})
     if found is None:
         return foreign.Meaning(sampler)
-    joined = f"{found.sampler}{',' if ':' in found.sampler else ':'}{options}" if colon and options else found.sampler
-    return found._replace(sampler=joined)
+    return found._replace(sampler=_with(found.sampler, options)) if colon and options else found
+
+
+def _with(text, options):
+    """Returns a name with its options, of which those of the user replace its own."""
+    name, _, own = text.partition(":")
+    asked = {part.partition("=")[0].strip() for part in options.split(",")}
+    kept = [part for part in own.split(",") if part and part.partition("=")[0] not in asked]
+    return f"{name}:{','.join([*kept, options])}"
 
 
 def chosen(sampler: str, tau: str, tau_given: bool) -> tuple[str, str]:
@@ -85,12 +95,13 @@ def grid(tau: str) -> str:
       InputError: a name that means two things.
     """
     name, colon, options = tau.partition(":")
-    if name in GRIDS | MODEL_GRIDS | paths.GRIDS or name in ("sections", "explicit"):
+    known = GRIDS | MODEL_GRIDS | paths.GRIDS
+    if name in known or name in ("sections", "explicit"):
         return tau
-    found = foreign.grid_meaning(name)
+    found = foreign.grid_meaning(name, {foreign.plain(ours): ours for ours in known})
     if not found:
         return tau
-    return f"{found}{',' if ':' in found else ':'}{options}" if colon and options else found
+    return _with(found, options) if colon and options else found
 
 
 def _say(sampler: str, found: foreign.Meaning) -> None:
@@ -104,10 +115,14 @@ def _scheduler(name: str, arguments: str) -> foreign.Meaning:
         known = ", ".join(schedulers.CLASSES)
         raise InputError(f"sampler {name} is not known with its arguments; those that are: {known}")
     given: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in arguments.split(","))):
+    for part in filter(None, (part.strip() for part in re.split(r",(?![^\[(]*[\])])", arguments))):
         key, equals, text = (side.strip() for side in part.partition("="))
-        if not equals or not key.isidentifier():
-            raise InputError(f"sampler {name}(...): {part!r} is no argument; write NAME=VALUE, with commas between")
+        if not equals or not key.isidentifier() or key in given:
+            raise InputError(f"sampler {name}(...): {part!r} is no argument, or its second; write NAME=VALUE once each")
+        if key in _OF_MODELS:
+            raise InputError(
+                f"sampler {name}(...): {key} is of the model, which is what it was trained as; leave it out"
+            )
         try:
             given[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
+from diffusion import pretrained
 from diffusion.autoencoder import TrainedAutoencoder
 from diffusion.commands import cli, opening, own, reconstructions, usage
 from diffusion.errors import InputError
@@ -72,6 +73,8 @@ def _folder():
         if useless := [flag for flag in ("ema", "step", "network") if flags.FLAGS[flag].value is not None]:
             raise InputError(f"--{useless[0]} is for runs, and {name} is a folder of diffusers; leave it out")
         return Path(name).expanduser()
+    if name and pretrained.name_of(name):
+        raise InputError(f"{name} is a file already, {pretrained.FILES[pretrained.name_of(name)]}; copy that")
     folder = run_folder.existing(name) if name else run_folder.newest("runs")
     if folder is None:
         raise InputError("there is no run in runs/; train one with `python train.py`, or name one with --workdir")

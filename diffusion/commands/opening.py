@@ -51,7 +51,8 @@ def open_model(workdir: str | None, ema: str) -> Opened:
       InputError: there is no such model, or it is damaged.
     """
     networks, imported = own.networks(flags.FLAGS.network), prompts.imported_options(flags.FLAGS)
-    if not (workdir and diffusers.is_folder(workdir)):
+    missing = workdir and not pretrained.name_of(workdir) and not Path(workdir).expanduser().exists()
+    if not missing and not (workdir and diffusers.is_folder(workdir)):
         prompts.refuse_options(flags.FLAGS)
     if not workdir and (folder := run_folder.newest("runs")) is not None:
         try:

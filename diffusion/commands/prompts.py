@@ -28,12 +28,20 @@ FLAGS = (*_FOR_TEXTS, *_OF_FOLDERS)
 """What the flags are called."""
 
 
+LARGEST = 8192
+"""Pixels a side; attention over more would take more memory than machines have."""
+
+
 def imported_options(given: Any) -> dict[str, Any]:
     """Returns what the flags ask of `interop.diffusers.load`; a flag that is not given is left out.
 
     Raises:
       InputError: a flag holds something that it cannot.
     """
+    if given.prompt is not None and given.prompts is not None:
+        raise InputError("--prompt and --prompts exclude each other; give one")
+    if given.prompts is not None:
+        read(given.prompts)  # what is wrong with it is said before the weights are read
     found = {} if given.size is None else {"image_size": _size(given.size)}
     found |= {} if given.dtype is None else {"dtype": given.dtype}
     if given.lora is not None and not (given.lora and all(given.lora)):
@@ -53,6 +61,8 @@ def _size(text):
     sides = text.split("x")
     if not 1 <= len(sides) <= 2 or not all(side.isascii() and side.isdecimal() and len(side) < 6 for side in sides):
         raise InputError(f"size is {text!r}; write 512, or HEIGHTxWIDTH as 512x768")
+    if max(map(int, sides)) > LARGEST:
+        raise InputError(f"size is {text}; give at most {LARGEST:,} pixels a side")
     return int(sides[0]), int(sides[-1])
 
 

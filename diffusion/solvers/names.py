@@ -5,6 +5,8 @@ A name is looked up without its case and signs, so "DPM++ 2M SDE Karras", "dpmpp
 """
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from diffusion.errors import InputError
@@ -42,17 +44,17 @@ SAMPLERS: dict[str, str] = {
     "lcm": "consistency",
     # diffusers' classes, with their defaults
     "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "CMStochasticIterativeScheduler": "consistency",
-    "DEISMultistepScheduler": "deis:order=2,end=1",
+    "DDPMScheduler": "ddpm:variance=small",
+    "CMStochasticIterativeScheduler": "consistency:sigma_min=0.002",
+    "DEISMultistepScheduler": "deis:order=2,lower_order_final=false,end=1",
     "DPMSolverMultistepScheduler": f"{_2M},variant=official",
     "DPMSolverSDEScheduler": "dpm_solver_pp_sde",
-    "DPMSolverSinglestepScheduler": f"{_2S},calls=grid",
+    "DPMSolverSinglestepScheduler": f"{_2S},variant=midpoint,calls=grid",
     "EDMDPMSolverMultistepScheduler": f"{_2M},variant=official",
     "EDMEulerScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "EulerDiscreteScheduler": "euler",
-    "FlowMatchEulerDiscreteScheduler": "ddim",
+    "FlowMatchEulerDiscreteScheduler": "euler",
     "FlowMatchHeunDiscreteScheduler": "rk:order=2,basis=flow",
     "HeunDiscreteScheduler": "heun",
     "IPNDMScheduler": "ipndm",
@@ -60,10 +62,10 @@ SAMPLERS: dict[str, str] = {
     "KDPM2DiscreteScheduler": "dpm_solver:order=2",
     "LCMScheduler": "consistency",
     "LMSDiscreteScheduler": "lms",
-    "PNDMScheduler": "pndm",
-    "SASolverScheduler": "sa_solver",
+    "PNDMScheduler": "pndm:end=1",
+    "SASolverScheduler": "sa_solver:predictor_order=2,corrector_order=2",
     "TCDScheduler": "tcd:end=1",
-    "UniPCMultistepScheduler": "unipc:order=2",
+    "UniPCMultistepScheduler": "unipc:order=2,variant=bh2",
 }
 """The samplers by the names of others, as those write them."""
 
@@ -95,35 +97,41 @@ _GRIDS = {plain(name): name for name in (*GRIDS, "karras", "polyexponential", "k
 _AMBIGUOUS = {plain(name): (name, meanings) for name, meanings in AMBIGUOUS.items()}
 
 
-def grid_meaning(name: str) -> str:
+def grid_meaning(name: str, ours: Mapping[str, str] = MappingProxyType({})) -> str:
     """Returns what a grid of another library is called here, or "" if the name is not known.
+
+    Args:
+      name: "SGM Uniform", "Karras", ..., without options.
+      ours: names of this package by their `plain` form.
 
     Raises:
       InputError: the name means two things.
     """
     _refuse_ambiguous(plain(name), name)
-    return GRIDS.get(_GRIDS.get(plain(name), ""), "")
+    found = _GRIDS.get(plain(name), "")
+    return GRIDS.get(found, found) or ours.get(plain(name), "")
 
 
-def meaning(name: str) -> Meaning | None:
+def meaning(name: str, ours: Mapping[str, str] = MappingProxyType({})) -> Meaning | None:
     """Returns what the sampler of another library is here, or None if the name is not known.
 
     Args:
       name: "dpmpp_2m_sde_karras", "DPM++ 2M SDE Karras", "DPMSolverMultistepScheduler", ..., without options.
+      ours: names of this package by their `plain` form, which may end in a grid, too: "LMS Karras".
 
     Raises:
       InputError: the name means two things.
     """
-    found = plain(name)
+    found, known = plain(name), {**ours, **_SAMPLERS}
     for text in dict.fromkeys((found, found.removeprefix("k"))):
         _refuse_ambiguous(text, name)
-        if text in _SAMPLERS:
-            return Meaning(_SAMPLERS[text])
+        if text in known:
+            return Meaning(known[text])
         for ending, grid in _GRIDS.items():
             base = text.removesuffix(ending)
-            if base != text and base in _SAMPLERS:
+            if base != text and base in known:
                 _refuse_ambiguous(ending, name)
-                return Meaning(_SAMPLERS[base], GRIDS.get(grid, grid))
+                return Meaning(known[base], GRIDS.get(grid, grid))
     return None
 
 

@@ -189,7 +189,15 @@ def _class_names(folder, num_classes):
 
 
 def _has_autoencoder(folder):
-    return any((folder / name).is_dir() for name in ("vae", "vqvae"))
+    """Tells whether a pipeline has an autoencoder; raises InputError where it names one that is not there."""
+    index = folder / folders.INDEX
+    named = folders.read_config(index) if index.is_file() else {}
+    for name in ("vae", "vqvae"):
+        if (folder / name).is_dir():
+            return True
+        if named.get(name):
+            raise InputError(f"{index} names a {name}, which is not there; get the whole folder again")
+    return False
 
 
 def _autoencoder(folder, shape, variant):

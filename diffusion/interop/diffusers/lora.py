@@ -108,7 +108,13 @@ def _change(path, layer, found, alpha, scale):
     if not {"down", "up"} <= found.keys():
         raise InputError(f"{path}: {layer} has only {', '.join(sorted(found))} of down and up; get the file again")
     down, up = found["down"], found["up"]
-    fits = down.ndim == up.ndim and down.ndim in (2, 4) and up.shape[1] == len(down) and up[0, 0].size <= 1
+    fits = (
+        down.ndim == up.ndim
+        and down.ndim in (2, 4)
+        and min(down.shape + up.shape) > 0
+        and up.shape[1] == len(down)
+        and up[0, 0].size <= 1
+    )
     if not fits:
         raise InputError(f"{path}: {layer} has down of {down.shape} and up of {up.shape}, which do not fit each other")
     if "alpha" in found:

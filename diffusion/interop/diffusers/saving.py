@@ -18,6 +18,7 @@ from diffusion.interop.diffusers.autoencoders import write_autoencoder
 from diffusion.interop.diffusers.state import Written, to_tensors
 from diffusion.model import TRANSFORMER, UNET, UNET2D, UNET2D_CONDITION, Model, Trained
 from diffusion.objectives import choice
+from diffusion.solvers import names
 from diffusion.solvers.ddim import VARIANCES, ddim, ddpm
 from diffusion.timesteps import leading
 
@@ -134,7 +135,8 @@ def _scheduler(config: ConfigDict, model: Model) -> dict[str, Any]:
             f"config.train.prediction is {model.prediction!r}, which cannot be written for diffusers; those that can: "
             f"{', '.join(_PREDICTION_TYPES)}"
         )
-    name, clip = config.sample.sampler.partition(":")[0], config.sample.clip or model.space.clip
+    sampler = _sampler(config.sample.sampler)
+    name, clip = sampler.partition(":")[0], config.sample.clip or model.space.clip
     shared = {
         **_betas(config.schedule),
         "prediction_type": _PREDICTION_TYPES[model.prediction],
@@ -144,7 +146,7 @@ def _scheduler(config: ConfigDict, model: Model) -> dict[str, Any]:
     # DiTPipeline takes the variance off what the network returns; elsewhere only this scheduler does.
     learned = model.learned_variance and config.network != TRANSFORMER
     if name == "ddpm" or learned:
-        variance = "learned" if learned else _options(config.sample.sampler, ddpm)["variance"]
+        variance = "learned" if learned else _options(sampler, ddpm)["variance"]
         if variance == "learned" and not learned:
             raise InputError(
                 f"config.sample.sampler is {config.sample.sampler!r}; DiTPipeline leaves the network's variance out: "
@@ -152,10 +154,16 @@ def _scheduler(config: ConfigDict, model: Model) -> dict[str, Any]:
             )
         kind = dict(zip(VARIANCES, ("fixed_small", "fixed_large", "learned_range"), strict=True))[variance]
         return {"_class_name": "DDPMScheduler", **shared, "variance_type": kind}
-    end = _options(config.sample.sampler, ddim)["end"] if name == "ddim" else 0
+    end = _options(sampler, ddim)["end"] if name == "ddim" else 0
     if end not in (0, 1):
         raise InputError(f"config.sample.sampler is {config.sample.sampler!r}; in diffusers end is 0 or 1")
     return {"_class_name": "DDIMScheduler", **shared, "set_alpha_to_one": end == 0}
+
+
+def _sampler(text):
+    """Returns a sampler by our name of it, where it has the one of another library."""
+    found = names.meaning(text) if ":" not in text else None
+    return text if found is None else found.sampler
 
 
 def _spacing(tau: str) -> dict[str, Any]:
