@@ -22,7 +22,8 @@ EVERY = {**GENERAL, "shifted_cosine": schedules.shifted_cosine(T, 256)}
 general_schedules = pytest.mark.parametrize("schedule", GENERAL.values(), ids=GENERAL.keys())
 every_schedule = pytest.mark.parametrize("schedule", EVERY.values(), ids=EVERY.keys())
 
-NEEDS_SIGNAL = {"analytic_dpm", "dpm_solver", "deis", "lms", "ipndm", "plms", "pndm", "heun", "edm"}
+NEEDS_SIGNAL = {"analytic_dpm", "dpm_solver", "dpm_solver_multistep", "deis", "lms", "ipndm", "plms", "pndm", "heun"}
+NEEDS_SIGNAL |= {"edm", "er_sde", "restart", "rk"}
 """Solvers in eps, or, as Analytic-DPM, with an estimate made of it."""
 DATA_VARIANCE = 0.3
 
