@@ -52,9 +52,10 @@ def main() -> None:
         model, scheduler = trained_there(to_floats(real.images))
         diffusers.DDIMPipeline(model, scheduler).save_pretrained(Path(folder, "theirs"))
         theirs, ours = drawn_there(model, scheduler, noise), drawn_here(interop.load(Path(folder, "theirs")), noise)
-        reference = features.make_reference(features.pixels(real), real, Path(folder, "cache"))
+        space = features.pixels()
+        reference = features.make_reference(space, real, Path(folder, "cache"))
         for name, images in (("diffusers", theirs), ("here", ours)):
-            found = features.pixels(real).extract(images)
+            found = space.extract(images)
             (distance,) = features.measure(reference, found, ["frechet"]).values()
             print(f"trained in torch, sampled by {name:9}: Frechet distance on pixels {distance:.4f}")
         compare("trained in torch", theirs, ours)
