@@ -27,7 +27,6 @@ _OF_FOLDERS = ("size", "dtype", "lora")
 FLAGS = (*_FOR_TEXTS, *_OF_FOLDERS)
 """What the flags are called."""
 
-
 LARGEST = 8192
 """Pixels a side; attention over more would take more memory than machines have."""
 
@@ -38,10 +37,6 @@ def imported_options(given: Any) -> dict[str, Any]:
     Raises:
       InputError: a flag holds something that it cannot.
     """
-    if given.prompt is not None and given.prompts is not None:
-        raise InputError("--prompt and --prompts exclude each other; give one")
-    if given.prompts is not None:
-        read(given.prompts)  # what is wrong with it is said before the weights are read
     found = {} if given.size is None else {"image_size": _size(given.size)}
     found |= {} if given.dtype is None else {"dtype": given.dtype}
     if given.lora is not None and not (given.lora and all(given.lora)):
@@ -74,16 +69,30 @@ def _lora(text):
     return text, 1.0
 
 
-def told(given: Any, trained: Trained, guides: bool) -> Trained:
+def texts(given: Any) -> tuple[str, ...]:
+    """Returns the prompts of the flags, () for none; to be asked before the weights are read, which takes a while.
+
+    Raises:
+      InputError: both kinds are given, or a file that holds none.
+    """
+    if given.prompt is not None and given.prompts is not None:
+        raise InputError("--prompt and --prompts exclude each other; give one")
+    if given.prompts is not None:
+        return read(given.prompts)
+    return () if given.prompt is None else (given.prompt,)
+
+
+def told(given: Any, trained: Trained, prompts: Sequence[str], guides: bool) -> Trained:
     """Returns the model with the prompts of the flags, and says what is cut of them; any other model as it is.
 
     Args:
       given: all flags.
       trained: the model.
+      prompts: from `texts`.
       guides: whether guidance acts in which the model itself is asked without a prompt.
 
     Raises:
-      InputError: a text-to-image model without prompts, another with them, or a file that holds none.
+      InputError: a text-to-image model without prompts, or another with them.
     """
     conditions = trained.model.conditions
     asked = [name for name in _FOR_TEXTS if given[name].value is not None]
@@ -91,12 +100,11 @@ def told(given: Any, trained: Trained, guides: bool) -> Trained:
         if asked:
             raise InputError(f"--{asked[0]} is for text-to-image models, and this one is told no text; leave it out")
         return trained
-    if (given.prompt is None) == (given.prompts is None):
+    if not prompts:
         raise InputError('this model draws what a text says; give --prompt="TEXT", or --prompts=FILE with one a line')
     if given.negative_prompt is not None and not guides:
         raise InputError("--negative_prompt does nothing without guidance by the prompt; give --guidance_scale=7.5")
-    texts = (given.prompt,) if given.prompts is None else read(given.prompts)
-    found = conditions.replace(texts, given.negative_prompt or "")
+    found = conditions.replace(prompts, given.negative_prompt or "")
     for note in _notes(found, guides):
         print(f"note: {note}")
     return trained._replace(model=dataclasses.replace(trained.model, conditions=found))

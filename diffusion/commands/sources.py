@@ -227,9 +227,10 @@ def open_source() -> Source:
       InputError: a wrong flag, no such run, or a damaged checkpoint.
     """
     given = flags.FLAGS
+    asked = prompts.texts(given)
     opened = opening.open_model(given.workdir, given.ema or "")
     guides = Guidance(scale=given.guidance_scale, rule=given.guidance_rule).acts() and given.guidance_model is None
-    opened = opened._replace(trained=prompts.told(given, opened.trained, guides))
+    opened = opened._replace(trained=prompts.told(given, opened.trained, asked, guides))
     trained = opened.trained
     clip = trained.clip if given.clip is None else given.clip
     check_options(trained.model.prediction, Options(clip, given.dynamic_threshold))

@@ -66,16 +66,11 @@ def noise_left(fields):
     return None if fields.get("final_sigmas_type") == "zero" or grid(fields) in _OF_SIGMAS else 1
 
 
-def choices(fields, **allowed):
-    """Raises InputError unless each of these arguments has one of its values."""
-    require("", fields, allowed)
-
-
 def multistep(fields):
     """Returns DPM-Solver++ or DPM-Solver, or their stochastic kinds."""
     order, kind, solver = (fields[name] for name in ("solver_order", "algorithm_type", "solver_type"))
-    choices(fields, algorithm_type=("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"))
-    choices(fields, solver_type=tuple(_VARIANTS), solver_order=(1, 2, 3))
+    kinds = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
+    require("", fields, {"algorithm_type": kinds, "solver_type": tuple(_VARIANTS), "solver_order": (1, 2, 3)})
     if kind == "sde-dpmsolver" and order == 3:
         raise InputError("solver_order is 3, which sde-dpmsolver has not; supported: 1, 2")
     # There orders are lowered below 15 steps only.
@@ -92,8 +87,8 @@ def multistep(fields):
 
 def singlestep(fields):
     """Returns the solver that spends each call at a time of the grid; there the last orders are always lowered."""
-    choices(fields, algorithm_type=("dpmsolver++", "dpmsolver"), solver_order=(1, 2, 3))
-    choices(fields, solver_type=("midpoint", "heun"))
+    kinds = ("dpmsolver++", "dpmsolver")
+    require("", fields, {"algorithm_type": kinds, "solver_type": tuple(_VARIANTS), "solver_order": (1, 2, 3)})
     return spelled(
         "dpm_solver_pp_singlestep" if fields["algorithm_type"] == "dpmsolver++" else "dpm_solver",
         order=fields["solver_order"],
@@ -125,7 +120,7 @@ def deis(fields):
 
 
 def sa(fields):
-    choices(fields, algorithm_type=("data_prediction",))
+    require("", fields, {"algorithm_type": ("data_prediction",)})
     orders = {name: fields[name] for name in ("predictor_order", "corrector_order")}
     return spelled("sa_solver", **orders, lower_order_final=None if fields["lower_order_final"] else False)
 
