@@ -115,7 +115,10 @@ def open_weaker(path: str, model: Model) -> Trained:
     if not path:
         raise InputError("--guidance_model names no model; give a run folder or a file of convert.py")
     try:
-        weaker = open_model(path, "").trained
+        # It is of the same size, and its LoRA files and precision are its own.
+        sized = diffusers.is_folder(path) and flags.FLAGS.size is not None
+        imported = {"image_size": tuple(model.space.image_shape[:2])} if sized else {}
+        weaker = open_named(path, "", own.networks(flags.FLAGS.network), imported).trained
     except InputError as error:
         raise InputError(str(error).replace("--workdir", "--guidance_model")) from None
 

@@ -35,7 +35,8 @@ def linspace(
     """
     steps = count(schedule, num_steps)
     times = np.linspace(schedule.num_timesteps, 1, steps + (not last))[:steps]
-    return started(schedule, np.append(np.round(times).astype(int) if rounded else times, 0), start)
+    whole = np.round(times - 1).astype(int) + 1  # a half goes to the even number of those that count from 0
+    return started(schedule, np.append(whole if rounded else times, 0), start)
 
 
 def quadratic(schedule: NoiseSchedule, num_steps: int, start: float = 1.0) -> Tau:
