@@ -53,7 +53,7 @@ def test_attention_in_parts_is_attention(monkeypatch):
     wanted = jax.nn.dot_product_attention(query, key, value)
     for pairs in (1, 40, 75, 224):
         monkeypatch.setattr(unet2d_cross, "PAIRS", pairs)
-        np.testing.assert_allclose(unet2d_cross.attend(query, key, value), wanted, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(unet2d_cross.attend_in_parts(query, key, value), wanted, rtol=0, atol=1e-6)
 
 
 @needs_tokenizers

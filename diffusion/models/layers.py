@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from diffusion.errors import InputError
 from diffusion.keys import bernoulli
+from diffusion.models.attention import attend
 from diffusion.types import Timesteps
 
 # DDPM's initialisation. The last layer of a residual branch starts at zero, so that at first the branch adds nothing.
@@ -217,7 +218,7 @@ class SelfAttention(nn.Module):
             projected = nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h)
             return projected.reshape(batch, height * width, self.num_heads, channels // self.num_heads)
 
-        h = jax.nn.dot_product_attention(heads("query"), heads("key"), heads("value"))
+        h = attend(heads("query"), heads("key"), heads("value"))
         out = nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="out")
         return x + out(h.reshape(batch, height, width, channels))
 

@@ -7,6 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion.errors import InputError, require_range
+from diffusion.models.attention import attend
 from diffusion.models.layers import DTYPES, ZERO, check_told, dropout, embed_told
 
 TIME_FEATURES = 256
@@ -148,7 +149,7 @@ class Block(nn.Module):
             query = nn.RMSNorm(dtype=self.dtype, name="query_norm")(query)
             key = nn.RMSNorm(dtype=self.dtype, name="key_norm")(key)
         out = nn.Dense(width, dtype=self.dtype, kernel_init=_XAVIER, name="attention_out")
-        return out(jax.nn.dot_product_attention(query, key, value).reshape(batch, tokens, width))
+        return out(attend(query, key, value).reshape(batch, tokens, width))
 
 
 def positions(rows: int, columns: int, width: int) -> Float[np.ndarray, "rows*columns width"]:

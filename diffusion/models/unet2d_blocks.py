@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from diffusion.models.attention import attend
 from diffusion.models.layers import INIT, ZERO, Conv, GroupNorm, dropout
 
 ACTIVATIONS = {
@@ -194,7 +195,7 @@ class Attention(nn.Module):
         def heads(name):
             return dense(channels // head_dim * head_dim, name)(h).reshape(batch, height * width, -1, head_dim)
 
-        h = jax.nn.dot_product_attention(heads("to_q"), heads("to_k"), heads("to_v"))
+        h = attend(heads("to_q"), heads("to_k"), heads("to_v"))
         out = dense(channels, "to_out_0", ZERO)(h.reshape(batch, height, width, -1))
         return (x + out) / self.scale
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
+from diffusion.models.attention import attend
 from diffusion.models.layers import INIT, ZERO, GroupNorm
 from diffusion.models.unet2d_blocks import Resampler, Resnet, Style
 
@@ -19,16 +20,16 @@ PAIRS = 2**22
 """So many pairs of a query and a key are weighed at once: 128 MiB for 8 heads. Images of 512 pixels have 2^24."""
 
 
-def attend(query: Array, key: Array, value: Array) -> Array:
-    """Returns `jax.nn.dot_product_attention` of [B, N, H, D], in parts of the queries where there are many pairs."""
+def attend_in_parts(query: Array, key: Array, value: Array) -> Array:
+    """Returns `attend` of [B, N, H, D], in parts of the queries where there are many pairs."""
     batch, count = query.shape[:2]
     parts = min(count, -(-count * key.shape[1] // PAIRS))
     while count % parts:
         parts += 1
     if parts == 1:
-        return jax.nn.dot_product_attention(query, key, value)
+        return attend(query, key, value)
     cut = query.reshape(batch, parts, count // parts, *query.shape[2:]).swapaxes(0, 1)
-    found = jax.lax.map(lambda part: jax.nn.dot_product_attention(part, key, value), cut)
+    found = jax.lax.map(lambda part: attend(part, key, value), cut)
     return found.swapaxes(0, 1).reshape(query.shape)
 
 
@@ -47,7 +48,7 @@ class CrossAttention(nn.Module):
             h = nn.Dense(channels, use_bias=False, dtype=self.dtype, kernel_init=INIT, name=name)(h)
             return h.reshape(batch, h.shape[1], self.num_heads, -1)
 
-        h = attend(heads("to_q", x), heads("to_k", seen), heads("to_v", seen))
+        h = attend_in_parts(heads("to_q", x), heads("to_k", seen), heads("to_v", seen))
         return nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name="to_out_0")(h.reshape(x.shape))
 
 
