@@ -1,11 +1,17 @@
-"""Training step, network call and 25-step DDIM of this library beside diffusers' UNet2DModel in torch, on CPU.
+"""Network call, training step and sampling of this library beside diffusers' UNet2DModel in torch, on a CPU.
 
-    python benchmarks/against_torch.py [--width=128] [--batch=16] [--repeats=5] [--steps=25] [--sampling_repeats=3]
+    python benchmarks/against_torch.py [--networks=digits,2.2M,35.7M] [--batches=1,4,16,64] [--rounds=7] [--steps=25]
+        [--operations=network,training,sampling] [--out=docs/speed.md]
 
-Width 128 is DDPM's CIFAR-10 UNet of 35.7M parameters, width 32 one of 2.2M. Each side lives in a process of its own,
-and they work in turns of one untimed and one timed operation, so that a noisy machine slows all of them alike. Torch
-runs eagerly and under torch.compile, in the memory layout that is faster for it. The table has medians, and medians of
-the paired ratios ours/torch: below 1, ours is faster. About 15 minutes for width 128 on two cores.
+35.7M is DDPM's network for CIFAR-10, 2.2M the same with a quarter of its width, and digits that of configs/digits.py.
+Each side lives in a process of its own, and they work in turns, in an order that turns round as well, of one untimed
+and one timed operation, so that a noisy machine slows all of them alike. Torch runs eagerly and under torch.compile, in
+the memory layout that is faster for it.
+
+A ratio is ours / torch, below 1 where ours is faster: the median of the paired ratios, with an interval that holds it
+in 95 % of the cases. Where that is wider than a tenth, no ratio is printed. The last column is the share of the cores
+that other programs used meanwhile. --out writes the rows into a page, between the marks "measured: against_torch" and
+"measured: end". The digits and the 2.2M network take about half an hour on two cores, the 35.7M one longer.
 """
 
 import importlib.util
@@ -15,46 +21,100 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 from absl import app, flags
+from paired import OTHERS, Others, ratio
 
-_WIDTH = flags.DEFINE_integer("width", 128, "Base width of DDPM's CIFAR-10 UNet.")
-_BATCH = flags.DEFINE_integer("batch", 16, "Images at a time.")
-_SIZE = flags.DEFINE_integer("size", 32, "Height and width of the images.")
-_STEPS = flags.DEFINE_integer("steps", 25, "DDIM steps.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds of training steps and network calls.")
-_SAMPLING_REPEATS = flags.DEFINE_integer("sampling_repeats", 3, "Timed rounds of sampling; 0 leaves it out.")
+_NETWORKS = flags.DEFINE_list("networks", ["digits", "2.2M", "35.7M"], "Which networks.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64"], "Images at a time.")
+_STEPS = flags.DEFINE_integer("steps", 25, "DDIM steps of an operation of sampling.")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each operation.", lower_bound=1)
 _SIDES = flags.DEFINE_list("sides", ["ours", "eager", "compile"], "Which take part; ratios need ours.")
-_OPERATIONS = flags.DEFINE_list("operations", ["training", "network", "sampling"], "What is timed.")
+_OPERATIONS = flags.DEFINE_list("operations", ["network", "training", "sampling"], "What is timed.")
+_OUT = flags.DEFINE_string("out", None, "A page that takes the table. Default: it is only printed.")
 _WORKER = flags.DEFINE_enum("worker", None, ["ours", "eager", "compile"], "Set by the command itself.")
 
 HOW_TO_INSTALL = "torch is not installed: pip install torch==2.13.0, then pip install -e .[reference]"
+LONGEST = 60.0
+"""Seconds; an operation that takes longer on our side is left out, and said to be."""
+
+
+class Network(NamedTuple):
+    """A UNet in DDPM's layout, as both sides build it."""
+
+    width: int
+    multipliers: tuple[int, ...]
+    num_blocks: int
+    attention: tuple[int, ...]
+    image: tuple[int, int, int]
+
+
+NETWORKS = {
+    "digits": Network(32, (1, 2), 1, (4,), (8, 8, 1)),
+    "2.2M": Network(32, (1, 2, 2, 2), 2, (16,), (32, 32, 3)),
+    "35.7M": Network(128, (1, 2, 2, 2), 2, (16,), (32, 32, 3)),
+}
 
 
 def main(_):
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
         sys.exit(HOW_TO_INSTALL)
     if _WORKER.value:
-        serve(ours() if _WORKER.value == "ours" else in_torch(_WORKER.value))
+        network, batch = NETWORKS[_NETWORKS.value[0]], int(_BATCHES.value[0])
+        serve(ours(network, batch) if _WORKER.value == "ours" else in_torch(_WORKER.value, network, batch))
         return
-    print(f"{machine()}; width {_WIDTH.value}, batch {_BATCH.value}, {_SIZE.value}x{_SIZE.value}x3, float32")
-    workers = {side: Worker(side) for side in _SIDES.value}
+    if _OUT.value and (missing := [mark for mark in (BEGIN, END) if mark not in Path(_OUT.value).read_text()]):
+        sys.exit(f"{_OUT.value} has no line {missing[0]}")
+    print(machine(), flush=True)
+    rows = [HEADER]
+    for network in _NETWORKS.value:
+        for batch in _BATCHES.value:
+            rows += measure(network, batch)
+    if _OUT.value:
+        before, rest = Path(_OUT.value).read_text().split(BEGIN)
+        after = rest.split(END)[1]
+        table = "\n".join([BEGIN, "", *rows, "", f"{machine()}, {time.strftime('%B %Y')}.", "", END])
+        Path(_OUT.value).write_text(before + table + after)
+
+
+BEGIN, END = "<!-- measured: against_torch -->", "<!-- measured: end -->"
+HEADER = """| network, batch | operation | ours, ms | ours / eager | ours / compile | others used |
+|---|---|---|---|---|---|"""
+
+
+def measure(network, batch):
+    """Rows of the table, one for each operation of a network at a batch; each is printed as soon as it is there."""
+    workers = {side: Worker(side, network, batch) for side in _SIDES.value}
+    rows = []
     for operation in _OPERATIONS.value:
-        repeats = _SAMPLING_REPEATS.value if operation == "sampling" else _REPEATS.value
-        if repeats:
-            for worker in workers.values():
-                worker.seconds(operation)  # compile
-            rounds = [{side: worker.seconds(operation) for side, worker in workers.items()} for _ in range(repeats)]
-            report(operation, rounds)
+        first = {side: worker.seconds(operation) for side, worker in workers.items()}  # compiles
+        if first[_SIDES.value[0]] > LONGEST:
+            print(f"{network}, {batch}: {operation} takes {first[_SIDES.value[0]]:.0f} s and is left out", flush=True)
+            continue
+        others = Others([worker.process.pid for worker in workers.values()])
+        rounds = []
+        for number in range(_ROUNDS.value):
+            turn = list(workers) if number % 2 else list(workers)[::-1]
+            rounds.append({side: workers[side].seconds(operation) for side in turn})
+        rows.append(row(f"{network}, {batch}", operation, rounds, others.share()))
+        print(rows[-1], flush=True)
+    for worker in workers.values():
+        worker.close()
+    return rows
 
 
-def report(operation, rounds):
-    """One line: every side's median seconds, and ours over torch's as a median of paired ratios."""
-    cells = [f"{side} {statistics.median(r[side] for r in rounds):8.3f} s" for side in rounds[0]]
-    if "ours" in rounds[0]:
-        for side in rounds[0].keys() - {"ours"}:
-            cells.append(f"ours/{side} {statistics.median(r['ours'] / r[side] for r in rounds):.2f}")
-    print(f"{operation:10}", *cells, sep="  ", flush=True)
+def row(name, operation, rounds, share):
+    """One row: our median, and ours over each of torch's."""
+    seconds = {side: [each[side] for each in rounds] for side in rounds[0]}
+    first = next(iter(seconds.values()))
+    cells = [name, operation, f"{statistics.median(first) * 1e3:.3g}"]
+    for side in ("eager", "compile"):
+        known = "ours" in seconds and side in seconds
+        cells.append(ratio(seconds["ours"], seconds[side]).text() if known else "")
+    cells.append(f"{share:.0%}" + (" (too much)" if share > OTHERS else ""))
+    return f"| {' | '.join(cells)} |"
 
 
 def machine():
@@ -74,14 +134,19 @@ def processor_lines():
 class Worker:
     """A process that holds one side; it answers the name of an operation with the seconds that it took."""
 
-    def __init__(self, side):
+    def __init__(self, side, network, batch):
         command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], f"--worker={side}"]
+        command += [f"--networks={network}", f"--batches={batch}"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        print(f"{side}: {self._answer()}", flush=True)
+        print(f"{network}, {batch}, {side}: {self._answer()}", flush=True)
 
     def seconds(self, operation):
         print(operation, file=self.process.stdin, flush=True)
         return float(self._answer())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
 
     def _answer(self):
         for line in self.process.stdout:
@@ -102,7 +167,7 @@ def serve(side):
         print("=", time.perf_counter() - start, flush=True)
 
 
-def ours():
+def ours(network, batch):
     """This library, over one device per core."""
     import jax
     import jax.numpy as jnp
@@ -114,33 +179,38 @@ def ours():
     from diffusion.models import UNet, as_apply_fn
 
     devices.prepare()
-    mesh = devices.training_mesh(_BATCH.value)
-    shape = (_SIZE.value, _SIZE.value, 3)
-    model = UNet(width=_WIDTH.value)
+    mesh = devices.training_mesh(batch)
+    shape = network.image
+    model = UNet(
+        width=network.width,
+        multipliers=network.multipliers,
+        num_blocks=network.num_blocks,
+        attention_resolutions=network.attention,
+    )
     apply_fn = as_apply_fn(model)
     everywhere, split = NamedSharding(mesh, PartitionSpec()), devices.batch_sharding(mesh)
-    params = jax.device_put(init(model, _SIZE.value), everywhere)
-    x = jax.device_put(jax.random.normal(jax.random.key(1), (_BATCH.value, *shape)), split)
-    t = jax.device_put(jnp.full((_BATCH.value,), 500.0), split)
+    params = jax.device_put(init(model, shape), everywhere)
+    x = jax.device_put(jax.random.normal(jax.random.key(1), (batch, *shape)), split)
+    t = jax.device_put(jnp.full((batch,), 500.0), split)
     schedule = schedules.linear()
     table = solvers.ddim(schedule, timesteps.uniform(schedule, _STEPS.value))
-    keys = jax.device_put(jnp.arange(_BATCH.value), split)
+    keys = jax.device_put(jnp.arange(batch), split)
 
     def sampling(params, key, ids):
-        return diffusion.sample(apply_fn, params, table, key, _BATCH.value, shape, sample_ids=ids)
+        return diffusion.sample(apply_fn, params, table, key, batch, shape, sample_ids=ids)
 
-    network, sampling = jax.jit(apply_fn), jax.jit(sampling)
+    bare, sampling = jax.jit(apply_fn), jax.jit(sampling)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     operations = {
-        "network": lambda: jax.block_until_ready(network(params, x, t)),
+        "network": lambda: jax.block_until_ready(bare(params, x, t)),
         "sampling": lambda: jax.block_until_ready(sampling(params, jax.random.key(2), keys)),
     }
     if "training" in _OPERATIONS.value:
-        operations["training"] = training_step(model, params, mesh, _BATCH.value, _SIZE.value)
+        operations["training"] = training_step(model, params, mesh, batch, shape)
     return f"{count:,} parameters, jax {jax.__version__}, {devices.describe(mesh)}", operations
 
 
-def in_torch(side):
+def in_torch(side, network, batch):
     """diffusers' UNet2DModel in torch, eager or compiled, on all cores, in the faster memory layout."""
     import torch
 
@@ -149,9 +219,9 @@ def in_torch(side):
     torch.manual_seed(0)
     candidates = {}
     for layout in (torch.contiguous_format, torch.channels_last):
-        model = torch_unet().to(memory_format=layout)
-        x = torch.randn(_BATCH.value, 3, _SIZE.value, _SIZE.value).contiguous(memory_format=layout)
-        t = torch.full((_BATCH.value,), 500)
+        model = torch_unet(network).to(memory_format=layout)
+        x = torch.randn(batch, network.image[-1], *network.image[:2]).contiguous(memory_format=layout)
+        t = torch.full((batch,), 500)
         run = torch_training_step(model, x)
         run()
         start = time.perf_counter()
@@ -160,11 +230,11 @@ def in_torch(side):
     layout = min(candidates, key=lambda layout: candidates[layout][0])
     _, model, x, t = candidates[layout]
     count = sum(p.numel() for p in model.parameters())
-    network = torch.compile(model) if side == "compile" else model
+    called = torch.compile(model) if side == "compile" else model
     operations = {
-        "training": torch_training_step(network, x),
-        "network": lambda: torch_network(network, x, t),
-        "sampling": lambda: torch_sampling(network, x),
+        "training": torch_training_step(called, x),
+        "network": lambda: torch_network(called, x, t),
+        "sampling": lambda: torch_sampling(called, x),
     }
     import diffusers
 
@@ -172,18 +242,22 @@ def in_torch(side):
     return f"{count:,} parameters, {versions}, {torch.get_num_threads()} threads, {layout}", operations
 
 
-def torch_unet():
-    """UNet2DModel in the layout of DDPM's CIFAR-10 network (the config of google/ddpm-cifar10-32)."""
+def torch_unet(network):
+    """UNet2DModel in the layout of `network`; that of 35.7M has the config of google/ddpm-cifar10-32."""
     from diffusers import UNet2DModel
 
+    sizes = [network.image[0] // 2**level for level in range(len(network.multipliers))]
+    attention = ["Attn" if size in network.attention else "" for size in sizes]
     return UNet2DModel(
-        sample_size=_SIZE.value,
-        block_out_channels=[_WIDTH.value * m for m in (1, 2, 2, 2)],
-        layers_per_block=2,
-        down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-        up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        sample_size=network.image[0],
+        in_channels=network.image[-1],
+        out_channels=network.image[-1],
+        block_out_channels=[network.width * m for m in network.multipliers],
+        layers_per_block=network.num_blocks,
+        down_block_types=[f"{kind}DownBlock2D" for kind in attention],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(attention)],
         attention_head_dim=None,
-        norm_num_groups=min(32, _WIDTH.value // 4),
+        norm_num_groups=min(32, network.width // 4),
         norm_eps=1e-6,
         downsample_padding=0,
         flip_sin_to_cos=False,

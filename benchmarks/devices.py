@@ -29,7 +29,7 @@ def main(_):
         print(f"{jax.devices()}: nothing to compare")
         return
     model = UNet(width=_WIDTH.value)
-    params = init(model, _SIZE.value)
+    params = init(model, (_SIZE.value, _SIZE.value, 3))
     meshes = {"one device": devices.training_mesh(1), "one per core": devices.training_mesh(_BATCH.value)}
     print(f"UNet of width {_WIDTH.value}, batch {_BATCH.value}, {_SIZE.value}x{_SIZE.value}x3, jax {jax.__version__}")
     for name, make in (("network call", network_call), ("training step", training_step)):

@@ -47,8 +47,8 @@ def measure(batch, dtype):
     devices.prepare()
     mesh = devices.training_mesh(batch)
     model = UNet(width=_WIDTH.value, dtype=dtype, remat=_REMAT.value)
-    params = init(model, _SIZE.value)
-    run = training_step(model, params, mesh, batch, _SIZE.value)
+    params = init(model, (_SIZE.value, _SIZE.value, 3))
+    run = training_step(model, params, mesh, batch, (_SIZE.value, _SIZE.value, 3))
     run()  # compiles
     run()
     seconds = []

@@ -17,30 +17,30 @@ from diffusion.spaces import pixels
 from diffusion.training.step import StepOptions, init_state, make_train_step
 
 
-def init(model: UNet, size: int):
-    """Parameters for size x size RGB images."""
-    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.ones((1,)))["params"]
+def init(model: UNet, image: tuple[int, int, int]):
+    """Parameters for images [H, W, C]."""
+    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *image)), jnp.ones((1,)))["params"]
 
 
-def training_step(model: UNet, params, mesh: Mesh, batch: int, size: int) -> Callable[[], None]:
+def training_step(model: UNet, params, mesh: Mesh, batch: int, image: tuple[int, int, int]) -> Callable[[], None]:
     """A function that makes one step and waits for it: noise, mse, gradient, clip, Adam, EMA.
 
     Args:
       model, params: the network and the weights to start from, which are copied.
       mesh: from `devices.training_mesh`.
-      batch, size: images at a time, and their height and width.
+      batch, image: images at a time, and their shape [H, W, C].
     """
     optimizer, decays = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)), [0.999]
     schedule = schedules.linear()
     whole, objective = (
-        Model(as_apply_fn(model), schedule, pixels((size, size, 3))),
+        Model(as_apply_fn(model), schedule, pixels(image)),
         partial(simple_loss, schedule=schedule),
     )
     step = make_train_step(whole, objective, optimizer, mesh, jax.random.key(1), StepOptions(decays))
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, decays)
     state = jax.device_put(state, devices.state_sharding(mesh, state))
     split = devices.batch_sharding(mesh)
-    images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (batch, *image)).astype(np.uint8)
     images = jax.device_put(images, split)
     ballots = jax.device_put(np.zeros(mesh.size, np.float32), split)
 
