@@ -71,6 +71,7 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/sampling_overhead.py
 	$(BIN)/python benchmarks/devices.py
+	$(BIN)/python benchmarks/first_picture.py
 
 clean:
 	rm -rf $(VENV) build dist site jupyter_execute .import_linter_cache docs/notebooks/*.ipynb *.egg-info

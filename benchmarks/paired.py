@@ -61,8 +61,9 @@ class Others:
             ours = 0
             for process in self._processes:
                 with open(f"/proc/{process}/stat") as file:
-                    # user and system time are the 14th and 15th field; the second, a name, may have spaces.
-                    ours += sum(map(int, file.read().rsplit(")", 1)[1].split()[11:13]))
+                    # Fields 14 to 17 are user and system time, and those of children that have ended; the second
+                    # field, a name, may have spaces.
+                    ours += sum(map(int, file.read().rsplit(")", 1)[1].split()[11:15]))
         except OSError:
             return 0, 0, 0
         return sum(times), sum(times) - times[3] - times[4], ours
