@@ -5,9 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
+from diffusion.caching import Cache
 from diffusion.errors import InputError
+from diffusion.guidance import Guidance
 from diffusion.images import check_floats
 from diffusion.solvers.table import SamplerTable
 from diffusion.types import Images
@@ -34,7 +36,7 @@ def check_ids(sample_ids: Any, num_samples: int) -> Int[Array, "N"]:
 
 
 def check_start(x_init: Any, shape: tuple[int, ...], table: SamplerTable) -> Images | None:
-    """Returns x_init as an array, or None; raises InputError for a wrong shape, type or value, or where it is needed."""
+    """Returns x_init as an array, or None; raises InputError for a wrong shape, type or value, or if it is missing."""
     if x_init is None:
         if is_concrete(table.tau) and table.tau[0] < table.tau[-1]:
             raise InputError(f"{table.name} goes from images to noise; give the images as x_init")
@@ -68,6 +70,30 @@ def check_known(known: Any, shape: tuple[int, ...]) -> tuple[Images, Images] | N
     if is_concrete(mask) and not np.all((np.asarray(mask) >= 0) & (np.asarray(mask) <= 1)):
         raise InputError("the mask of known holds values outside 0..1; give 1 where pixels are known, and 0 elsewhere")
     return placed
+
+
+def check_cache(
+    cache: Cache | None, table: SamplerTable, guidance: Guidance | None
+) -> Bool[np.ndarray, "calls"] | None:
+    """Returns which calls are computed whole, or None where all are, and so nothing is worth keeping.
+
+    Args:
+      cache: as `sample` takes it.
+      table: the sampler.
+      guidance: None where it does not act.
+
+    Raises:
+      InputError: a network without levels to keep, or calls that the table does not have.
+    """
+    if cache is None:
+        return None
+    whole = cache.whole(table.nfe)
+    if guidance is not None and guidance.reference_fn is not None and guidance.reference_split is None:
+        raise InputError(
+            "cache keeps the deep levels of both networks, and the second one, of the guidance, has none to keep "
+            "(reference_split is None); leave out cache"
+        )
+    return None if whole.all() else whole
 
 
 def is_concrete(array: Any) -> bool:

@@ -10,7 +10,15 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from diffusion import keys, predictions
-from diffusion.arguments import check_conditions, check_ids, check_known, check_start, check_table, is_concrete
+from diffusion.arguments import (
+    check_cache,
+    check_conditions,
+    check_ids,
+    check_known,
+    check_start,
+    check_table,
+    is_concrete,
+)
 from diffusion.caching import Cache, Split, cached
 from diffusion.denoiser import Options, check_options, denoise, log_variance_between
 from diffusion.errors import InputError, nearest
@@ -151,7 +159,7 @@ def sample(  # noqa: PLR0913
             f"known pixels go into estimates of x_0, which a network that predicts {prediction} makes none of"
         )
 
-    whole = _check_cache(cache, table, guidance)
+    whole = check_cache(cache, table, guidance)
 
     # Lay out what each stage reads, and what all share.
     end = ends(table) if predictions.sees_end(prediction) else None
@@ -185,19 +193,6 @@ def _check_guidance(guidance, short, cond):
     # Even a guidance that does nothing may be misspelt; its conditions count only where it acts.
     guidance.check(cond, acts)
     return guidance if acts else None
-
-
-def _check_cache(cache, table, guidance):
-    """Returns which calls are computed whole, or None where all are, and so nothing is worth keeping."""
-    if cache is None:
-        return None
-    whole = cache.whole(table.nfe)
-    if guidance is not None and guidance.reference_fn is not None and guidance.reference_split is None:
-        raise InputError(
-            "cache keeps the deep levels of both networks, and the second one, of the guidance, has none to keep "
-            "(reference_split is None); leave out cache"
-        )
-    return None if whole.all() else whole
 
 
 def check_prediction(table: SamplerTable, prediction: str) -> None:

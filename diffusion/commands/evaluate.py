@@ -26,6 +26,7 @@ from diffusion import data, devices, files, options
 from diffusion.commands import (
     aliases,
     bits,
+    caching,
     cli,
     datasets,
     drawing,
@@ -52,6 +53,7 @@ _STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default
 _ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
 _GUIDANCE = flags.DEFINE_list("guidance", None, "Scales of the guidance, each in a row of its own, as 1,1.5,2,3,4.")
 _TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as sample.py's --tau. Default: config.sample.tau.")
+shared_flags.define_cache_flag()
 usage.group("What they are compared with, and how")
 _FEATURES = flags.DEFINE_string("features", None, "pixels, classifier or inception. Default: pixels for digits.")
 _METRICS = flags.DEFINE_list(
@@ -86,7 +88,7 @@ _LIKELIHOOD = flags.DEFINE_list(
 usage.group("Where the figures go")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
-OF_DRAWING = ("samplers", "steps", "etas", "metrics", "num", "labels", "dynamic_threshold")
+OF_DRAWING = ("samplers", "steps", "etas", "metrics", "num", "labels", "dynamic_threshold", "cache")
 OF_DRAWING += ("guidance", "guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
 """The flags that only matter if samples are drawn."""
 
@@ -163,8 +165,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
         raise InputError("accuracy is of the class that was asked for, and this model has no classes; leave it out")
     if all(samplers.is_file(name) for name in names):
         _refuse(["steps", "tau"], "does nothing for tables in files, which have their own grid")
-    asked = {scale: source if scale is None else sources.at_scale(source, scale) for scale in scales or [None]}
-    samplings = [sources.make_sampling(asked[e.guidance], e.sampler, e.steps, tau, e.eta) for e in entries]
+    samplings = list(_samplings(source, entries, tau))
     real, split = _real_images(source)
     num = _NUM.value or len(real.images)
     settings = features.settings(metrics, len(real.images), num)
@@ -193,6 +194,16 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     drawn = "evaluation.png" if _GUIDANCE.value is None else "guidance.png"
     sweep.plot(out / drawn, source.title(), rows, shown)
     print(f"wrote evaluation.csv, evaluation.json and {drawn} in {out}")
+
+
+def _samplings(source, entries, tau):
+    """Yields what draws the samples of each row."""
+    for e in entries:
+        asked = source if e.guidance is None else sources.at_scale(source, e.guidance)
+        sampling = sources.make_sampling(asked, e.sampler, e.steps, tau, e.eta)
+        model = source.trained.model
+        cache = caching.asked(flags.FLAGS.cache, model, sampling.table, asked.guidance)
+        yield sampling._replace(cache=cache)
 
 
 def _say_what_to_expect(space, reference, settings, metrics, num):

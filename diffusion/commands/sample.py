@@ -26,6 +26,7 @@ from diffusion.training import environment
 
 shared_flags.define_source_flags()
 shared_flags.define_sampler_flags()
+shared_flags.define_cache_flag()
 edits.define_flags()
 usage.group("What is drawn and written")
 _NUM = flags.DEFINE_integer(
@@ -160,7 +161,7 @@ def _label(sampling, ids):
     parts[1:1] = [] if given.eta is None else [f"eta{given.eta:g}"]
     if len(ids) > _shard(sampling):  # so that it never meets a job of one file
         parts.append(f"{len(ids)}images" + f"={jobs.write_ids(ids)}" * (_SEEDS.value is not None))
-    others = ("clip", "dynamic_threshold", "labels", "ema", *(n for n in given if n.startswith("guidance_")))
+    others = ("clip", "dynamic_threshold", "labels", "ema", "cache", *(n for n in given if n.startswith("guidance_")))
     others += tuple(name for name in prompts.FLAGS if name != "prompts")
     if given.prompts is not None:  # known by what is in it
         parts.append(f"prompts={digest_of(sampling.source.settings)[:8]}")

@@ -51,6 +51,17 @@ def define_source_flags() -> None:
     )
 
 
+def define_cache_flag() -> None:
+    """Defines the flag of the programs that draw samples with a network's deep levels kept from call to call."""
+    usage.group("Less work in a network call")
+    flags.DEFINE_string(
+        "cache",
+        None,
+        "Compute the deep levels of the network only in every k-th call, as 3, or in the calls of a list with commas, "
+        "as 0,3,6,9 (0, for the first alone); the others take what they gave last. Less time, other images.",
+    )
+
+
 def define_sampler_flags() -> None:
     """Defines the flags that `sources.open_sampling` reads besides those of `define_source_flags`."""
     usage.group("The sampler")
