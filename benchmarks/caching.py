@@ -66,9 +66,8 @@ def main(_):
     figures = [["-", "-"] for _ in rows]
     if _NETWORK.value == "digits":
         figures = qualities(opened.trained, rows, draw)
-    print(
-        f"{_NETWORK.value}, batch {_BATCH.value}, {mesh.size} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
-    )
+    on = f"{mesh.size} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
+    print(f"{_NETWORK.value}, batch {_BATCH.value}, {on}, {_ROUNDS.value} rounds")
     print("| sampler | seconds over those of the first row | Frechet distance | RMS to 100 calls |")
     print("|---|---|---|---|")
     for row, (ratio, low, high), (distance, error) in zip(rows, ratios, figures, strict=True):
