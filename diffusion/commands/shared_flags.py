@@ -27,6 +27,7 @@ def define_source_flags() -> None:
     flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
     flags.DEFINE_integer("seed", 0, "Image i depends only on the seed and i.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
+    flags.DEFINE_enum("dtype", None, list(DTYPES), "Of arithmetic and matrices; bfloat16 takes half the memory.")
     flags.DEFINE_string("clip", None, f"x_0 outside [-1, 1]: {', '.join(CLIPS)}. Default: what suits the model.")
     flags.DEFINE_float("dynamic_threshold", None, "Clip x_0 at this quantile of its own pixels instead, as 0.995.")
     usage.group("Text to image, with a folder of diffusers")
@@ -34,7 +35,6 @@ def define_source_flags() -> None:
     flags.DEFINE_string("prompts", None, "A file with a prompt in each line; images take them in turn, one each.")
     flags.DEFINE_string("negative_prompt", None, "What guidance pushes away from. Default: the empty text.")
     flags.DEFINE_string("size", None, "Of the images in pixels, as 512, or 512x768 for height and width.")
-    flags.DEFINE_enum("dtype", None, list(DTYPES), "Of arithmetic and matrices; bfloat16 takes half the memory.")
     flags.DEFINE_list("lora", None, "LoRA files to add, FILE or FILE:SCALE, as style.safetensors:0.7.")
     usage.group("Classes and guidance")
     flags.DEFINE_list(
