@@ -300,6 +300,9 @@ MISTAKES = [
     ("evaluate.py", [RUN, "--steps=4", "--tau=sections:counts=2,2"], "leave out --steps"),
     ("evaluate.py", [RUN, "--split=test"], r"has no config\.data\.split='test'"),
     ("evaluate.py", [RUN, "--likelihood=5,0"], "steps is 0"),
+    # The size of batches
+    ("sample.py", [RUN, "--batch_size=0"], "batch_size=0: give a whole number of at least 1, or auto"),
+    ("learn.py", [RUN, "--batch_size=auto"], "batch_size is auto, which is found for samples; learning takes a whole"),
     # Caching: networks without levels, tables of one call, and numbers that are none
     ("sample.py", [RUN, "--cache=2"], "this one has none to keep; leave it out, or take a UNet of at least 2 levels"),
     ("sample.py", ["--workdir=shipped", "--cache=1", "--steps=1"], "this table makes one; leave it out"),

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from diffusion import data, devices, files, options
 from diffusion.commands import (
     aliases,
+    batching,
     bits,
     caching,
     cli,
@@ -125,6 +126,7 @@ def main() -> None:
 
 def measure_autoencoder(found: reconstructions.Source) -> None:
     """Measures how near what an autoencoder gives back comes to the images of its data."""
+    size = batching.fixed(flags.FLAGS.batch_size, "an autoencoder")
     useless = [*OF_DRAWING, *prompts.FLAGS, "tau", "clip", "bound", "likelihood"]
     _refuse(useless, f"does nothing for {found.name}, an autoencoder")
     section = found.trained.config.data.copy_and_resolve_references()
@@ -141,7 +143,7 @@ def measure_autoencoder(found: reconstructions.Source) -> None:
     if space is None:
         print("note: --features=classifier or inception also measures the distance in features")
     out = Path(_OUT.value or found.home).expanduser()
-    reconstructions.measure(found, real, section.split, space, out, flags.FLAGS.batch_size)
+    reconstructions.measure(found, real, section.split, space, out, size)
 
 
 def measure_samples(source: sources.Source, out: Path) -> None:
@@ -226,9 +228,11 @@ def _measure(sampling, num, space, reference, metrics, results, record):
     for note in sampling.notes():
         print(f"note: {note}")
     # Draw.
+    mesh = devices.data_mesh()
+    size = batching.size(flags.FLAGS.batch_size, sampling, mesh, num)
     start, batches = time.perf_counter(), []
     with tqdm(total=num, unit="image", desc=sampling.table.name, leave=False, disable=None) as progress:
-        for images in sampling.draw(range(num), devices.data_mesh(), flags.FLAGS.batch_size):
+        for images in sampling.draw(range(num), mesh, size):
             batches.append(images)
             progress.update(len(images))
     seconds = time.perf_counter() - start

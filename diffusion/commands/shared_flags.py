@@ -26,7 +26,10 @@ def define_source_flags() -> None:
     )
     flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
     flags.DEFINE_integer("seed", 0, "Image i depends only on the seed and i.", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
+    flags.DEFINE_string(
+        "batch_size", "64", "Images at a time, or auto for what fits the memory; does not change any image."
+    )
+    flags.register_validator("batch_size", _is_batch_size, "give a whole number of at least 1, or auto")
     flags.DEFINE_enum("dtype", None, list(DTYPES), "Of arithmetic and matrices; bfloat16 takes half the memory.")
     flags.DEFINE_string("clip", None, f"x_0 outside [-1, 1]: {', '.join(CLIPS)}. Default: what suits the model.")
     flags.DEFINE_float("dynamic_threshold", None, "Clip x_0 at this quantile of its own pixels instead, as 0.995.")
@@ -76,3 +79,7 @@ def define_sampler_flags() -> None:
     flags.DEFINE_string(
         "tau", None, "Which timesteps: a grid of --list, or explicit:times=1000,500,250. Default: config.sample.tau."
     )
+
+
+def _is_batch_size(text):
+    return text == "auto" or (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= 1)

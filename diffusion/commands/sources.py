@@ -199,6 +199,11 @@ class Sampling(NamedTuple):
         images = drawing.generate(model, params, self.table, ids, **shared, **self._options())
         return images if self.edit is None else map(self.edit.paste, images)
 
+    def memory(self, count: int) -> int:
+        """Returns how many bytes the compiled program takes for so many images."""
+        (model, params, *_), source = self.source.trained, self.source
+        return drawing.working_memory(model, params, self.table, count, labels=source.labels, **self._options())
+
     def picture(self, images: UInt8[np.ndarray, "N H W C"], ids: Sequence[int]) -> UInt8[np.ndarray, "H W C"]:
         """Returns a sheet of images with these numbers, see `drawing.picture`."""
         return drawing.picture(images, ids, self.source.trained.model.conditions, self.source.labels)
