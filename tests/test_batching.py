@@ -20,8 +20,9 @@ TABLE = solvers.ddim(SCHEDULE, timesteps.uniform(SCHEDULE, 3))
 class Drawn:
     """A sampling of which only the memory is asked."""
 
+    @staticmethod
     @functools.cache
-    def memory(self, count):
+    def memory(count):
         return drawing.working_memory(MODEL, make_params(), TABLE, count)
 
 
