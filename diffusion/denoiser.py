@@ -26,12 +26,14 @@ class Denoised(NamedTuple):
       x: what the solver must take for x, so that (x - a D) / n is the eps to go on with.
       log_variance_share: the second half of the network's channels if options ask for it, else None.
       memory: what the guidance rule keeps for the next evaluation, or None without guidance.
+      aux: what the network and the second network returned beside their predictions, see has_aux of `denoise`.
     """
 
     x0: Images
     x: Images
     log_variance_share: Images | None
     memory: Images | None
+    aux: tuple[Any, Any] = (None, None)
 
 
 class Options(NamedTuple):
@@ -71,6 +73,7 @@ def denoise(
     options: Options = PLAIN,
     now: Now | None = None,
     known: tuple[Images, Images] | None = None,
+    has_aux: bool = False,
 ) -> Denoised:
     """Evaluates the network once and reads D off it; one batched call also when guided without a second network.
 
@@ -82,17 +85,20 @@ def denoise(
       options: static choices.
       now: guidance in this call, or None for no guidance.
       known: (values, mask) of pixels to keep, both broadcastable to x; mask is 1 where known.
+      has_aux: whether every network returns (prediction, aux), as for `jax.grad`; aux is passed on.
     """
 
     def read(output):
         return reading.from_x * x + reading.from_output * output
 
     # Ask, and guide.
+    if not has_aux:
+        network, now = _with_aux(network, now)
     if now is None:
-        output, share = _ask(network, x, cond, reading, options)
-        output_for_eps, memory = None, None
+        output, share, aux = _ask(network, x, cond, reading, options)
+        output_for_eps, memory, aux = None, None, (aux, None)
     else:
-        output, reference, share = _ask_twice(network, x, cond, reading, options, now)
+        output, reference, share, aux = _ask_twice(network, x, cond, reading, options, now)
         pair = Pair(output, reference, read, reading.from_output, now.index, now.memory)
         output, output_for_eps, memory = guide(now, pair)
 
@@ -107,39 +113,51 @@ def denoise(
         values, mask = known
         x0 = mask * values + (1 - mask) * x0
         x_for_eps = mask * x + (1 - mask) * x_for_eps
-    return Denoised(x0, x_for_eps, share, memory)
+    return Denoised(x0, x_for_eps, share, memory, aux)
 
 
 def _ask(network, x, cond, reading, options):
-    """Returns the output, in x's dtype, and the variance channels, or None where options do not ask for them."""
+    """Returns the output, in x's dtype, the variance channels or None where options do not ask for them, and aux."""
     inputs = reading.input_scale * x
     times = [jnp.broadcast_to(time, inputs.shape[:1]) for time in (reading.time, reading.end) if time is not None]
-    output = network(inputs, times[0] if len(times) == 1 else jnp.stack(times, axis=-1), cond)
+    output, aux = network(inputs, times[0] if len(times) == 1 else jnp.stack(times, axis=-1), cond)
     output, share = split_variance(output.astype(x.dtype), inputs.shape)
     if options.learned_variance and share is None:
         raise InputError(
             f"this sampler takes its variance from the network, which returned shape {output.shape}, a prediction "
             "alone; use a fixed variance, or a network of twice the channels"
         )
-    return output, share if options.learned_variance else None
+    return output, share if options.learned_variance else None, aux
 
 
 def _ask_twice(network, x, cond, reading, options, now):
-    """Returns the output, the reference that guidance pushes away from, and the variance channels or None."""
+    """Returns the output, the reference that guidance pushes away from, the variance channels or None, and aux."""
     guidance = now.guidance
     if guidance.reference_fn is not None:
-        output, share = _ask(network, x, cond, reading, options)
+        output, share, aux = _ask(network, x, cond, reading, options)
 
         def weaker(x, time, cond):
             return guidance.reference_fn(guidance.reference_params, x, time, cond)
 
         null = cond if guidance.null is None else guidance.null
-        return output, _ask(weaker, x, null, reading, PLAIN)[0], share
+        reference, _, aux_of_reference = _ask(weaker, x, null, reading, PLAIN)
+        return output, reference, share, (aux, aux_of_reference)
     # One call of twice the batch.
     both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, guidance.null)
-    outputs, share = _ask(network, jnp.concatenate([x, x]), both, reading, options)
+    outputs, share, aux = _ask(network, jnp.concatenate([x, x]), both, reading, options)
     output, reference = jnp.split(outputs, 2)
-    return output, reference, None if share is None else jnp.split(share, 2)[0]
+    return output, reference, None if share is None else jnp.split(share, 2)[0], (aux, None)
+
+
+def _with_aux(network, now):
+    """Returns a network and guidance whose networks return (prediction, None)."""
+
+    def bare(function):
+        return lambda *arguments: (function(*arguments), None)
+
+    if now is not None and now.guidance.reference_fn is not None:
+        now = now._replace(guidance=now.guidance.replace(reference_fn=bare(now.guidance.reference_fn)))
+    return bare(network), now
 
 
 def split_variance(output: Images, shape: tuple[int, ...]) -> tuple[Images, Images | None]:

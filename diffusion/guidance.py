@@ -34,6 +34,7 @@ class Guidance:
       reference_fn, reference_params: a second, weaker network, which takes the place of "the network without its
         condition" (autoguidance, arXiv:2406.02507). It predicts what the network predicts, on the same schedule, and
         is given null, or cond where there is no null; a model without conditions can be guided in this way.
+      reference_split: the second network as `Model.split` has it, where a cache serves both.
     """
 
     scale: Any = 1.0
@@ -43,6 +44,7 @@ class Guidance:
     rule: str = struct.field(pytree_node=False, default="cfg")
     reference_fn: ApplyFn | None = struct.field(pytree_node=False, default=None)
     reference_params: Params = None
+    reference_split: Any = struct.field(pytree_node=False, default=None)
 
     def acts(self) -> bool:
         """Whether it changes anything, and so is worth the second answer."""

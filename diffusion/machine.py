@@ -12,6 +12,11 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 """Names the groups that this process is in, below CGROUP."""
 
 
+CPUS = Path("/proc/cpuinfo")
+BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
+"""What processors are called in it that compute in bfloat16, those of Intel and AMD and those of Arm."""
+
+
 def cores() -> int:
     """Returns how many cores this process may use, at least 1."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -28,6 +33,15 @@ def memory() -> int:
     own = [] if address_space == resource.RLIM_INFINITY else [address_space]
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([physical, *own, *(limit for (limit,) in filter(None, limits))])
+
+
+def computes_bfloat16() -> bool | None:
+    """Returns whether the processor multiplies numbers in bfloat16, or None where the system does not say."""
+    try:
+        text = CPUS.read_text()
+    except OSError:  # no Linux
+        return None
+    return bool(BFLOAT16 & set(text.split()))
 
 
 def _groups(controller: str) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ from ml_collections import ConfigDict
 
 from diffusion import keys, options, schedules
 from diffusion.autoencoder import TrainedAutoencoder
+from diffusion.caching import Split
 from diffusion.conditions import Conditions, Prompts
 from diffusion.errors import InputError, require_range, users_code
-from diffusion.models import Network, Transformer, UNet, UNet2D, UNet2DCondition, adapt, as_apply_fn
+from diffusion.models import Network, Transformer, UNet, UNet2D, UNet2DCondition, adapt, as_apply_fn, as_split, deep
 from diffusion.objectives import choice
 from diffusion.objectives.losses import LEARN_VARIANCE
 from diffusion.predictions import check_known, sees_end
@@ -40,6 +42,7 @@ class Model:
       conditions: what it can be told, classes or prompts, or None for an unconditional model.
       init: key -> params; None where nobody will train it from the start.
       learned_variance: whether it returns twice the channels, see `objectives.losses.hybrid_loss`.
+      split: the network for `diffusion.caching`; None where it has no levels to keep.
     """
 
     apply_fn: ApplyFn
@@ -49,6 +52,7 @@ class Model:
     conditions: Conditions | Prompts | None = None
     init: Callable[[jax.Array], Params] | None = None
     learned_variance: bool = False
+    split: Split | None = None
 
     @property
     def guides_itself(self) -> bool:
@@ -158,6 +162,7 @@ def make_model(
         conditions=classes if text is None else text,
         init=jax.jit(keys.pinned(network.init)),
         learned_variance=learned_variance,
+        split=network.split,
     )
 
 
@@ -186,16 +191,18 @@ def _network(module, fields, shape, channels, objective):
     module = module(**{**fields, "out_channels": fields["out_channels"] or channels})
     t = jnp.ones((1, 2) if module.sees_end else (1,))
 
-    def init(key):
-        return module.init(keys.threefry(key), jnp.zeros((1, *shape)), t)["params"]
+    def variables(key, **options):
+        return module.init(keys.threefry(key), jnp.zeros((1, *shape)), t, **options)
 
-    jax.eval_shape(init, keys.make(0))  # raises what is wrong with the fields before anything is computed
+    # Raises what is wrong with the fields before anything is computed.
+    found = jax.eval_shape(partial(variables, mutable=["params", deep.FOUND]), keys.make(0))
     if module.out_channels != channels:
         raise InputError(
             f"config.model.out_channels is {module.out_channels}; samples have {shape[-1]} channels and objective "
             f"{objective} wants {channels}, set 0 or that"
         )
-    return Network(init, as_apply_fn(module))
+    split = as_split(module) if deep.FOUND in found else None
+    return Network(lambda key: variables(key)["params"], as_apply_fn(module), split)
 
 
 def _check_told(config):

@@ -10,10 +10,19 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from diffusion import keys, predictions
+from diffusion.arguments import (
+    check_cache,
+    check_conditions,
+    check_ids,
+    check_known,
+    check_start,
+    check_table,
+    is_concrete,
+)
+from diffusion.caching import Cache, Split, cached
 from diffusion.denoiser import Options, check_options, denoise, log_variance_between
 from diffusion.errors import InputError, nearest
 from diffusion.guidance import Guidance, Now
-from diffusion.images import check_floats
 from diffusion.predictions import Reading
 from diffusion.solvers.steps import check_ends, ends
 from diffusion.solvers.table import SamplerTable
@@ -40,11 +49,12 @@ class _Stage(NamedTuple):
     update: Float[Array, "R R+2"]
     log_variance: Float[Array, "2"] | None
     guidance: tuple[Float[Array, ""], Float[Array, ""]] | None  # scale, and whether to guide at all: 1 or 0
+    whole: Bool[Array, ""] | None  # whether the deep features are computed; None where nothing is cached
 
 
 @struct.dataclass
 class _Inputs:
-    """What every stage is given, whatever its row says; a pytree whose last three fields are compiled in."""
+    """What every stage is given, whatever its row says; a pytree whose last four fields are compiled in."""
 
     params: Params
     key: jax.Array
@@ -58,6 +68,7 @@ class _Inputs:
     apply_fn: ApplyFn = struct.field(pytree_node=False)
     sample_shape: tuple[int, ...] = struct.field(pytree_node=False)
     options: Options = struct.field(pytree_node=False)
+    split: Split | None = struct.field(pytree_node=False)
 
 
 _SHORT = {
@@ -87,6 +98,7 @@ def sample(  # noqa: PLR0913
     x_init: Images | None = None,
     sample_ids: Int[Array, "N"] | None = None,
     return_trajectory: bool = False,
+    cache: Cache | None = None,
     **short: Any,
 ) -> Images | tuple[Images, Trajectory]:
     """Draws samples by running a table.
@@ -116,6 +128,8 @@ def sample(  # noqa: PLR0913
       x_init: the start instead of noise, [N, *sample_shape]; its dtype is the precision of the run.
       sample_ids: int [N], 0..N-1 if not given.
       return_trajectory: also return all intermediate states, which then stay in memory.
+      cache: in which calls the deep levels of the network are computed, for the others to take what they gave, see
+        `diffusion.caching.Cache`. Other calls of as many compile nothing; all calls is the same as none given.
       short: guidance_scale, null_cond, guidance_interval, guidance_rescale and guidance_rule are short for a guidance
         with these fields: sample(..., cond=labels, null_cond=nulls, guidance_scale=3).
 
@@ -128,16 +142,16 @@ def sample(  # noqa: PLR0913
       TypeError: an unknown keyword.
     """
     # Check what was asked for.
-    _check_table(table)
+    check_table(table)
     clip = {None: "none", False: "none", True: "recompute"}.get(clip, clip)
     options = Options(clip, dynamic_threshold, table.log_variance is not None)
     check_options(prediction, options)
     check_prediction(table, prediction)
     key = keys.threefry(key)
-    ids = _check_ids(sample_ids, num_samples)
-    x_init = _check_start(x_init, (num_samples, *sample_shape), table)
-    known = _check_known(known, (num_samples, *sample_shape))
-    _check_conditions(num_samples, cond)
+    ids = check_ids(sample_ids, num_samples)
+    x_init = check_start(x_init, (num_samples, *sample_shape), table)
+    known = check_known(known, (num_samples, *sample_shape))
+    check_conditions(num_samples, cond)
     guidance = _check_guidance(guidance, short, cond)
     check_rule(prediction, guidance)
     if known is not None and predictions.sees_end(prediction):
@@ -145,60 +159,24 @@ def sample(  # noqa: PLR0913
             f"known pixels go into estimates of x_0, which a network that predicts {prediction} makes none of"
         )
 
+    whole = check_cache(cache, table, guidance)
+
     # Lay out what each stage reads, and what all share.
     end = ends(table) if predictions.sees_end(prediction) else None
     reading = predictions.reading(prediction, table.t, table.signal, table.noise, end)
     scales = None if guidance is None else guidance.scales(table.t)
-    stages = _Stage(np.arange(table.nfe), reading, table.update, table.log_variance, scales)
+    stages = _Stage(np.arange(table.nfe), reading, table.update, table.log_variance, scales, whole)
     shared = None if guidance is None else guidance.replace(scale=None, interval=None, rescale=1.0 * guidance.rescale)
     shape = tuple(sample_shape)
     start = (_start_std(table), table.tau[0] < table.tau[-1])
-    inputs = _Inputs(params, key, ids, cond, shared, known, x_init, *start, apply_fn, shape, options)
+    split = None if whole is None else cache.split
+    inputs = _Inputs(params, key, ids, cond, shared, known, x_init, *start, apply_fn, shape, options, split)
     return _run(inputs, stages, return_trajectory)
-
-
-def _check_table(table):
-    """Raises InputError for what is often given in the place of a table."""
-    if isinstance(table, SamplerTable):
-        return
-    make = "make one by solver(schedule, tau), as diffusion.solvers.ddim(schedule, tau)"
-    if callable(table):
-        raise InputError(f"table is the function {getattr(table, '__name__', table)}, not a table of it; {make}")
-    if isinstance(table, jax.Array | np.ndarray | list | tuple):
-        raise InputError(f"table is an array or a list, perhaps a grid tau; {make}")
-    raise InputError(f"table is a {type(table).__name__}; {make}")
-
-
-def _check_ids(sample_ids, num_samples):
-    ids = jnp.arange(num_samples) if sample_ids is None else jnp.asarray(sample_ids)
-    if ids.shape != (num_samples,) or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise InputError(f"sample_ids have shape {ids.shape}, type {ids.dtype}; give {num_samples} whole numbers")
-    return ids
-
-
-def _check_start(x_init, shape, table):
-    if x_init is None:
-        if _is_concrete(table.tau) and table.tau[0] < table.tau[-1]:
-            raise InputError(f"{table.name} goes from images to noise; give the images as x_init")
-        return None
-    x_init = jnp.asarray(x_init)
-    if x_init.shape != shape or not jnp.issubdtype(x_init.dtype, jnp.floating):
-        raise InputError(f"x_init has shape {x_init.shape}, type {x_init.dtype}; give real numbers of {shape}")
-    check_floats("x_init", x_init, noisy=True)
-    return x_init
 
 
 def _start_std(table):
     """Returns the standard deviation of the noise that sampling starts from."""
     return (table.signal[0] ** 2 + table.noise[0] ** 2) ** 0.5
-
-
-def _check_conditions(num_samples, cond):
-    for leaf in jax.tree.leaves(cond):
-        if jnp.shape(leaf)[:1] != (num_samples,):
-            raise InputError(
-                f"cond has a leaf of shape {jnp.shape(leaf)}; its leading axis must be {num_samples} samples"
-            )
 
 
 def _check_guidance(guidance, short, cond):
@@ -219,7 +197,7 @@ def _check_guidance(guidance, short, cond):
 
 def check_prediction(table: SamplerTable, prediction: str) -> None:
     """Raises InputError if a prediction says nothing about x_0 at one of a table's times, or suits no such table."""
-    if all(map(_is_concrete, (table.t, table.signal, table.noise))):
+    if all(map(is_concrete, (table.t, table.signal, table.noise))):
         predictions.check_signal(table.name, prediction, table.t, table.signal, table.noise)
         if predictions.sees_end(prediction):
             check_ends(table)
@@ -243,41 +221,25 @@ def check_variance(table: SamplerTable, learned_variance: bool) -> None:
         )
 
 
-def _check_known(known, shape):
-    """(values, mask) broadcast to the samples."""
-    if known is None:
-        return None
-    try:
-        values, mask = (part if isinstance(part, int | float) else jnp.asarray(part) for part in known)
-        placed = tuple(jnp.broadcast_to(part, shape) for part in (values, mask))
-    except (ValueError, TypeError):
-        raise InputError(f"known must be (values, mask), each of a shape that broadcasts to {shape}") from None
-    check_floats("known values", values)
-    if _is_concrete(mask) and not np.all((np.asarray(mask) >= 0) & (np.asarray(mask) <= 1)):
-        raise InputError("the mask of known holds values outside 0..1; give 1 where pixels are known, and 0 elsewhere")
-    return placed
-
-
-def _is_concrete(array):
-    return not isinstance(array, jax.core.Tracer)
-
-
 @partial(jax.jit, static_argnames="return_trajectory")
 @keys.pinned
 def _run(inputs: _Inputs, stages: _Stage, return_trajectory: bool):
     sample_keys = jax.vmap(lambda i: jax.random.fold_in(inputs.key, i))(inputs.sample_ids)
     dtype = jnp.result_type(float) if inputs.x_init is None else inputs.x_init.dtype
     stages, known = _in_precision(stages, dtype), jax.tree.map(lambda leaf: leaf.astype(dtype), inputs.known)
-    network = partial(inputs.apply_fn, inputs.params)
 
     def noise(stage_id):
         return jax.vmap(lambda k: keys.normal(jax.random.fold_in(k, stage_id), inputs.sample_shape, dtype))(sample_keys)
 
+    def estimate(x, stage, memory, features):
+        network, guidance = _networks(inputs, stage.whole, features)
+        now = None if guidance is None else Now(guidance, *stage.guidance, stage.index, memory)
+        return denoise(network, x, inputs.cond, stage.reading, inputs.options, now, known, inputs.split is not None)
+
     def step(state, stage):
-        registers, memory = state
+        registers, memory, features = state
         x = registers[0]
-        now = None if inputs.guidance is None else Now(inputs.guidance, *stage.guidance, stage.index, memory)
-        d = denoise(network, x, inputs.cond, stage.reading, inputs.options, now, known)
+        d = estimate(x, stage, memory, features)
         z = noise(stage.index + 1)
         if inputs.options.learned_variance:
             z = jnp.exp(0.5 * log_variance_between(d.log_variance_share, *stage.log_variance)) * z
@@ -287,19 +249,34 @@ def _run(inputs: _Inputs, stages: _Stage, return_trajectory: bool):
             seen = jnp.where(inputs.from_images & (stage.index == 0), x, seen)
         columns = (seen, *registers[1:], d.x0, z)
         rows = [sum(w * c for w, c in zip(row, columns, strict=True)) for row in stage.update]
-        return (tuple(rows), d.memory), (x, d.x0) if return_trajectory else None
+        return (tuple(rows), d.memory, d.aux), (x, d.x0) if return_trajectory else None
 
     x = jnp.asarray(inputs.start_std, dtype) * noise(0) if inputs.x_init is None else inputs.x_init
     empty = jnp.zeros_like(x)
     registers = (x, *[empty] * (stages.update.shape[1] - 1))
     memory = None if inputs.guidance is None else empty
-    (registers, _), passed = jax.lax.scan(step, (registers, memory), stages)
+    features = (None, None)
+    if inputs.split is not None:  # the first call is whole, so that what its features begin with does not matter
+        found = jax.eval_shape(estimate, x, jax.tree.map(lambda leaf: leaf[0], stages), memory, features).aux
+        features = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
+    (registers, *_), passed = jax.lax.scan(step, (registers, memory, features), stages)
     if not return_trajectory:
         return registers[0]
     return registers[0], Trajectory(x=jnp.concatenate([passed[0], registers[0][None]]), x0=passed[1])
 
 
+def _networks(inputs, whole, features):
+    """Returns the network and the guidance of one call; with a cache their networks also return their features."""
+    if inputs.split is None:
+        return partial(inputs.apply_fn, inputs.params), inputs.guidance
+    ours, theirs = features
+    network, guidance = partial(cached(inputs.split, whole, ours), inputs.params), inputs.guidance
+    if guidance is not None and guidance.reference_fn is not None:
+        guidance = guidance.replace(reference_fn=cached(guidance.reference_split, whole, theirs))
+    return network, guidance
+
+
 def _in_precision(stages, dtype):
     """Casts the coefficients; the number of a stage and the network's time keep their precision."""
-    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), stages._replace(index=None, reading=None))
-    return cast._replace(index=stages.index, reading=stages.reading.astype(dtype))
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), stages._replace(index=None, reading=None, whole=None))
+    return cast._replace(index=stages.index, reading=stages.reading.astype(dtype), whole=stages.whole)

@@ -300,6 +300,19 @@ MISTAKES = [
     ("evaluate.py", [RUN, "--steps=4", "--tau=sections:counts=2,2"], "leave out --steps"),
     ("evaluate.py", [RUN, "--split=test"], r"has no config\.data\.split='test'"),
     ("evaluate.py", [RUN, "--likelihood=5,0"], "steps is 0"),
+    # The size of batches
+    ("sample.py", [RUN, "--batch_size=0"], "batch_size=0: give a whole number of at least 1, or auto"),
+    ("learn.py", [RUN, "--batch_size=auto"], "batch_size is auto, which is found for samples; learning takes a whole"),
+    # Caching: networks without levels, tables of one call, and numbers that are none
+    ("sample.py", [RUN, "--cache=2"], "this one has none to keep; leave it out, or take a UNet of at least 2 levels"),
+    ("sample.py", ["--workdir=shipped", "--cache=1", "--steps=1"], "this table makes one; leave it out"),
+    ("sample.py", ["--workdir=shipped", "--cache=0", "--steps=9"], "cache is 0; this table makes 9 calls, so give 1"),
+    ("sample.py", ["--workdir=shipped", "--cache=10", "--steps=9"], "so give 1 to 9"),
+    ("sample.py", ["--workdir=shipped", "--cache=1,2"], "name each once, in order, and begin with call 0"),
+    ("sample.py", ["--workdir=shipped", "--cache=0,9", "--steps=9"], "the calls of this table are 0 to 8"),
+    ("sample.py", ["--workdir=shipped", "--cache=2.5"], "cache is '2.5'; write a number k as 3, or calls with commas"),
+    ("evaluate.py", ["--workdir=shipped", "--cache=4", "--steps=9,3"], "this table makes 3 calls, so give 1 to 3"),
+    ("evaluate.py", [RUN, "--bound=5", "--cache=2"], "--cache is for samples"),
     # Folders of diffusers
     ("sample.py", ["--workdir=$FOLDER", "--steps=5"], "UNet3DModel is not supported; supported: UNet2DModel"),
     ("evaluate.py", ["--workdir=$FOLDER"], "UNet3DModel is not supported"),

@@ -99,7 +99,7 @@ def tables():
 
 
 @pytest.mark.usefixtures("tables")
-@pytest.mark.parametrize("page", ["index.md", "extending.md", "own.md"])
+@pytest.mark.parametrize("page", ["index.md", "extending.md", "own.md", "caching.md"])
 def test_the_python_blocks_of_a_page_run_as_they_stand_one_after_another(page):
     blocks = python_blocks(f"docs/{page}")
     assert blocks

@@ -96,6 +96,22 @@ def frames(
     return np.stack([model.space.decode(x) for x in passed.x])
 
 
+def working_memory(
+    model: Model, params: Params, table: SamplerTable, count: int, *, labels: Sequence[int] = (), **options: Any
+) -> int:
+    """Returns how many bytes the compiled program takes for so many images, the parameters left out.
+
+    The other arguments are those of `generate`. Compiles, and draws nothing.
+    """
+    ids = np.arange(count, dtype=np.uint32)
+    if "x_init" in options:
+        options["x_init"] = options["x_init"](ids)
+    given = {"sample_ids": ids, **conditions_of(model, ids, labels, options.get("guidance"))}
+    run = jax.jit(lambda params, given: _sample(model, params, table, keys.make(0), **given, **options))
+    found = run.lower(params, given).compile().memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes
+
+
 def _sample(model, params, table, key, *, sample_ids, null_cond=None, guidance=None, **options):
     """Calls `sample`; guidance without a second network gets the null condition it needs from the model."""
     if model.guides_itself:

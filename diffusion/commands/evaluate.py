@@ -25,7 +25,9 @@ from tqdm import tqdm
 from diffusion import data, devices, files, options
 from diffusion.commands import (
     aliases,
+    batching,
     bits,
+    caching,
     cli,
     datasets,
     drawing,
@@ -52,6 +54,7 @@ _STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default
 _ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
 _GUIDANCE = flags.DEFINE_list("guidance", None, "Scales of the guidance, each in a row of its own, as 1,1.5,2,3,4.")
 _TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as sample.py's --tau. Default: config.sample.tau.")
+shared_flags.define_cache_flag()
 usage.group("What they are compared with, and how")
 _FEATURES = flags.DEFINE_string("features", None, "pixels, classifier or inception. Default: pixels for digits.")
 _METRICS = flags.DEFINE_list(
@@ -86,7 +89,7 @@ _LIKELIHOOD = flags.DEFINE_list(
 usage.group("Where the figures go")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
-OF_DRAWING = ("samplers", "steps", "etas", "metrics", "num", "labels", "dynamic_threshold")
+OF_DRAWING = ("samplers", "steps", "etas", "metrics", "num", "labels", "dynamic_threshold", "cache")
 OF_DRAWING += ("guidance", "guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
 """The flags that only matter if samples are drawn."""
 
@@ -123,6 +126,7 @@ def main() -> None:
 
 def measure_autoencoder(found: reconstructions.Source) -> None:
     """Measures how near what an autoencoder gives back comes to the images of its data."""
+    size = batching.fixed(flags.FLAGS.batch_size, "an autoencoder")
     useless = [*OF_DRAWING, *prompts.FLAGS, "tau", "clip", "bound", "likelihood"]
     _refuse(useless, f"does nothing for {found.name}, an autoencoder")
     section = found.trained.config.data.copy_and_resolve_references()
@@ -139,7 +143,7 @@ def measure_autoencoder(found: reconstructions.Source) -> None:
     if space is None:
         print("note: --features=classifier or inception also measures the distance in features")
     out = Path(_OUT.value or found.home).expanduser()
-    reconstructions.measure(found, real, section.split, space, out, flags.FLAGS.batch_size)
+    reconstructions.measure(found, real, section.split, space, out, size)
 
 
 def measure_samples(source: sources.Source, out: Path) -> None:
@@ -163,8 +167,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
         raise InputError("accuracy is of the class that was asked for, and this model has no classes; leave it out")
     if all(samplers.is_file(name) for name in names):
         _refuse(["steps", "tau"], "does nothing for tables in files, which have their own grid")
-    asked = {scale: source if scale is None else sources.at_scale(source, scale) for scale in scales or [None]}
-    samplings = [sources.make_sampling(asked[e.guidance], e.sampler, e.steps, tau, e.eta) for e in entries]
+    samplings = list(_samplings(source, entries, tau))
     real, split = _real_images(source)
     num = _NUM.value or len(real.images)
     settings = features.settings(metrics, len(real.images), num)
@@ -195,6 +198,16 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     print(f"wrote evaluation.csv, evaluation.json and {drawn} in {out}")
 
 
+def _samplings(source, entries, tau):
+    """Yields what draws the samples of each row."""
+    for e in entries:
+        asked = source if e.guidance is None else sources.at_scale(source, e.guidance)
+        sampling = sources.make_sampling(asked, e.sampler, e.steps, tau, e.eta)
+        model = source.trained.model
+        cache = caching.asked(flags.FLAGS.cache, model, sampling.table, asked.guidance)
+        yield sampling._replace(cache=cache)
+
+
 def _say_what_to_expect(space, reference, settings, metrics, num):
     """Prints, before a sample is drawn, what a reader of the figures should know of the space and of small sets."""
     if "accuracy" in space.facts:
@@ -215,9 +228,11 @@ def _measure(sampling, num, space, reference, metrics, results, record):
     for note in sampling.notes():
         print(f"note: {note}")
     # Draw.
+    mesh = devices.data_mesh()
+    size = batching.size(flags.FLAGS.batch_size, sampling, mesh, num)
     start, batches = time.perf_counter(), []
     with tqdm(total=num, unit="image", desc=sampling.table.name, leave=False, disable=None) as progress:
-        for images in sampling.draw(range(num), devices.data_mesh(), flags.FLAGS.batch_size):
+        for images in sampling.draw(range(num), mesh, size):
             batches.append(images)
             progress.update(len(images))
     seconds = time.perf_counter() - start

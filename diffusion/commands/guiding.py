@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from diffusion.commands import prompts
 from diffusion.conditions import Prompts
 from diffusion.errors import InputError, nearest
 from diffusion.guidance import Guidance
@@ -96,3 +97,15 @@ def labels(texts: Sequence[str] | None, model: Model) -> tuple[int, ...]:
             f"labels are {','.join(texts)!r}; there is no class {unknown[0]!r}; {nearest(unknown[0], shown)}"
         )
     return tuple(numbers[text.strip()] for text in texts)
+
+
+MAX_NAMED = 5
+"""The most classes that the title of a job names."""
+
+
+def named(labels: Sequence[int], model: Model) -> str:
+    """Returns " of " and the classes that images take in turn, or "" for a model without classes."""
+    if len(labels) > MAX_NAMED:
+        return f" of {len(labels)} {'prompts' if isinstance(model.conditions, Prompts) else 'classes'} in turn"
+    names = (prompts.shortened(model.conditions.names[label]) for label in labels)
+    return f" of {', '.join(names)}" if labels else ""

@@ -18,7 +18,19 @@ from absl import flags
 from tqdm import tqdm
 
 from diffusion import devices, files, sealed
-from diffusion.commands import cli, learned, losses, prompts, rollouts, samplers, shared_flags, sources, students, usage
+from diffusion.commands import (
+    batching,
+    cli,
+    learned,
+    losses,
+    prompts,
+    rollouts,
+    samplers,
+    shared_flags,
+    sources,
+    students,
+    usage,
+)
 from diffusion.errors import InputError, nearest
 from diffusion.learning import searches, tables
 from diffusion.learning.family import SCOPES
@@ -133,7 +145,7 @@ def _facts(source):
 
 
 def _batch_size(source):
-    return rollouts.batch_size(source.trained.model, flags.FLAGS.batch_size)
+    return rollouts.batch_size(source.trained.model, batching.fixed(flags.FLAGS.batch_size, "learning"))
 
 
 def _count(source):

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags
 
-from diffusion import pretrained
+from diffusion import machine, precision, pretrained
 from diffusion.commands import own, prompts
 from diffusion.conditions import Prompts
 from diffusion.errors import InputError
@@ -50,6 +51,18 @@ def open_model(workdir: str | None, ema: str) -> Opened:
     Raises:
       InputError: there is no such model, or it is damaged.
     """
+    opened = _open(workdir, ema)
+    dtype = flags.FLAGS.dtype
+    if dtype is not None and precision.dtype_of(opened.trained) != dtype:  # a folder of diffusers was read in it
+        opened = opened._replace(trained=precision.in_dtype(opened.trained, dtype))
+    slow = jax.default_backend() == "cpu" and machine.computes_bfloat16() is False
+    if slow and precision.dtype_of(opened.trained) == "bfloat16":
+        print("note: this processor does not compute in bfloat16, which takes longer here than --dtype=float32")
+    return opened
+
+
+def _open(workdir, ema):
+    """Opens a model with arithmetic as its run, file or folder has it."""
     networks, imported = own.networks(flags.FLAGS.network), prompts.imported_options(flags.FLAGS)
     missing = workdir and not pretrained.name_of(workdir) and not Path(workdir).expanduser().exists()
     if not missing and not (workdir and diffusers.is_folder(workdir)):

@@ -22,9 +22,9 @@ NOTED = 3
 
 _FOR_TEXTS = ("prompt", "prompts", "negative_prompt")
 
-_OF_FOLDERS = ("size", "dtype", "lora")
+_OF_FOLDERS = ("size", "lora")
 
-FLAGS = (*_FOR_TEXTS, *_OF_FOLDERS)
+FLAGS = (*_FOR_TEXTS, *_OF_FOLDERS, "dtype")
 """What the flags are called."""
 
 LARGEST = 8192

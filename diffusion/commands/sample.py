@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from diffusion import devices, files
 from diffusion.autoencoder import MAX_PIXELS
-from diffusion.commands import cli, edits, jobs, prompts, samplers, shared_flags, sources, usage
+from diffusion.commands import batching, cli, edits, jobs, prompts, samplers, shared_flags, sources, usage
 from diffusion.conditions import Prompts
 from diffusion.errors import printable
 from diffusion.images import sheet, write_gif, write_png
@@ -26,6 +26,7 @@ from diffusion.training import environment
 
 shared_flags.define_source_flags()
 shared_flags.define_sampler_flags()
+shared_flags.define_cache_flag()
 edits.define_flags()
 usage.group("What is drawn and written")
 _NUM = flags.DEFINE_integer(
@@ -84,12 +85,12 @@ def _shard(sampling):
     return jobs.TEXT_SHARD if _told_prompts(sampling) else jobs.SHARD
 
 
-def _batch_size(sampling):
+def _batch_size(sampling, mesh, most):
     """Returns how many images are drawn at a time: those of a text-to-image model are large."""
     if _told_prompts(sampling) and flags.FLAGS["batch_size"].using_default_value:
         height, width, _ = sampling.source.trained.model.space.image_shape
         return max(1, MAX_PIXELS // (height * width))
-    return flags.FLAGS.batch_size
+    return batching.size(flags.FLAGS.batch_size, sampling, mesh, most)
 
 
 def _make_folder(sampling, ids):
@@ -110,7 +111,8 @@ def _sample_into(out, ids, sampling):
         names = ", ".join(job.damaged[:3]) + " ..." * (len(job.damaged) > 3)
         print(f"note: {len(job.damaged)} file(s) are not as they were written, and are drawn again: {names}")
     mesh = devices.data_mesh()
-    seconds = _draw(sampling, job, mesh)
+    size = _batch_size(sampling, mesh, min(len(ids), _shard(sampling)))
+    seconds = _draw(sampling, job, mesh, size)
     if job.replaces:  # not before, or a mistake would cost the pictures of the other job
         job.remove_pictures()
 
@@ -122,7 +124,7 @@ def _sample_into(out, ids, sampling):
     if _NPZ.value:
         job.export()
     if _GIF.value:
-        count = _batch_size(sampling) if _told_prompts(sampling) else 64
+        count = size if _told_prompts(sampling) else 64
         write_gif(out / "trajectory.gif", [sheet(frame) for frame in sampling.frames(ids[:count])])
     job.finish(
         seconds_with_compilation=round(seconds, 3),
@@ -132,8 +134,8 @@ def _sample_into(out, ids, sampling):
     print(f"{seconds:.1f} s, compilation included; wrote {out / 'grid.png'}, {job.path(0).name} and sampling.json")
 
 
-def _draw(sampling, job, mesh):
-    """Draws and writes the shards that are missing; returns how many seconds it took."""
+def _draw(sampling, job, mesh, size):
+    """Draws and writes the shards that are missing, size images at a time; returns how many seconds it took."""
     start = time.perf_counter()
     missing = job.missing()
     total = sum(map(len, job.shards))
@@ -143,7 +145,7 @@ def _draw(sampling, job, mesh):
     with tqdm(total=total, initial=done, unit="image", disable=None) as progress:
         for index in missing:
             batches = []
-            for images in sampling.draw(job.shards[index], mesh, _batch_size(sampling)):
+            for images in sampling.draw(job.shards[index], mesh, size):
                 batches.append(images)
                 progress.update(len(images))
             job.write(index, np.concatenate(batches), sampling.source.labels)
@@ -160,7 +162,7 @@ def _label(sampling, ids):
     parts[1:1] = [] if given.eta is None else [f"eta{given.eta:g}"]
     if len(ids) > _shard(sampling):  # so that it never meets a job of one file
         parts.append(f"{len(ids)}images" + f"={jobs.write_ids(ids)}" * (_SEEDS.value is not None))
-    others = ("clip", "dynamic_threshold", "labels", "ema", *(n for n in given if n.startswith("guidance_")))
+    others = ("clip", "dynamic_threshold", "labels", "ema", "cache", *(n for n in given if n.startswith("guidance_")))
     others += tuple(name for name in prompts.FLAGS if name != "prompts")
     if given.prompts is not None:  # known by what is in it
         parts.append(f"prompts={digest_of(sampling.source.settings)[:8]}")

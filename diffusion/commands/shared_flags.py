@@ -26,7 +26,11 @@ def define_source_flags() -> None:
     )
     flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
     flags.DEFINE_integer("seed", 0, "Image i depends only on the seed and i.", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_integer("batch_size", 64, "Images at a time; does not change any image.", lower_bound=1)
+    flags.DEFINE_string(
+        "batch_size", "64", "Images at a time, or auto for what fits the memory; does not change any image."
+    )
+    flags.register_validator("batch_size", _is_batch_size, "give a whole number of at least 1, or auto")
+    flags.DEFINE_enum("dtype", None, list(DTYPES), "Of arithmetic and matrices; bfloat16 takes half the memory.")
     flags.DEFINE_string("clip", None, f"x_0 outside [-1, 1]: {', '.join(CLIPS)}. Default: what suits the model.")
     flags.DEFINE_float("dynamic_threshold", None, "Clip x_0 at this quantile of its own pixels instead, as 0.995.")
     usage.group("Text to image, with a folder of diffusers")
@@ -34,7 +38,6 @@ def define_source_flags() -> None:
     flags.DEFINE_string("prompts", None, "A file with a prompt in each line; images take them in turn, one each.")
     flags.DEFINE_string("negative_prompt", None, "What guidance pushes away from. Default: the empty text.")
     flags.DEFINE_string("size", None, "Of the images in pixels, as 512, or 512x768 for height and width.")
-    flags.DEFINE_enum("dtype", None, list(DTYPES), "Of arithmetic and matrices; bfloat16 takes half the memory.")
     flags.DEFINE_list("lora", None, "LoRA files to add, FILE or FILE:SCALE, as style.safetensors:0.7.")
     usage.group("Classes and guidance")
     flags.DEFINE_list(
@@ -48,6 +51,17 @@ def define_source_flags() -> None:
         "guidance_model",
         None,
         "Run folder or file of a weaker model to push away from (autoguidance); needs no classes.",
+    )
+
+
+def define_cache_flag() -> None:
+    """Defines the flag of the programs that draw samples with a network's deep levels kept from call to call."""
+    usage.group("Less work in a network call")
+    flags.DEFINE_string(
+        "cache",
+        None,
+        "Compute the deep levels of the network only in every k-th call, as 3, or in the calls of a list with commas, "
+        "as 0,3,6,9 (0, for the first alone); the others take what they gave last. Less time, other images.",
     )
 
 
@@ -65,3 +79,7 @@ def define_sampler_flags() -> None:
     flags.DEFINE_string(
         "tau", None, "Which timesteps: a grid of --list, or explicit:times=1000,500,250. Default: config.sample.tau."
     )
+
+
+def _is_batch_size(text):
+    return text == "auto" or (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= 1)

@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from diffusion import keys
+from diffusion.caching import Cache
 from diffusion.commands import (
     aliases,
+    caching,
     drawing,
     edits,
     guiding,
@@ -27,7 +29,6 @@ from diffusion.commands import (
     students,
 )
 from diffusion.commands.datasets import load_data_of
-from diffusion.conditions import Prompts
 from diffusion.denoiser import Options, check_options
 from diffusion.errors import InputError
 from diffusion.guidance import Guidance
@@ -40,9 +41,6 @@ from diffusion.timesteps import GRIDS
 
 PATHS = 64
 """How many of a teacher's paths --tau=dp_path looks at."""
-
-MAX_NAMED = 5
-"""The most classes that the title of a job names."""
 
 
 class Source(NamedTuple):
@@ -130,6 +128,7 @@ class Sampling(NamedTuple):
       sampler, steps, tau: the names and the number that the table was asked for by; a table from a file has its own
         grid, and steps 0 and tau "".
       edit: what images start from and keep, or None.
+      cache: which network calls compute the deep levels, or None for all.
     """
 
     source: Source
@@ -138,21 +137,16 @@ class Sampling(NamedTuple):
     steps: int
     tau: str
     edit: edits.Edit | None = None
+    cache: Cache | None = None
 
     def title(self, num: int) -> str:
         """Says in one line which model draws how many images with what."""
         on = f" on {self.tau}" if self.tau else ""
         edited = "" if self.edit is None else self.edit.words
-        drawn = f"{num:,} images{self._of_classes()}{edited} with {self.table.name}{on}"
-        return f"{self.source.title()}: {drawn}, {self.table.nfe} network calls"
-
-    def _of_classes(self):
-        """Says which classes the images take in turn, or nothing for a model without classes."""
-        labels, model = self.source.labels, self.source.trained.model
-        if len(labels) > MAX_NAMED:
-            return f" of {len(labels)} {'prompts' if isinstance(model.conditions, Prompts) else 'classes'} in turn"
-        names = (prompts.shortened(model.conditions.names[label]) for label in labels)
-        return f" of {', '.join(names)}" if labels else ""
+        classes = guiding.named(self.source.labels, self.source.trained.model)
+        drawn = f"{num:,} images{classes}{edited} with {self.table.name}{on}"
+        whole = "" if self.cache is None else f", {self.cache.whole(self.table.nfe).sum()} of them whole"
+        return f"{self.source.title()}: {drawn}, {self.table.nfe} network calls{whole}"
 
     def notes(self) -> Iterator[str]:
         """Yields what a user may not expect of the images."""
@@ -188,6 +182,7 @@ class Sampling(NamedTuple):
             "generator": keys.GENERATOR,
             "config": source.trained.config.to_dict(),
             **({} if self.edit is None else self.edit.settings),
+            **({} if self.cache is None else {"cache": np.flatnonzero(self.cache.whole(self.table.nfe)).tolist()}),
         }
 
     def _file_record(self):
@@ -204,6 +199,11 @@ class Sampling(NamedTuple):
         images = drawing.generate(model, params, self.table, ids, **shared, **self._options())
         return images if self.edit is None else map(self.edit.paste, images)
 
+    def memory(self, count: int) -> int:
+        """Returns how many bytes the compiled program takes for so many images."""
+        (model, params, *_), source = self.source.trained, self.source
+        return drawing.working_memory(model, params, self.table, count, labels=source.labels, **self._options())
+
     def picture(self, images: UInt8[np.ndarray, "N H W C"], ids: Sequence[int]) -> UInt8[np.ndarray, "H W C"]:
         """Returns a sheet of images with these numbers, see `drawing.picture`."""
         return drawing.picture(images, ids, self.source.trained.model.conditions, self.source.labels)
@@ -217,7 +217,8 @@ class Sampling(NamedTuple):
 
     def _options(self):
         """Returns what goes to `drawing` besides the table."""
-        return self.source.sampling_options() | ({} if self.edit is None else self.edit.sampling_options())
+        edited = {} if self.edit is None else self.edit.sampling_options()
+        return {**self.source.sampling_options(), **edited, "cache": self.cache}
 
 
 def open_source() -> Source:
@@ -248,7 +249,8 @@ def open_source() -> Source:
         settings["guidance_model_sha256"] = digest(weaker.params)
         if settings["guidance_model_sha256"] == sha256:
             raise InputError("--guidance_model is the model itself, which changes nothing; name a weaker one")
-        guide = guide.replace(reference_fn=weaker.model.apply_fn, reference_params=weaker.params)
+        second = {"reference_fn": weaker.model.apply_fn, "reference_split": weaker.model.split}
+        guide = guide.replace(reference_params=weaker.params, **second)
         configs.append(weaker.config)
     own.check_used(given.network, *configs)
     return Source(opened, sha256, settings, guide, labels, given.seed)
@@ -311,5 +313,7 @@ def open_sampling() -> Sampling:
             raise InputError(f"the table in {sampler} has its own grid; leave out --{useless[0]}")
     steps = samplers.chosen_steps(tau, given.steps, students.default_steps(source.trained))
     sampling = make_sampling(source, sampler, steps, edits.started(given, sampler, tau), given.eta)
-    table = edits.repeated(given, sampling.table)
-    return sampling._replace(table=table, edit=edits.open_edit(given, source.trained.model, source.labels, table))
+    table, model = edits.repeated(given, sampling.table), source.trained.model
+    cache = caching.asked(given.cache, model, table, source.guidance)
+    edit = edits.open_edit(given, model, source.labels, table)
+    return sampling._replace(table=table, edit=edit, cache=cache)

@@ -67,7 +67,7 @@ _ROW = {"identity": str, "metrics": dict, "record": dict}
 
 _COLUMNS = ("run", "checkpoint_step", "ema", "sampler", "eta", "grid", "steps", "nfe", "clip", "dynamic_threshold")
 _COLUMNS += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model_sha256")
-_COLUMNS += ("labels", "features", "split", "num", "seed")
+_COLUMNS += ("cache", "labels", "features", "split", "num", "seed")
 
 
 ROWS_LIMIT = 2**24

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion import keys
+from diffusion.caching import Split
 from diffusion.errors import InputError, users_code
 from diffusion.types import ApplyFn, Params
 
@@ -19,10 +20,12 @@ class Network(NamedTuple):
     Attributes:
       init: key -> params, nested dicts of float32 arrays.
       apply_fn: the network; it also takes dropout_keys, as that of `as_apply_fn` does.
+      split: the network for `diffusion.caching`, or None.
     """
 
     init: Callable[[jax.Array], Params]
     apply_fn: ApplyFn
+    split: Split | None = None
 
 
 def adapt(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from diffusion.errors import InputError, require_range
 from diffusion.models.attention import attend
+from diffusion.models.deep import reused
 from diffusion.models.layers import DTYPES, ZERO, check_told, dropout, embed_told
 
 TIME_FEATURES = 256
@@ -78,6 +79,10 @@ class Transformer(nn.Module):
         told = nn.swish(self._embed(t, cond, dtype))
         block = nn.remat(Block) if self.remat else Block
         for i in range(self.depth):
+            if i == 1:
+                first = h
+            if i == self.depth - 1 > 1:
+                h = reused(self, h, since=first)  # what the blocks between the first and the last have added
             fields = (self.num_heads, self.mlp_ratio, self.qk_norm, self.dropout, 2 * i, dtype)
             h = block(*fields, name=f"block_{i}")(h, told, dropout_keys)
 

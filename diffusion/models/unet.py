@@ -8,6 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion.errors import InputError, require_range
+from diffusion.models.deep import reused
 from diffusion.models.layers import (
     DTYPES,
     INIT,
@@ -105,6 +106,8 @@ class UNet(nn.Module):
 
         # The way up: each block takes the newest result that is still kept as extra channels, until none is left.
         for level, features in reversed(list(enumerate(levels))):
+            if level == 0 < len(levels) - 1:
+                h = reused(self, h)  # of all levels below the outermost
             for i in range(self.num_blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), features, f"up_{level}_block_{i}")
             if level > 0:

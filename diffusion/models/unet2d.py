@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion.errors import InputError, nearest, require_range
+from diffusion.models.deep import reused
 from diffusion.models.layers import DTYPES, ZERO, Conv, GroupNorm
 from diffusion.models.unet2d_blocks import ACTIVATIONS, DOWN, UP, DownBlock, MiddleBlock, Style, UpBlock, plain_name
 from diffusion.models.unet2d_times import TimeEmbedding, fourier_features, positional_features, with_boundary
@@ -137,6 +138,8 @@ class UNet2D(nn.Module):
         for i, (kind, features) in enumerate(zip(self.up_block_types, reversed(self.block_out_channels), strict=True)):
             block = UpBlock(plain_name(kind), features, i < last, style, name=f"up_blocks_{i}")
             results = [kept.pop() for _ in range(self.layers_per_block + 1)]
+            if i == last > 0:
+                h, image = reused(self, (h, image))  # of all levels below the outermost
             h, image = block(h, results, image, told, numbers)
 
         # The last convolution starts at zero, so an untrained network predicts zero.

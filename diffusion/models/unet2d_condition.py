@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion.errors import InputError, nearest, require_range
+from diffusion.models.deep import reused
 from diffusion.models.layers import DTYPES, ZERO, Conv, GroupNorm
 from diffusion.models.unet2d_blocks import ACTIVATIONS, Style
 from diffusion.models.unet2d_cross import CrossDownBlock, CrossMiddleBlock, CrossUpBlock
@@ -123,6 +124,7 @@ class UNet2DCondition(nn.Module):
         for i, (kind, level) in enumerate(zip(self.up_block_types, reversed(levels), strict=True)):
             features, layers, depth, heads = level
             block = CrossUpBlock(features, depth * UP[kind], heads, i < last, style, name=f"up_blocks_{i}")
+            h = reused(self, h) if i == last > 0 else h  # of all levels below the outermost
             h = block(h, [kept.pop() for _ in range(layers + 1)], context, told, numbers)
 
         # The last convolution starts at zero, so an untrained network predicts zero.

@@ -1,0 +1,62 @@
+"""Laws of a trained model in another precision."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import run
+from reference import refused
+
+from diffusion import machine, pretrained
+from diffusion.evaluation import load_samples
+from diffusion.precision import dtype_of, in_dtype
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return pretrained.load("digits")
+
+
+def test_bfloat16_halves_the_matrices_and_errs_by_its_rounding(digits):
+    half = in_dtype(digits, "bfloat16")
+    for leaf in jax.tree.leaves(half.params):
+        assert leaf.dtype == (jnp.bfloat16 if leaf.ndim > 1 else jnp.float32)
+    x = np.random.default_rng(0).normal(size=(16, *digits.model.image_shape)).astype(np.float32)
+    t = np.linspace(1, 1000, 16, dtype=np.float32)
+    full, found = (jax.jit(one.model.apply_fn)(one.params, x, t) for one in (digits, half))
+    assert found.dtype == jnp.float32
+    # Eight bits of a number are kept, so a layer errs by up to 2^-9 of it; a few dozen layers add up.
+    error = np.sqrt(np.mean((found - full) ** 2) / np.mean(full**2))
+    assert 2**-12 < error < 2**-4
+    assert (dtype_of(digits), dtype_of(half)) == ("float32", "bfloat16")
+    assert in_dtype(half, "float32").model.apply_fn is digits.model.apply_fn
+    assert half.model.split is not None
+
+
+def test_a_network_of_ones_own_has_a_dtype_of_its_own(digits):
+    config = digits.config.copy_and_resolve_references()
+    config.network = "mine:net"
+    with refused("the network mine:net is your own"):
+        in_dtype(digits._replace(config=config), "bfloat16")
+    with refused("dtype is 'bflaot16'; did you mean 'bfloat16'"):
+        in_dtype(digits, "bflaot16")
+
+
+def test_a_processor_says_whether_it_computes_in_bfloat16(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CPUS", tmp_path / "cpuinfo")
+    assert machine.computes_bfloat16() is None
+    for text, has in (("flags : avx2 avx512_bf16", True), ("Features : asimd bf16", True), ("flags : avx512f", False)):
+        (tmp_path / "cpuinfo").write_text(text)
+        assert machine.computes_bfloat16() is has
+
+
+def test_the_program_samples_any_model_in_bfloat16(digits, tmp_path, compile_once):
+    for name in ("float32", "bfloat16"):
+        args = ("--workdir=shipped", "--steps=5", "--num=8", f"--out={name}", f"--dtype={name}")
+        done = run("sample.py", *args, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / name / "sampling.json").read_text())["config"]["model"]["dtype"] == name
+    full, half = (load_samples(tmp_path / name).images.astype(int) for name in ("float32", "bfloat16"))
+    assert 0 < np.abs(full - half).mean() < 8  # of 255
