@@ -339,6 +339,23 @@ MISTAKES = [
     ("sample.py", [RUN, "--tau=uniform:start=1.5"], "start of tau is 1.5"),
     ("train.py", ["--config.sample.sampler=learned"], "learned for a trained model"),
     ("evaluate.py", [RUN, "--likelihood=5", "--first=1798"], "more than the 1797 images"),
+    # A ranking of samplers
+    ("evaluate.py", [RUN, "--rank"], "--rank needs budgets of network calls; add --calls=5,10"),
+    ("evaluate.py", [RUN, "--calls=5"], "--calls is for --rank; leave it out"),
+    ("evaluate.py", [RUN, "--rank", "--calls=0"], r"calls is '0'; give whole numbers in 1\.\.1000, each once"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5,1001"], r"calls is '5,1001'; give whole numbers in 1\.\.1000"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5,5"], "calls is '5,5'; .*each once"),
+    ("evaluate.py", [RUN, "--rank", "--calls="], "calls is ''; give whole numbers"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--metrics=frechet"], "--metrics does nothing with --rank; leave"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--bound=5"], "--bound does nothing with --rank"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--steps=5"], "--steps does nothing with --rank"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--out=$FILE"], "file: File exists; check this path"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--samplers=ddpm"], "sampler ddpm draws noise at its steps"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--samplers=unpc"], "did you mean 'unipc'"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--samplers=mine.json"], "is a table in a file, and --rank tries"),
+    ("evaluate.py", [RUN, "--rank", "--calls=1", "--samplers=heun:x=1"], "heun has no option"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--tau=explicit:times=9,5"], "--rank tries numbers of steps"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--tau=unifrm"], "did you mean 'uniform'"),
 ]
 
 

@@ -12,6 +12,9 @@ and distance in the space of features, in reconstruction.csv, .json and .png.
 `python evaluate.py --bound=10,25` prints the variational bound of the data in bits per dimension instead, for each
 variance and number of steps, and writes bound.json with the part of every step. `--likelihood=25,50` prints the data's
 likelihood under the probability flow, solved in 25 and in 50 steps, and writes likelihood.json.
+
+`python evaluate.py --rank --calls=5,10` tries all solvers on all grids with at most so many network calls, prints those
+whose samples come nearest to a solution in many steps, and writes ranking.csv.
 """
 
 import time
@@ -32,6 +35,7 @@ from diffusion.commands import (
     feature_spaces,
     own,
     prompts,
+    ranking,
     reconstructions,
     samplers,
     shared_flags,
@@ -83,6 +87,11 @@ _VARIANCES = flags.DEFINE_list(
 _LIKELIHOOD = flags.DEFINE_list(
     "likelihood", None, "Print the likelihood under the probability flow with each of these numbers of steps, as 25,50."
 )
+usage.group("A ranking of samplers")
+_RANK = flags.DEFINE_bool(
+    "rank", False, "Rank all solvers and grids, or those of --samplers and --tau, by their distance to many steps."
+)
+_CALLS = flags.DEFINE_list("calls", None, "With --rank: budgets of network calls, as 5,10.")
 usage.group("Where the figures go")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
@@ -90,12 +99,22 @@ OF_DRAWING = ("samplers", "steps", "etas", "metrics", "num", "labels", "dynamic_
 OF_DRAWING += ("guidance", "guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
 """The flags that only matter if samples are drawn."""
 
+NOT_RANKED = ("steps", "etas", "guidance", "metrics", "features", "inception", "data", "split", "first")
+NOT_RANKED += ("bound", "variances", "likelihood")
+"""The flags that do nothing for a ranking."""
+
 OF_SAMPLES = (*OF_DRAWING, "features", "inception")
 """The flags that only matter where samples, or what an autoencoder gives back, are measured."""
 
 
 def main() -> None:
     devices.prepare()
+    if _RANK.value:
+        _refuse(NOT_RANKED, "does nothing with --rank")
+        if _CALLS.value is None:
+            raise InputError("--rank needs budgets of network calls; add --calls=5,10")
+    else:
+        _refuse(["calls"], "is for --rank")
     if _BOUND.value is not None or _LIKELIHOOD.value is not None:
         _refuse(OF_SAMPLES, "is for samples, which --bound and --likelihood do not draw")
     if _BOUND.value is None and _LIKELIHOOD.value is not None:
@@ -110,6 +129,10 @@ def main() -> None:
         _refuse(["first"], "goes with --bound and --likelihood, or an autoencoder")
     source = sources.open_source()
     out = Path(_OUT.value or source.home).expanduser()
+    if _RANK.value:
+        names = None if _SAMPLERS.value is None else options.split(_SAMPLERS.value)
+        ranking.rank(ranking.plan(source, _CALLS.value, names, _TAU.value, _NUM.value), out)
+        return
     if _BOUND.value is None and _LIKELIHOOD.value is None:
         measure_samples(source, out)
     if _BOUND.value is not None:
@@ -123,7 +146,7 @@ def main() -> None:
 
 def measure_autoencoder(found: reconstructions.Source) -> None:
     """Measures how near what an autoencoder gives back comes to the images of its data."""
-    useless = [*OF_DRAWING, *prompts.FLAGS, "tau", "clip", "bound", "likelihood"]
+    useless = [*OF_DRAWING, *prompts.FLAGS, "tau", "clip", "bound", "likelihood", "rank"]
     _refuse(useless, f"does nothing for {found.name}, an autoencoder")
     section = found.trained.config.data.copy_and_resolve_references()
     if _DATA.value is not None:
