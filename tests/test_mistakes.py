@@ -75,8 +75,8 @@ MISTAKES = [
     ("train.py", ["--config.sample.sampler=analytic_dpm"], "needs gamma, which is estimated on a trained model"),
     (
         "train.py",
-        ["--config.sample.sampler=dpmpp_2m_karras"],
-        "official, and the grid as tau: karras",
+        ["--config.sample.sampler=dpmpp_2m_karras", "--config.sample.tau=uniform"],
+        "takes the grid karras; leave out config.sample.tau",
     ),
     ("train.py", ["--config.train.prediction=noise"], "valid: edm, eps, flow, mean_flow, v, x0"),
     ("train.py", ["--config.model.width=33"], "width is 33; it must be even"),
@@ -204,6 +204,10 @@ MISTAKES = [
     ),
     # Names of other libraries
     ("sample.py", [RUN, "--sampler=uni_pc"], r"two things: unipc:order=3,variant=bh1 .* and unipc:order=2,variant=bh2"),
+    ("sample.py", [RUN, "--sampler=dpm_2_ancestral", "--eta=0.5"], "dpm_solver:order=2,eta=1.0 has its eta in its opt"),
+    ("sample.py", [RUN, "--sampler=PNDMScheduler()x"], "is no call of PNDMScheduler; write .* nothing after it"),
+    ("sample.py", [RUN, "--sampler=edm:s_noise=1.01"], "s_churn is 0, so that no noise is added, .*give s_churn"),
+    ("sample.py", [RUN, "--sampler=dpmpp_2m:s_noise=1.1"], "no noise that it acts on; give sde_eta above 0"),
     ("sample.py", [RUN, "--sampler=dpmpp_2m_beta"], "'beta' in 'dpmpp_2m_beta' means two things"),
     ("sample.py", [RUN, "--sampler=dpmpp_2m_karras", "--tau=uniform"], "takes the grid karras; leave out --tau"),
     ("sample.py", [RUN, "--sampler=euler_a:order=2"], "euler_ancestral has no option 'order'"),

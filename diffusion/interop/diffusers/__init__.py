@@ -3,6 +3,6 @@
 from diffusion.interop.diffusers.autoencoders import is_autoencoder, load_autoencoder
 from diffusion.interop.diffusers.folders import is_folder
 from diffusion.interop.diffusers.loading import load
-from diffusion.interop.diffusers.saving import save, save_autoencoder
+from diffusion.interop.diffusers.saving import replaced, save, save_autoencoder
 
-__all__ = ["is_autoencoder", "is_folder", "load", "load_autoencoder", "save", "save_autoencoder"]
+__all__ = ["is_autoencoder", "is_folder", "load", "load_autoencoder", "replaced", "save", "save_autoencoder"]
