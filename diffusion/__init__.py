@@ -2,6 +2,7 @@
 
 from diffusion import jax_environment  # noqa: F401, I001 - first, as it looks at what importing JAX would trip over
 from diffusion import editing, gaussian, schedules, solvers, timesteps
+from diffusion.around import Steering
 from diffusion.errors import InputError
 from diffusion.guidance import Guidance
 from diffusion.sampling import Trajectory, sample
@@ -15,6 +16,7 @@ __all__ = [
     "InputError",
     "NoiseSchedule",
     "SamplerTable",
+    "Steering",
     "Trajectory",
     "editing",
     "gaussian",

@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from diffusion.around import Steering
 from diffusion.errors import InputError, nearest
 from diffusion.guidance import Now, Pair, guide
+from diffusion.images import check_floats
 from diffusion.predictions import Reading, check_known, sees_end
 from diffusion.types import Images
 
@@ -71,6 +74,7 @@ def denoise(
     options: Options = PLAIN,
     now: Now | None = None,
     known: tuple[Images, Images] | None = None,
+    steering: Steering | None = None,
 ) -> Denoised:
     """Evaluates the network once and reads D off it; one batched call also when guided without a second network.
 
@@ -82,6 +86,7 @@ def denoise(
       options: static choices.
       now: guidance in this call, or None for no guidance.
       known: (values, mask) of pixels to keep, both broadcastable to x; mask is 1 where known.
+      steering: what else changes the estimate, or None.
     """
 
     def read(output):
@@ -97,17 +102,37 @@ def denoise(
         output, output_for_eps, memory = guide(now, pair)
 
     # Clip; the eps to go on with follows from the clipped estimate, or is the predicted one.
-    raw = read(output)
-    x0 = _threshold(raw, options)
-    x_for_eps = x + reading.signal * (x0 - raw) if options.clip == "keep_eps" else x
+    raw, push = read(output), 0.0
+    if steering is None:
+        x0 = _threshold(raw, options)
+    else:
+        times = jnp.broadcast_to(reading.time, x.shape[:1])
+        push = steering.push(x, times, cond, reading.signal, reading.noise)
+        x0 = _threshold(steering.project(raw + push, times), options)
+    x_for_eps = x + reading.signal * (x0 - raw - push) if options.clip == "keep_eps" else x
     if output_for_eps is not None:
-        x_for_eps = jnp.where(now.inside > 0, x + reading.signal * (x0 - read(output_for_eps)), x_for_eps)
+        x_for_eps = jnp.where(now.inside > 0, x + reading.signal * (x0 - read(output_for_eps) - push), x_for_eps)
 
     if known is not None:
         values, mask = known
         x0 = mask * values + (1 - mask) * x0
         x_for_eps = mask * x + (1 - mask) * x_for_eps
     return Denoised(x0, x_for_eps, share, memory)
+
+
+def known_pixels(known: tuple[Images, Images] | None, shape: tuple[int, ...]) -> tuple[Images, Images] | None:
+    """Returns (values, mask) broadcast to the samples; raises InputError for another shape, or a mask outside 0..1."""
+    if known is None:
+        return None
+    try:
+        values, mask = (part if isinstance(part, int | float) else jnp.asarray(part) for part in known)
+        placed = tuple(jnp.broadcast_to(part, shape) for part in (values, mask))
+    except (ValueError, TypeError):
+        raise InputError(f"known must be (values, mask), each of a shape that broadcasts to {shape}") from None
+    check_floats("known values", values)
+    if not isinstance(mask, jax.core.Tracer) and not np.all((np.asarray(mask) >= 0) & (np.asarray(mask) <= 1)):
+        raise InputError("the mask of known holds values outside 0..1; give 1 where pixels are known, and 0 elsewhere")
+    return placed
 
 
 def _ask(network, x, cond, reading, options):

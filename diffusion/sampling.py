@@ -9,8 +9,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from diffusion import keys, predictions
-from diffusion.denoiser import Options, check_options, denoise, log_variance_between
+from diffusion import keys, predictions, watching
+from diffusion.around import Steering
+from diffusion.denoiser import Options, check_options, denoise, known_pixels, log_variance_between
 from diffusion.errors import InputError, nearest
 from diffusion.guidance import Guidance, Now
 from diffusion.images import check_floats
@@ -55,6 +56,8 @@ class _Inputs:
     x_init: Images | None
     start_std: Float[Array, ""]
     from_images: Bool[Array, ""]
+    steering: Steering | None
+    watcher: Int[Array, ""] | None
     apply_fn: ApplyFn = struct.field(pytree_node=False)
     sample_shape: tuple[int, ...] = struct.field(pytree_node=False)
     options: Options = struct.field(pytree_node=False)
@@ -87,6 +90,8 @@ def sample(  # noqa: PLR0913
     x_init: Images | None = None,
     sample_ids: Int[Array, "N"] | None = None,
     return_trajectory: bool = False,
+    steering: Steering | None = None,
+    callback: watching.Callback | None = None,
     **short: Any,
 ) -> Images | tuple[Images, Trajectory]:
     """Draws samples by running a table.
@@ -116,6 +121,9 @@ def sample(  # noqa: PLR0913
       x_init: the start instead of noise, [N, *sample_shape]; its dtype is the precision of the run.
       sample_ids: int [N], 0..N-1 if not given.
       return_trajectory: also return all intermediate states, which then stay in memory.
+      steering: a classifier that steers the network, or a function of its estimates, see `diffusion.around.Steering`.
+      callback: (stage, x, x0), called on the host after each network call, as for previews; x0 is the estimate. It may
+        raise, which ends the run. Other callbacks compile nothing, but sample must not be inside jit, grad or vmap.
       short: guidance_scale, null_cond, guidance_interval, guidance_rescale and guidance_rule are short for a guidance
         with these fields: sample(..., cond=labels, null_cond=nulls, guidance_scale=3).
 
@@ -124,7 +132,7 @@ def sample(  # noqa: PLR0913
 
     Raises:
       InputError: an unknown option, shapes that do not agree, a prediction that says nothing about x_0 where the signal
-        is zero, or guidance without conditions.
+        is zero, guidance without conditions, or a callback that raises.
       TypeError: an unknown keyword.
     """
     # Check what was asked for.
@@ -136,14 +144,15 @@ def sample(  # noqa: PLR0913
     key = keys.threefry(key)
     ids = _check_ids(sample_ids, num_samples)
     x_init = _check_start(x_init, (num_samples, *sample_shape), table)
-    known = _check_known(known, (num_samples, *sample_shape))
+    known = known_pixels(known, (num_samples, *sample_shape))
     _check_conditions(num_samples, cond)
     guidance = _check_guidance(guidance, short, cond)
     check_rule(prediction, guidance)
-    if known is not None and predictions.sees_end(prediction):
-        raise InputError(
-            f"known pixels go into estimates of x_0, which a network that predicts {prediction} makes none of"
-        )
+    if (known is not None or steering is not None) and predictions.sees_end(prediction):
+        what = "steering goes" if known is None else "known pixels go"
+        raise InputError(f"{what} into estimates of x_0, which a network that predicts {prediction} makes none of")
+    if steering is not None:
+        steering.check()
 
     # Lay out what each stage reads, and what all share.
     end = ends(table) if predictions.sees_end(prediction) else None
@@ -153,8 +162,12 @@ def sample(  # noqa: PLR0913
     shared = None if guidance is None else guidance.replace(scale=None, interval=None, rescale=1.0 * guidance.rescale)
     shape = tuple(sample_shape)
     start = (_start_std(table), table.tau[0] < table.tau[-1])
-    inputs = _Inputs(params, key, ids, cond, shared, known, x_init, *start, apply_fn, shape, options)
-    return _run(inputs, stages, return_trajectory)
+    around = (steering, None, apply_fn, shape, options)
+    inputs = _Inputs(params, key, ids, cond, shared, known, x_init, *start, *around)
+    if callback is None:
+        return _run(inputs, stages, return_trajectory)
+    with watching.watched(callback, inputs, stages) as number:
+        return jax.block_until_ready(_run(inputs.replace(watcher=number), stages, return_trajectory))
 
 
 def _check_table(table):
@@ -243,21 +256,6 @@ def check_variance(table: SamplerTable, learned_variance: bool) -> None:
         )
 
 
-def _check_known(known, shape):
-    """(values, mask) broadcast to the samples."""
-    if known is None:
-        return None
-    try:
-        values, mask = (part if isinstance(part, int | float) else jnp.asarray(part) for part in known)
-        placed = tuple(jnp.broadcast_to(part, shape) for part in (values, mask))
-    except (ValueError, TypeError):
-        raise InputError(f"known must be (values, mask), each of a shape that broadcasts to {shape}") from None
-    check_floats("known values", values)
-    if _is_concrete(mask) and not np.all((np.asarray(mask) >= 0) & (np.asarray(mask) <= 1)):
-        raise InputError("the mask of known holds values outside 0..1; give 1 where pixels are known, and 0 elsewhere")
-    return placed
-
-
 def _is_concrete(array):
     return not isinstance(array, jax.core.Tracer)
 
@@ -277,7 +275,9 @@ def _run(inputs: _Inputs, stages: _Stage, return_trajectory: bool):
         registers, memory = state
         x = registers[0]
         now = None if inputs.guidance is None else Now(inputs.guidance, *stage.guidance, stage.index, memory)
-        d = denoise(network, x, inputs.cond, stage.reading, inputs.options, now, known)
+        d = denoise(network, x, inputs.cond, stage.reading, inputs.options, now, known, inputs.steering)
+        if inputs.watcher is not None:
+            watching.tell(inputs.watcher, stage.index, x, d.x0)
         z = noise(stage.index + 1)
         if inputs.options.learned_variance:
             z = jnp.exp(0.5 * log_variance_between(d.log_variance_share, *stage.log_variance)) * z
