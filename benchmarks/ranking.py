@@ -14,7 +14,6 @@ on two busy cores; the time of others grows with count and samples.
 
 import csv
 import importlib.util
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,10 +22,10 @@ import numpy as np
 from absl import app, flags
 
 import diffusion
-from diffusion import schedules, solvers, testbeds, timesteps
+from diffusion import schedules, testbeds
 from diffusion.data import digits
 from diffusion.data import images as image_files
-from diffusion.errors import InputError
+from diffusion.evaluation import ranking
 from diffusion.learning import rollout, tables
 from diffusion.learning.family import GROUPS
 from diffusion.learning.losses import Loss
@@ -42,59 +41,6 @@ _OUT = flags.DEFINE_string("out", "", "A CSV file for all rows.")
 _BANDWIDTH = flags.DEFINE_float("bandwidth", 0.0, "Std of a Gaussian around each image, in pixels of [-1, 1].")
 _TOLERANCE = flags.DEFINE_float("tolerance", 1e-7, "Of the exact solution.")
 _LEARN = flags.DEFINE_integer("learn", 0, "Also learn a table for each budget, from so many noises of their own.")
-
-
-GRIDS = {name: timesteps.GRIDS[name] for name in ("uniform", "linspace", "quadratic", "leading", "log_snr", "karras")}
-GRIDS |= {
-    "karras:rho=3": partial(timesteps.karras, rho=3.0),
-    "leading:last=false": partial(timesteps.leading, last=False),
-    "linspace:last=false": partial(timesteps.linspace, last=False),
-    "uniform:start=0.9": partial(timesteps.uniform, start=0.9),
-    "uniform:start=0.75": partial(timesteps.uniform, start=0.75),
-    "kl_optimal": timesteps.kl_optimal,
-    "beta": timesteps.beta,
-}
-"""`strided` and `trailing` are `uniform` where the number of steps divides T."""
-
-
-def _choices(**lists):
-    """All combinations of options, each a dict."""
-    options = [{}]
-    for name, values in lists.items():
-        options = [{**option, name: value} for option in options for value in values]
-    return options
-
-
-_ENDS = {"lower_order_final": (True, False)}
-_SPENT = {"variant": ("official", "exact", "midpoint"), "calls": ("steps", "grid", "fast")}
-OURS = {
-    "ddim": _choices(),
-    "dpm_solver": _choices(order=(2, 3), **_SPENT),
-    "dpm_solver_multistep": _choices(order=(2, 3), variant=("official",), **_ENDS),
-    "dpm_solver_pp": _choices(order=(2, 3), variant=("exact", "official"), **_ENDS),
-    "dpm_solver_pp_singlestep": _choices(order=(2, 3), **_SPENT),
-    "unipc": _choices(order=(2, 3), variant=("bh1", "bh2", "exact"), basis=("x0", "eps"), end=(0, 1), **_ENDS),
-    "sa_solver": _choices(predictor_order=(2, 3), corrector_order=(2, 3, 4), sde_eta=(0.0,)),
-    "er_sde": _choices(order=(2, 3), kind=("ode",)),
-    "deis": _choices(order=(2, 3, 4), basis=("lambda", "rho", "t"), **_ENDS),
-    "lms": _choices(order=(2, 3, 4), **_ENDS),
-    "ipndm": _choices(order=(2, 3, 4), **_ENDS),
-    "plms": _choices(order=(2, 4), **_ENDS),
-    "pndm": _choices(**_ENDS),
-    "heun": _choices(),
-    "rk": _choices(order=(2, 3, 4), basis=("rho", "flow")),
-}
-LEFT_OUT = {
-    "ddpm": "stochastic",
-    "sigma_hat": "stochastic",
-    "euler_ancestral": "stochastic",
-    "consistency": "stochastic",
-    "euler": "the table of ddim",
-    "edm": "heun, or stochastic",
-    "dpm_solver_pp_sde": "stochastic",
-    "restart": "stochastic",
-    "tcd": "ddim, or stochastic",
-}
 
 
 class Problem(NamedTuple):
@@ -126,9 +72,6 @@ class Row(NamedTuple):
 
 
 def main(_):
-    for name in solvers.SOLVERS.keys() - OURS.keys() - LEFT_OUT.keys():
-        OURS[name] = _choices()
-        print(f"{name} is ranked with its defaults; name its options in OURS, or why not to rank it in LEFT_OUT")
     jax.config.update("jax_enable_x64", True)
     problem = make_problem()
     rows = []
@@ -140,11 +83,11 @@ def main(_):
             from ranking_diffusers import library_rows
 
             rows += [
-                Row("diffusers", *row[:2], budget, row[2], *errors(problem, row[3]))
+                Row("diffusers", *row[:2], budget, row[2], *errors(ranking.squares(row[3], problem.exact)))
                 for row in library_rows(problem, _SCHEDULE.value, budget)
             ]
         report(problem, [row for row in rows if row.budget == budget], budget)
-    print("left out:", "; ".join(f"{name}: {reason}" for name, reason in LEFT_OUT.items()))
+    print("left out:", "; ".join(f"{name}: {reason}" for name, reason in ranking.LEFT_OUT.items()))
     if _OUT.value:
         with open(_OUT.value, "w", newline="") as file:
             csv.writer(file).writerows([Row._fields, *sorted(rows, key=lambda row: (row.budget, row.rms))])
@@ -181,25 +124,15 @@ def load_images():
 
 
 def our_rows(problem, budget):
-    rows, seen = [], set()
-    for solver, choices in OURS.items():
-        for options in choices:
-            for grid in GRIDS:
-                table = largest_table(problem.schedule, solver, options, grid, budget)
-                if table is None or (key := table.update.tobytes() + table.t.tobytes()) in seen:
-                    continue  # the same table under another name
-                seen.add(key)
-                x = diffusion.sample(
-                    *problem.testbed,
-                    table,
-                    jax.random.key(0),
-                    len(problem.noise),
-                    problem.noise.shape[1:],
-                    x_init=jnp.asarray(problem.noise),
-                )
-                name = ",".join(f"{key}={value}" for key, value in options.items())
-                rows.append(Row("ours", f"{solver}:{name}".rstrip(":"), grid, budget, table.nfe, *errors(problem, x)))
-    return rows
+    def draw(table):
+        shape, start = problem.noise.shape[1:], jnp.asarray(problem.noise)
+        return diffusion.sample(*problem.testbed, table, jax.random.key(0), len(start), shape, x_init=start)
+
+    entries = ranking.candidates(ranking.maker(problem.schedule), budget)
+    return [
+        Row("ours", row.candidate.sampler, row.candidate.tau, budget, row.candidate.table.nfe, *errors(row.squares))
+        for row in ranking.rank(draw, entries, problem.exact)
+    ]
 
 
 def learned_row(problem, budget):
@@ -220,27 +153,18 @@ def learned_row(problem, budget):
     while search.current is not None:
         search = tables.advance(bed, search)
     x = rollout.run(asked, tables.result(bed, search), rollout.Noises(problem.noise))
-    return Row("learned", "learned", f"from {search.leader.start[0]}", budget, budget, *errors(problem, x))
+    return Row(
+        "learned",
+        "learned",
+        f"from {search.leader.start[0]}",
+        budget,
+        budget,
+        *errors(ranking.squares(x, problem.exact)),
+    )
 
 
-def largest_table(schedule, solver, options, grid, budget):
-    """The table of most steps within the budget, or None."""
-    for steps in range(budget, 0, -1):
-        try:
-            tau = GRIDS[grid](schedule, steps)
-            table = solvers.SOLVERS[solver](schedule, tau, **options)
-        except InputError:
-            continue
-        if table.nfe <= budget:
-            return table
-    return None
-
-
-def errors(problem, x):
+def errors(squares):
     """(root mean square error, median of those of the samples)."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.mean((np.asarray(x, np.float64) - problem.exact).reshape(len(problem.noise), -1) ** 2, axis=1)
-    squares = np.where(np.isfinite(squares), squares, np.inf)
     return float(np.sqrt(squares.mean())), float(np.sqrt(np.median(squares)))
 
 

@@ -2,6 +2,7 @@
 
 from diffusion import jax_environment  # noqa: F401, I001 - first, as it looks at what importing JAX would trip over
 from diffusion import editing, gaussian, schedules, solvers, timesteps
+from diffusion.around import Steering
 from diffusion.caching import Cache
 from diffusion.errors import InputError
 from diffusion.guidance import Guidance
@@ -17,6 +18,7 @@ __all__ = [
     "InputError",
     "NoiseSchedule",
     "SamplerTable",
+    "Steering",
     "Trajectory",
     "editing",
     "gaussian",

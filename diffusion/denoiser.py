@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from diffusion.around import Steering
 from diffusion.errors import InputError, nearest
 from diffusion.guidance import Now, Pair, guide
 from diffusion.predictions import Reading, check_known, sees_end
@@ -26,7 +27,7 @@ class Denoised(NamedTuple):
       x: what the solver must take for x, so that (x - a D) / n is the eps to go on with.
       log_variance_share: the second half of the network's channels if options ask for it, else None.
       memory: what the guidance rule keeps for the next evaluation, or None without guidance.
-      aux: what the network and the second network returned beside their predictions, see has_aux of `denoise`.
+      aux: what the network and the second network returned beside their predictions, see `Options`.
     """
 
     x0: Images
@@ -39,12 +40,14 @@ class Denoised(NamedTuple):
 class Options(NamedTuple):
     """Choices that are compiled in; see `diffusion.sample`.
 
-    A network may return twice the channels whatever learned_variance says; without it the second half is left out.
+    A network may return twice the channels whatever learned_variance says; without it the second half is left out. With
+    has_aux every network returns (prediction, aux), as for `jax.grad`, and aux is passed on.
     """
 
     clip: str = "none"
     dynamic_threshold: float | None = None
     learned_variance: bool = False
+    has_aux: bool = False
 
 
 PLAIN = Options()
@@ -73,7 +76,7 @@ def denoise(
     options: Options = PLAIN,
     now: Now | None = None,
     known: tuple[Images, Images] | None = None,
-    has_aux: bool = False,
+    steering: Steering | None = None,
 ) -> Denoised:
     """Evaluates the network once and reads D off it; one batched call also when guided without a second network.
 
@@ -85,14 +88,14 @@ def denoise(
       options: static choices.
       now: guidance in this call, or None for no guidance.
       known: (values, mask) of pixels to keep, both broadcastable to x; mask is 1 where known.
-      has_aux: whether every network returns (prediction, aux), as for `jax.grad`; aux is passed on.
+      steering: what else changes the estimate, or None.
     """
 
     def read(output):
         return reading.from_x * x + reading.from_output * output
 
     # Ask, and guide.
-    if not has_aux:
+    if not options.has_aux:
         network, now = _with_aux(network, now)
     if now is None:
         output, share, aux = _ask(network, x, cond, reading, options)
@@ -103,11 +106,16 @@ def denoise(
         output, output_for_eps, memory = guide(now, pair)
 
     # Clip; the eps to go on with follows from the clipped estimate, or is the predicted one.
-    raw = read(output)
-    x0 = _threshold(raw, options)
-    x_for_eps = x + reading.signal * (x0 - raw) if options.clip == "keep_eps" else x
+    raw, push = read(output), 0.0
+    if steering is None:
+        x0 = _threshold(raw, options)
+    else:
+        times = jnp.broadcast_to(reading.time, x.shape[:1])
+        push = steering.push(x, times, cond, reading.signal, reading.noise)
+        x0 = _threshold(steering.project(raw + push, times), options)
+    x_for_eps = x + reading.signal * (x0 - raw - push) if options.clip == "keep_eps" else x
     if output_for_eps is not None:
-        x_for_eps = jnp.where(now.inside > 0, x + reading.signal * (x0 - read(output_for_eps)), x_for_eps)
+        x_for_eps = jnp.where(now.inside > 0, x + reading.signal * (x0 - read(output_for_eps) - push), x_for_eps)
 
     if known is not None:
         values, mask = known

@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from diffusion import keys, predictions
+from diffusion import keys, predictions, watching
 from diffusion.arguments import (
     check_cache,
     check_conditions,
@@ -19,6 +19,7 @@ from diffusion.arguments import (
     check_table,
     is_concrete,
 )
+from diffusion.around import Steering
 from diffusion.caching import Cache, Split, cached
 from diffusion.denoiser import Options, check_options, denoise, log_variance_between
 from diffusion.errors import InputError, nearest
@@ -65,6 +66,8 @@ class _Inputs:
     x_init: Images | None
     start_std: Float[Array, ""]
     from_images: Bool[Array, ""]
+    steering: Steering | None
+    watcher: Int[Array, ""] | None
     apply_fn: ApplyFn = struct.field(pytree_node=False)
     sample_shape: tuple[int, ...] = struct.field(pytree_node=False)
     options: Options = struct.field(pytree_node=False)
@@ -99,6 +102,8 @@ def sample(  # noqa: PLR0913
     sample_ids: Int[Array, "N"] | None = None,
     return_trajectory: bool = False,
     cache: Cache | None = None,
+    steering: Steering | None = None,
+    callback: watching.Callback | None = None,
     **short: Any,
 ) -> Images | tuple[Images, Trajectory]:
     """Draws samples by running a table.
@@ -130,6 +135,9 @@ def sample(  # noqa: PLR0913
       return_trajectory: also return all intermediate states, which then stay in memory.
       cache: in which calls the deep levels of the network are computed, for the others to take what they gave, see
         `diffusion.caching.Cache`. Other calls of as many compile nothing; all calls is the same as none given.
+      steering: a classifier that steers the network, or a function of its estimates, see `diffusion.around.Steering`.
+      callback: (stage, x, x0), called on the host after each network call, as for previews; x0 is the estimate. It may
+        raise, which ends the run. Other callbacks compile nothing, but sample must not be inside jit, grad or vmap.
       short: guidance_scale, null_cond, guidance_interval, guidance_rescale and guidance_rule are short for a guidance
         with these fields: sample(..., cond=labels, null_cond=nulls, guidance_scale=3).
 
@@ -138,7 +146,7 @@ def sample(  # noqa: PLR0913
 
     Raises:
       InputError: an unknown option, shapes that do not agree, a prediction that says nothing about x_0 where the signal
-        is zero, or guidance without conditions.
+        is zero, guidance without conditions, or a callback that raises.
       TypeError: an unknown keyword.
     """
     # Check what was asked for.
@@ -154,10 +162,11 @@ def sample(  # noqa: PLR0913
     check_conditions(num_samples, cond)
     guidance = _check_guidance(guidance, short, cond)
     check_rule(prediction, guidance)
-    if known is not None and predictions.sees_end(prediction):
-        raise InputError(
-            f"known pixels go into estimates of x_0, which a network that predicts {prediction} makes none of"
-        )
+    if (known is not None or steering is not None) and predictions.sees_end(prediction):
+        what = "steering goes" if known is None else "known pixels go"
+        raise InputError(f"{what} into estimates of x_0, which a network that predicts {prediction} makes none of")
+    if steering is not None:
+        steering.check()
 
     whole = check_cache(cache, table, guidance)
 
@@ -169,9 +178,13 @@ def sample(  # noqa: PLR0913
     shared = None if guidance is None else guidance.replace(scale=None, interval=None, rescale=1.0 * guidance.rescale)
     shape = tuple(sample_shape)
     start = (_start_std(table), table.tau[0] < table.tau[-1])
-    split = None if whole is None else cache.split
-    inputs = _Inputs(params, key, ids, cond, shared, known, x_init, *start, apply_fn, shape, options, split)
-    return _run(inputs, stages, return_trajectory)
+    options = options._replace(has_aux=whole is not None)
+    around = (steering, None, apply_fn, shape, options, None if whole is None else cache.split)
+    inputs = _Inputs(params, key, ids, cond, shared, known, x_init, *start, *around)
+    if callback is None:
+        return _run(inputs, stages, return_trajectory)
+    with watching.watched(callback, inputs, stages) as number:
+        return jax.block_until_ready(_run(inputs.replace(watcher=number), stages, return_trajectory))
 
 
 def _start_std(table):
@@ -234,12 +247,14 @@ def _run(inputs: _Inputs, stages: _Stage, return_trajectory: bool):
     def estimate(x, stage, memory, features):
         network, guidance = _networks(inputs, stage.whole, features)
         now = None if guidance is None else Now(guidance, *stage.guidance, stage.index, memory)
-        return denoise(network, x, inputs.cond, stage.reading, inputs.options, now, known, inputs.split is not None)
+        return denoise(network, x, inputs.cond, stage.reading, inputs.options, now, known, inputs.steering)
 
     def step(state, stage):
         registers, memory, features = state
         x = registers[0]
         d = estimate(x, stage, memory, features)
+        if inputs.watcher is not None:
+            watching.tell(inputs.watcher, stage.index, x, d.x0)
         z = noise(stage.index + 1)
         if inputs.options.learned_variance:
             z = jnp.exp(0.5 * log_variance_between(d.log_variance_share, *stage.log_variance)) * z

@@ -65,6 +65,20 @@ def answers(trained):
     return jax.jit(trained.model.apply_fn)(trained.params, x, jnp.array([1, 640]))
 
 
+def test_what_a_folder_has_in_the_place_of_the_own_sampler_is_said(trained):
+    assert diffusers.replaced(trained) == []
+    for sampler, tau, expected in (
+        ("ddpm:variance=large", "uniform", []),
+        ("unipc:order=3", "trailing", ["its sampler unipc becomes ddim, of DDIMScheduler"]),
+        ("ddim:eta=1", "trailing", ["its sampler ddim:eta=1.0 becomes ddim, of DDIMScheduler"]),
+        ("ddim:end=1", "leading:offset=1", []),
+        ("ddim", "karras:rho=3", ["its grid karras:rho=3.0 becomes trailing, of DDIMScheduler"]),
+    ):
+        config = trained.config.copy_and_resolve_references()
+        config.sample.update(sampler=sampler, tau=tau, clip="keep_eps" if "ddpm" not in sampler else "recompute")
+        assert diffusers.replaced(trained._replace(config=config)) == expected
+
+
 def test_a_model_comes_back_from_its_folder(trained, folder):
     found = diffusers.load(folder)
     assert_same(found.params, trained.params)

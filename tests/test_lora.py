@@ -49,6 +49,11 @@ def peft(kind, layer):
     return f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.alpha"
 
 
+def own_of_peft(kind, layer):
+    name = f"base_model.model.{layer}" if kind == "unet" else f"base_model.model.text_model.{layer}"
+    return f"{name}.lora_A.weight", f"{name}.lora_B.default.weight", None
+
+
 def early(kind, layer):
     if kind == "unet":
         block, _, projection = layer.removesuffix(".0").rpartition(".")
@@ -96,6 +101,7 @@ def changed(folder, out, found, factor):
     [
         (kohya, ALPHA, 1.0, None),
         (peft, ALPHA, -0.7, None),
+        (own_of_peft, 5.0, 0.5, None),
         (early, RANK, 0.5, None),
         (early, 5.0, 1.0, {"unet.lora_alpha": 5, "text_encoder.lora_alpha": 5, "unet.use_dora": False}),
     ],
@@ -104,6 +110,7 @@ def test_a_lora_is_added_as_its_formula_says_in_every_layout(named, alpha, scale
     layers = {**LAYERS, "unet": LAYERS["unet"] | (FURTHER if named is not early else {})}
     written = metadata and {"lora_adapter_metadata": json.dumps(metadata)}
     found = save_lora(tmp_path / "it.safetensors", named, layers, written)
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 5, "use_dora": false}')
     wanted = changed(folder, tmp_path / "changed", found, scale * alpha / RANK)
     trained, plain = diffusers.load(folder, loras=[(tmp_path / "it.safetensors", scale)]), diffusers.load(folder)
     pairs = zip(jax.tree.leaves(trained.params), jax.tree.leaves(wanted.params), strict=True)
@@ -166,6 +173,41 @@ def test_a_lora_that_cannot_be_read_or_merged_is_refused(folder, tmp_path):
     save_lora(path, kohya)
     with pytest.raises(InputError, match=r"scale of LoRA .* is nan"):
         diffusers.load(folder, loras=[(path, float("nan"))])
+    with pytest.raises(InputError, match=r"scale of LoRA .* is 1e\+39; give -1000..1000"):
+        diffusers.load(folder, loras=[(path, 1e39)])
+    save_lora(path, own_of_peft)
+    with pytest.raises(InputError, match=r"is of peft, which keeps the alpha in adapter_config.json"):
+        diffusers.load(folder, loras=[(path, 1.0)])
+    save_lora(path, kohya)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(InputError, match=r"is damaged"):
         diffusers.load(folder, loras=[(path, 1.0)])
+
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (f"unet.{LAYER}.lora_A", f"unet.{LAYER}.lora.down", f"has down of unet.{LAYER} twice"),
+        (f"unet.{LAYER}.lora_A", f"lora_unet_{LAYER.replace('.', '_')}.lora_down", "changes one layer twice, as "),
+        (f"unet.{LAYER}.lora_A", f"{LAYER}.lora_A", "changes one layer twice, as "),
+    ],
+)
+def test_a_layer_in_two_spellings_is_refused_and_not_added_twice(first, second, said, folder, tmp_path):
+    down, up, tensors = np.ones((RANK, 8), np.float32), np.ones((8, RANK), np.float32), {}
+    for name in (first, second):
+        other = name.replace("lora_A", "lora_B").replace("down", "up")
+        tensors |= {f"{name}.weight": down, f"{other}.weight": up}
+    safetensors.numpy.save_file(tensors, tmp_path / "it.safetensors")
+    with pytest.raises(InputError, match=said):
+        diffusers.load(folder, loras=[(tmp_path / "it.safetensors", 1.0)])
+
+
+def test_whole_numbers_are_no_lora(folder, tmp_path):
+    down, up = np.ones((RANK, 8), np.int8), np.ones((8, RANK), np.float32)
+    tensors = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
+    safetensors.numpy.save_file(tensors, tmp_path / "it.safetensors")
+    with pytest.raises(InputError, match=r"lora_A.weight is of int8, and a LoRA is of real numbers"):
+        diffusers.load(folder, loras=[(tmp_path / "it.safetensors", 1.0)])

@@ -75,8 +75,8 @@ MISTAKES = [
     ("train.py", ["--config.sample.sampler=analytic_dpm"], "needs gamma, which is estimated on a trained model"),
     (
         "train.py",
-        ["--config.sample.sampler=dpmpp_2m_karras"],
-        "official, and the grid as tau: karras",
+        ["--config.sample.sampler=dpmpp_2m_karras", "--config.sample.tau=uniform"],
+        "takes the grid karras; leave out config.sample.tau",
     ),
     ("train.py", ["--config.train.prediction=noise"], "valid: edm, eps, flow, mean_flow, v, x0"),
     ("train.py", ["--config.model.width=33"], "width is 33; it must be even"),
@@ -204,6 +204,10 @@ MISTAKES = [
     ),
     # Names of other libraries
     ("sample.py", [RUN, "--sampler=uni_pc"], r"two things: unipc:order=3,variant=bh1 .* and unipc:order=2,variant=bh2"),
+    ("sample.py", [RUN, "--sampler=dpm_2_ancestral", "--eta=0.5"], "dpm_solver:order=2,eta=1.0 has its eta in its opt"),
+    ("sample.py", [RUN, "--sampler=PNDMScheduler()x"], "is no call of PNDMScheduler; write .* nothing after it"),
+    ("sample.py", [RUN, "--sampler=edm:s_noise=1.01"], "s_churn is 0, so that no noise is added, .*give s_churn"),
+    ("sample.py", [RUN, "--sampler=dpmpp_2m:s_noise=1.1"], "no noise that it acts on; give sde_eta above 0"),
     ("sample.py", [RUN, "--sampler=dpmpp_2m_beta"], "'beta' in 'dpmpp_2m_beta' means two things"),
     ("sample.py", [RUN, "--sampler=dpmpp_2m_karras", "--tau=uniform"], "takes the grid karras; leave out --tau"),
     ("sample.py", [RUN, "--sampler=euler_a:order=2"], "euler_ancestral has no option 'order'"),
@@ -352,6 +356,23 @@ MISTAKES = [
     ("sample.py", [RUN, "--tau=uniform:start=1.5"], "start of tau is 1.5"),
     ("train.py", ["--config.sample.sampler=learned"], "learned for a trained model"),
     ("evaluate.py", [RUN, "--likelihood=5", "--first=1798"], "more than the 1797 images"),
+    # A ranking of samplers
+    ("evaluate.py", [RUN, "--rank"], "--rank needs budgets of network calls; add --calls=5,10"),
+    ("evaluate.py", [RUN, "--calls=5"], "--calls is for --rank; leave it out"),
+    ("evaluate.py", [RUN, "--rank", "--calls=0"], r"calls is '0'; give whole numbers in 1\.\.1000, each once"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5,1001"], r"calls is '5,1001'; give whole numbers in 1\.\.1000"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5,5"], "calls is '5,5'; .*each once"),
+    ("evaluate.py", [RUN, "--rank", "--calls="], "calls is ''; give whole numbers"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--metrics=frechet"], "--metrics does nothing with --rank; leave"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--bound=5"], "--bound does nothing with --rank"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--steps=5"], "--steps does nothing with --rank"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--out=$FILE"], "file: File exists; check this path"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--samplers=ddpm"], "sampler ddpm draws noise at its steps"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--samplers=unpc"], "did you mean 'unipc'"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--samplers=mine.json"], "is a table in a file, and --rank tries"),
+    ("evaluate.py", [RUN, "--rank", "--calls=1", "--samplers=heun:x=1"], "heun has no option"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--tau=explicit:times=9,5"], "--rank tries numbers of steps"),
+    ("evaluate.py", [RUN, "--rank", "--calls=5", "--tau=unifrm"], "did you mean 'uniform'"),
 ]
 
 

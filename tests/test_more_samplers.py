@@ -369,6 +369,14 @@ def test_wrong_options_are_refused_in_one_line():
     tau = timesteps.log_snr(LINEAR, 6)
     for text, build, options in (
         ("eta is 1.5.*0..1", dpm_solver, {"eta": 1.5}),
+        ("s_churn is 0, so that no noise is added", edm, {"s_noise": 1.01}),
+        ("s_churn is 0, so that no noise is added", edm, {"s_min": 0.1}),
+        ("no noise that it acts on; give eta above 0", euler_ancestral, {"eta": 0.0, "s_noise": 1.1}),
+        ("no noise that it acts on; give eta above 0", dpm_solver, {"s_noise": 1.1}),
+        ("no noise that it acts on; give sde_eta above 0", dpm_solver_pp, {"s_noise": 1.1}),
+        ("no noise that it acts on; give sde_eta above 0", dpm_solver_multistep, {"s_noise": 1.1}),
+        ("no noise that it acts on; give another kind", er_sde, {"kind": "ode", "s_noise": 1.1}),
+        ("no noise that it acts on; give repeats above 0", restart, {"repeats": 0, "s_noise": 1.1}),
         ("s_noise is -1", dpm_solver_pp_singlestep, {"s_noise": -1}),
         ("variant is 'taylor'", dpm_solver, {"variant": "taylor"}),
         ("calls is 'fas'; did you mean 'fast'", dpm_solver, {"calls": "fas"}),

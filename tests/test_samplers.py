@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from reference import refused
 
 from diffusion import schedules, solvers, timesteps
@@ -203,6 +204,37 @@ def test_what_a_name_stands_for_is_printed(capsys):
 def test_a_name_that_means_two_things_is_refused_with_both(name):
     with refused("means two things: .* and "):
         aliases.meaning(name) if name != "beta" else aliases.meaning("euler_beta")
+
+
+def test_a_grid_that_means_two_things_names_both_flags():
+    with refused("write --sampler=dpm_solver_pp:order=2,variant=official --tau=beta, or --tau=beta:of=sigma"):
+        aliases.meaning("dpmpp_2m_beta")
+
+
+def test_a_name_that_means_two_things_is_refused_with_a_grid_as_well_unless_it_is_ours():
+    assert aliases.meaning("unipc_karras") == ("unipc", "karras")
+    assert aliases.meaning("dpm_solver_pp_karras") == ("dpm_solver_pp", "karras")
+    for name in ("uni_pc_karras", "UniPC Karras", "dpm_solver++_karras"):
+        with refused("means two things"):
+            aliases.meaning(name)
+
+
+@pytest.mark.parametrize("after", ["x", "_karras", ":eta=1", ")", "(solver_order=2)"])
+def test_text_after_the_call_of_a_scheduler_is_refused(after):
+    with refused("is no call of DPMSolverMultistepScheduler"):
+        aliases.meaning(f"DPMSolverMultistepScheduler(solver_order=2){after}")
+
+
+def test_a_config_gets_our_names_in_the_place_of_others():
+    section = ConfigDict({"sampler": "dpmpp_2m_karras", "tau": "uniform"})
+    aliases.put_ours(section, (), "uniform")
+    assert section.to_dict() == {"sampler": "dpm_solver_pp:order=2,variant=official", "tau": "karras"}
+    section = ConfigDict({"sampler": "euler_a", "tau": "sgm_uniform"})
+    aliases.put_ours(section, ("sample.tau",), "uniform")
+    assert section.to_dict() == {"sampler": "euler_ancestral", "tau": "linspace:last=false,rounded=false"}
+    for tau, given in (("uniform", ("sample.tau",)), ("leading", ())):
+        with refused("takes the grid karras; leave out config.sample.tau"):
+            aliases.put_ours(ConfigDict({"sampler": "dpmpp_2m_karras", "tau": tau}), given, "uniform")
 
 
 def test_the_list_names_everything_with_its_options_and_calls():

@@ -238,7 +238,12 @@ def test_a_picture_is_changed_by_a_prompt_and_kept_by_a_mask(place):
         (["--prompt=cat", "--lora="], "lora is ''; give files"),
         (["--prompt=cat", "--labels=1"], "--labels names classes, and this model is told prompts"),
         (["--prompt=cat", "--size=8x"], "size is '8x'; write 512, or HEIGHTxWIDTH"),
-        (["--prompt=cat", "--size=9"], "image_size is 9 x 9; the autoencoder takes multiples of 2"),
+        (["--prompt=cat", "--size=9"], "image_size is 9 x 9; the autoencoder takes multiples of 2 pixels: give 8 x 8"),
+        (["--prompt=cat", "--lora=one.safetensors:1e39"], "the scale of LoRA one.safetensors is 1e+39; give -1000"),
+        (["--prompts=sd"], "--prompts=sd is a folder; name a file of text in it"),
+        (["--prompt=cat", "--workdir=sd/unet"], "sd/unet is a part of the pipeline in sd; name that folder instead"),
+        (["--workdir=sd/scheduler"], "sd/scheduler is a part of the pipeline in sd; name that folder instead"),
+        (["--workdir=sd/vae"], "sd/vae is a part of the pipeline in sd; name that folder instead"),
         (["--prompt=cat", "--guidance_scale=1", "--negative_prompt=no"], "does nothing without guidance by the prompt"),
     ],
 )

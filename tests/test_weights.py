@@ -182,7 +182,7 @@ def test_models_that_ship_have_names_which_a_path_of_the_same_name_takes_over(tm
         *[""] * 2,
     ]
     for name in pretrained.FILES:
-        assert pretrained.name_of(f"shipped-{name}") == name
+        assert pretrained.name_of(f"shipped-{name}") == pretrained.name_of(f"shipped-{name}/") == name
         (tmp_path / f"shipped-{name}").mkdir()
         assert pretrained.name_of(f"shipped-{name}") == ""
     (tmp_path / "shipped").mkdir()

@@ -6,7 +6,10 @@ A scheduler of diffusers may be written with its arguments, as in
 
 import ast
 import re
+from collections.abc import Collection
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from diffusion.errors import InputError
 from diffusion.interop.diffusers import schedulers
@@ -15,7 +18,8 @@ from diffusion.solvers import ESTIMATED_SOLVERS, SOLVERS
 from diffusion.solvers import names as foreign
 from diffusion.timesteps import GRIDS, MODEL_GRIDS
 
-_CALL = re.compile(r"\s*(\w+Scheduler)\s*\((.*)\)\s*", re.DOTALL)
+_BEGUN = re.compile(r"\s*(\w+Scheduler)\s*\(")
+_CALL = re.compile(_BEGUN.pattern + r"((?:[^()]|\([^()]*\))*)\)\s*")
 _OF_GRIDS = ("timestep_spacing", "steps_offset", "use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
 _OF_GRIDS += ("use_beta_sigmas", "shift", "rho", "sigma_schedule", "original_inference_steps")
 """The arguments of schedulers that say a grid."""
@@ -31,7 +35,13 @@ def meaning(sampler: str) -> foreign.Meaning:
     Raises:
       InputError: a name that means two things, or arguments of a scheduler that are not supported.
     """
-    if call := _CALL.fullmatch(sampler):
+    if begun := _BEGUN.match(sampler):
+        call = _CALL.fullmatch(sampler)
+        if call is None:
+            raise InputError(
+                f"sampler {sampler} is no call of {begun[1]}; write {begun[1]}(NAME=VALUE, ...) and nothing after it, "
+                "and the grid with --tau"
+            )
         return _scheduler(call[1], call[2])
     name, colon, options = sampler.partition(":")
     if name in SOLVERS | ESTIMATED_SOLVERS:
@@ -50,22 +60,41 @@ def _with(text, options):
     return f"{name}:{','.join([*kept, options])}"
 
 
-def chosen(sampler: str, tau: str, tau_given: bool) -> tuple[str, str]:
+def chosen(sampler: str, tau: str, tau_given: bool, tau_field: str = "--tau") -> tuple[str, str]:
     """Returns the sampler and the grid that are meant, and prints what a name of another library stands for.
 
     Args:
       sampler: as the user wrote it.
       tau: the grid that is taken where the sampler's name says none.
       tau_given: whether the user asked for that grid.
+      tau_field: where the user did, for the error.
 
     Raises:
       InputError: as `meaning`; or both the name and the user say a grid.
     """
     found = meaning(sampler)
     if found.tau and tau_given and tau != found.tau:
-        raise InputError(f"sampler {sampler} takes the grid {found.tau}; leave out --tau, or write {found.sampler}")
+        raise InputError(
+            f"sampler {sampler} takes the grid {found.tau}; leave out {tau_field}, or write {found.sampler}"
+        )
     _say(sampler, found)
     return found.sampler, found.tau or tau
+
+
+def put_ours(section: ConfigDict, given: Collection[str], usual: str) -> None:
+    """Puts what names of other libraries stand for in their places in config.sample; a run's record has ours only.
+
+    Args:
+      section: config.sample, which is changed.
+      given: the fields that the command line sets, as "sample.tau".
+      usual: the grid that nobody has asked for.
+
+    Raises:
+      InputError: as `chosen`.
+    """
+    tau = grid(section.tau)
+    tau_given = "sample.tau" in given or section.tau != usual
+    section.sampler, section.tau = chosen(section.sampler, tau, tau_given, "config.sample.tau")
 
 
 def without_grid(sampler: str, say: bool = False) -> str:

@@ -63,6 +63,8 @@ def _write_folder():
     else:
         trained = opening.open_named(name, _EMA.value or "", own.networks(_NETWORK.value)).trained
         diffusers.save(trained, _OUT.value)
+        for note in diffusers.replaced(trained):
+            print(f"note: {note}")
     print(f"{name}, step {trained.step:,}, EMA {trained.ema}: wrote {_OUT.value}, which diffusers reads")
 
 

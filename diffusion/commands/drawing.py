@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float, Int32, UInt8
 
 from diffusion import keys
 from diffusion.conditions import Conditions, Prompts
@@ -29,14 +29,46 @@ def generate(
     sample_ids: Sequence[int],
     *,
     seed: int,
+    **how: Any,
+) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
+    """Yields the images of sample_ids in order, batch by batch.
+
+    Image i depends only on (seed, i) and its class.
+
+    Args:
+      model, params, table, sample_ids: as for `draw`.
+      seed: of the random key.
+      how: the other arguments of `draw`.
+
+    Raises:
+      InputError: an image is not finite.
+    """
+    ids = np.asarray(sample_ids, np.uint32)
+    done = 0
+    for samples in draw(model, params, table, ids, key=keys.make(seed), **how):
+        bad = ~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
+        if bad.any():
+            first = ids[done : done + len(samples)][bad][0]
+            raise InputError(f"image {first} is not finite: the weights diverged, or {table.name} on this grid")
+        done += len(samples)
+        yield model.space.decode(samples)
+
+
+def draw(
+    model: Model,
+    params: Params,
+    table: SamplerTable,
+    sample_ids: Sequence[int],
+    *,
+    key: jax.Array,
     mesh: Mesh,
     labels: Sequence[int] = (),
     batch_size: int = 64,
     **options: Any,
-) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
-    """Yields the images of sample_ids in order, batch by batch.
+) -> Iterator[Float[np.ndarray, "B *shape"]]:
+    """Yields the samples of sample_ids in order, in the space that the model works in, batch by batch.
 
-    Image i depends only on (seed, i) and its class. All batches have the same shape, so one compilation serves them:
+    Sample i depends only on (key, i) and its class. All batches have the same shape, so one compilation serves them:
     batch_size is rounded up to a multiple of the number of devices, and the last batch is filled up with repetitions
     that are not returned.
 
@@ -44,10 +76,10 @@ def generate(
       model, params: the model and its network's parameters.
       table: the sampler.
       sample_ids: whole numbers in 0..2^32 - 1.
-      seed: of the random key.
+      key: the random key.
       mesh: each batch is split over its "data" axis.
-      labels: classes; image i has labels[i % len(labels)]. () for none.
-      batch_size: images at a time.
+      labels: classes; sample i has labels[i % len(labels)]. () for none.
+      batch_size: samples at a time.
       options: go to `diffusion.sample`, where x_init is a function of the numbers of a batch. A model that takes the
         guidance scale as an input is told that of `guidance`.
     """
@@ -59,7 +91,7 @@ def generate(
     params = jax.device_put(params, everywhere)
     if (guidance := options.get("guidance")) is not None:
         options["guidance"] = guidance.replace(reference_params=jax.device_put(guidance.reference_params, everywhere))
-    key = jax.device_put(keys.make(seed), everywhere)
+    key = jax.device_put(key, everywhere)
     x_init = options.pop("x_init", None)
     for start in range(0, len(ids), size):
         batch = ids[start : start + size]
@@ -67,13 +99,8 @@ def generate(
         placed = {"sample_ids": padded, **conditions_of(model, padded, labels, options.get("guidance"))}
         placed |= {} if x_init is None else {"x_init": x_init(padded)}
         placed = jax.device_put(placed, split)
-        images = _sample(model, params, table, key, **placed, **options)
-        # Only real images count from here, not what filled the batch up.
-        images = np.asarray(images)[: len(batch)]
-        bad = ~np.isfinite(images).reshape(len(images), -1).all(axis=1)
-        if bad.any():
-            raise InputError(f"image {batch[bad][0]} is not finite: the weights diverged, or {table.name} on this grid")
-        yield model.space.decode(images)
+        # Only real samples count from here, not what filled the batch up.
+        yield np.asarray(_sample(model, params, table, key, **placed, **options))[: len(batch)]
 
 
 def frames(

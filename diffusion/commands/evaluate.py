@@ -12,6 +12,9 @@ and distance in the space of features, in reconstruction.csv, .json and .png.
 `python evaluate.py --bound=10,25` prints the variational bound of the data in bits per dimension instead, for each
 variance and number of steps, and writes bound.json with the part of every step. `--likelihood=25,50` prints the data's
 likelihood under the probability flow, solved in 25 and in 50 steps, and writes likelihood.json.
+
+`python evaluate.py --rank --calls=5,10` tries all solvers on all grids with at most so many network calls, prints those
+whose samples come nearest to a solution in many steps, and writes ranking.csv.
 """
 
 import time
@@ -34,6 +37,7 @@ from diffusion.commands import (
     feature_spaces,
     own,
     prompts,
+    ranking,
     reconstructions,
     samplers,
     shared_flags,
@@ -86,6 +90,11 @@ _VARIANCES = flags.DEFINE_list(
 _LIKELIHOOD = flags.DEFINE_list(
     "likelihood", None, "Print the likelihood under the probability flow with each of these numbers of steps, as 25,50."
 )
+usage.group("A ranking of samplers")
+_RANK = flags.DEFINE_bool(
+    "rank", False, "Rank all solvers and grids, or those of --samplers and --tau, by their distance to many steps."
+)
+_CALLS = flags.DEFINE_list("calls", None, "With --rank: budgets of network calls, as 5,10.")
 usage.group("Where the figures go")
 _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.")
 
@@ -93,12 +102,21 @@ OF_DRAWING = ("samplers", "steps", "etas", "metrics", "num", "labels", "dynamic_
 OF_DRAWING += ("guidance", "guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
 """The flags that only matter if samples are drawn."""
 
+NOT_RANKED = "steps etas guidance metrics features inception data split first bound variances likelihood cache".split()
+"""The flags that do nothing for a ranking."""
+
 OF_SAMPLES = (*OF_DRAWING, "features", "inception")
 """The flags that only matter where samples, or what an autoencoder gives back, are measured."""
 
 
 def main() -> None:
     devices.prepare()
+    if _RANK.value:
+        _refuse(NOT_RANKED, "does nothing with --rank")
+        if _CALLS.value is None:
+            raise InputError("--rank needs budgets of network calls; add --calls=5,10")
+    else:
+        _refuse(["calls"], "is for --rank")
     if _BOUND.value is not None or _LIKELIHOOD.value is not None:
         _refuse(OF_SAMPLES, "is for samples, which --bound and --likelihood do not draw")
     if _BOUND.value is None and _LIKELIHOOD.value is not None:
@@ -113,6 +131,10 @@ def main() -> None:
         _refuse(["first"], "goes with --bound and --likelihood, or an autoencoder")
     source = sources.open_source()
     out = Path(_OUT.value or source.home).expanduser()
+    if _RANK.value:
+        names = None if _SAMPLERS.value is None else options.split(_SAMPLERS.value)
+        ranking.rank(ranking.plan(source, _CALLS.value, names, _TAU.value, _NUM.value), out)
+        return
     if _BOUND.value is None and _LIKELIHOOD.value is None:
         measure_samples(source, out)
     if _BOUND.value is not None:
@@ -127,7 +149,7 @@ def main() -> None:
 def measure_autoencoder(found: reconstructions.Source) -> None:
     """Measures how near what an autoencoder gives back comes to the images of its data."""
     size = batching.fixed(flags.FLAGS.batch_size, "an autoencoder")
-    useless = [*OF_DRAWING, *prompts.FLAGS, "tau", "clip", "bound", "likelihood"]
+    useless = [*OF_DRAWING, *prompts.FLAGS, "tau", "clip", "bound", "likelihood", "rank"]
     _refuse(useless, f"does nothing for {found.name}, an autoencoder")
     section = found.trained.config.data.copy_and_resolve_references()
     if _DATA.value is not None:
@@ -180,7 +202,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
         print(f"{source.title()}: {num:,} samples against {len(real.images):,} real images")
         _say_what_to_expect(space, reference, settings, metrics, num)
         shown = [figure for metric in metrics for figure in features.figure_names(metric, space.name)]
-        print(f"{'sampler':32} {'steps':>5} {'calls':>5} " + " ".join(f"{figure:>18}" for figure in shown))
+        print(sweep.head(shown))
         facts = {"num": num, "features": space.key, "split": split, "data": data.fingerprint(real)}
         rows = []
         for entry, sampling in zip(entries, samplings, strict=True):
@@ -191,8 +213,8 @@ def measure_samples(source: sources.Source, out: Path) -> None:
                 _measure(sampling, num, space, reference, left, results, record)
                 known = results.figures(record)
             values = [known[figure] for figure in shown]
-            print(_line(entry, sampling, values), flush=True)
-            rows.append(sweep.Row(entry, sampling.table.nfe, values))
+            rows.append(sweep.Row(entry, len(sampling.table.tau) - 1, sampling.table.nfe, values))
+            print(rows[-1].line(), flush=True)
     drawn = "evaluation.png" if _GUIDANCE.value is None else "guidance.png"
     sweep.plot(out / drawn, source.title(), rows, shown)
     print(f"wrote evaluation.csv, evaluation.json and {drawn} in {out}")
@@ -291,12 +313,6 @@ def _numbers(flag, texts, kind):
         pass
     example = "5,10,25" if kind is int else "0,0.5,1"
     raise InputError(f"{flag} is {','.join(texts)!r}; write numbers as {example}") from None
-
-
-def _line(entry, sampling, values):
-    """Returns a row of the printed table."""
-    steps = len(sampling.table.tau) - 1
-    return f"{entry.label():32} {steps:5} {sampling.table.nfe:5} " + " ".join(f"{value:18.4f}" for value in values)
 
 
 def launch() -> None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from diffusion import denoiser, devices, keys, machine
 from diffusion.autoencoder import Autoencoder, TrainedAutoencoder
-from diffusion.commands import aliases, config_files, latents, objectives, own, samplers, students
+from diffusion.commands import config_files, latents, objectives, own, samplers, students
 from diffusion.commands.datasets import load_data
 from diffusion.commands.optimizers import learning_rate, make_optimizer
 from diffusion.data import Dataset
@@ -109,8 +109,7 @@ def make_experiment(
     optimizer = make_optimizer(config.optimizer, rate)
     schedule = make_schedule(config.schedule)
     objective = objectives.make_objective(settings, schedule, students.course(config, teacher))
-    sampler = aliases.without_grid(config.sample.sampler, say=True)
-    table = samplers.make_table(schedule, sampler, config.sample.steps, config.sample.tau)
+    table = samplers.make_table(schedule, config.sample.sampler, config.sample.steps, config.sample.tau)
     # The data and the network.
     dataset = load_data(config.data)
     config = with_classes(config, dataset.class_names)

@@ -10,7 +10,6 @@ goes on where it was cut off, and leaves tables that are there already.
 import csv
 import io
 import json
-import shlex
 import time
 
 import numpy as np
@@ -240,7 +239,7 @@ def _finish(source, bed, search, places, folder):
     drawing = [
         "python",
         usage.called("sample"),
-        *_as_asked(),
+        *shared_flags.as_asked(),
         f"--sampler={learned.LEARNED}",
         f"--steps={search.calls}",
     ]
@@ -248,14 +247,6 @@ def _finish(source, bed, search, places, folder):
         f"{search.calls} calls: the typical error on held-out noise is {ratio:.3f} of the best hand-made "
         f"sampler's; wrote {path}; draw with: {' '.join(drawing)}"
     )
-
-
-def _as_asked():
-    """Returns the flags of the command line that say which model is asked and how, for the same in another program."""
-    names = ["workdir", "ema", "clip", "dynamic_threshold", "network", *prompts.FLAGS]
-    names += [name for name in flags.FLAGS if name.startswith("guidance_")]
-    given = [flags.FLAGS[name] for name in names if flags.FLAGS[name].value != flags.FLAGS[name].default]
-    return [shlex.quote(f"--{flag.name}={','.join(map(str, np.ravel(flag.value)))}") for flag in given]
 
 
 def _curves(search):

@@ -91,11 +91,9 @@ def find(opened: Opened, calls: int, guidance: Guidance, weaker: str | None = No
     Raises:
       InputError: none of so many calls has been learned, or the file is damaged.
     """
-    folders = [opened.home / FOLDER] + [pretrained.tables(opened.shipped)] * bool(opened.shipped)
-    # One for this guidance anywhere comes before one for another.
-    names = (name_of(calls, guidance, weaker), f"{calls}-guidance*.json", f"{calls}.json")
-    if found := [path for name in names for folder in folders for path in sorted(folder.glob(name))]:
+    if found := paths_of(opened, calls, guidance, weaker):
         return read_table(found[0])
+    folders = _folders(opened)
     having = sorted({int(p.stem) for folder in folders for p in folder.glob("*.json") if p.stem.isdecimal()})
     known = f"those of {', '.join(map(str, having))} calls are there" if having else "none has been learned yet"
     scale = f" --guidance_scale={guidance.scale:g}" if guidance.acts() else ""
@@ -103,6 +101,18 @@ def find(opened: Opened, calls: int, guidance: Guidance, weaker: str | None = No
         f"no table of {calls} calls has been learned for this model ({known}); learn one with: python "
         f"{called('learn')} --workdir={opened.workdir} --calls={calls}{scale}"
     )
+
+
+def paths_of(opened: Opened, calls: int, guidance: Guidance, weaker: str | None = None) -> list[Path]:
+    """Returns the files of the tables that `find` chooses from, the best first; it raises where there are none."""
+    # One for this guidance anywhere comes before one for another.
+    names = (name_of(calls, guidance, weaker), f"{calls}-guidance*.json", f"{calls}.json")
+    return [path for name in names for folder in _folders(opened) for path in sorted(folder.glob(name))]
+
+
+def _folders(opened):
+    """Returns where the tables of a model lie: its own, and those that ship with it."""
+    return [opened.home / FOLDER] + [pretrained.tables(opened.shipped)] * bool(opened.shipped)
 
 
 def read_table(path: Path) -> SamplerTable:

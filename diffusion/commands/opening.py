@@ -109,6 +109,7 @@ def open_named(
     shipped = pretrained.name_of(name)
     is_imported = not shipped and diffusers.is_folder(name)
     if not shipped and not is_imported and not name.endswith(weights.SUFFIX):
+        diffusers.refuse_part(name)
         folder = run_folder.existing(name)
         return Opened(str(folder.path), folder.path, run_folder.load_trained(folder, ema, networks=networks))
     if is_imported:

@@ -130,6 +130,8 @@ def shortened(text: str) -> str:
 
 def read(path: str) -> tuple[str, ...]:
     """Returns the prompts in a file, one a line; raises InputError if it holds none or cannot be read."""
+    if Path(path).expanduser().is_dir():
+        raise InputError(f"--prompts={path} is a folder; name a file of text in it, with one prompt a line")
     try:
         text = files.read(Path(path).expanduser(), MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -221,7 +221,10 @@ def _own_table(schedule, sampler, grid, eta):
 
 def _with_eta(choice, eta):
     if "eta" in choice.options:
-        raise InputError(f"sampler {choice.name} has its eta in its options; leave out --eta")
+        said = ",".join(f"{key}={value}" for key, value in choice.options.items())
+        raise InputError(
+            f"sampler {choice.name}:{said} has its eta in its options; leave out --eta, or write the one you mean there"
+        )
     if "eta" not in options.defaults(choice.function, leading=2):
         having = [name for name, function in SAMPLERS.items() if "eta" in options.defaults(function, leading=2)]
         raise InputError(f"sampler {choice.name} has no option 'eta'; those that have one: {', '.join(having)}")

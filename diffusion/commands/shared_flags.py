@@ -1,9 +1,12 @@
 """The flags that sample.py and evaluate.py share; `sources` reads them."""
 
+import shlex
+
+import numpy as np
 from absl import flags
 
 from diffusion import pretrained
-from diffusion.commands import usage
+from diffusion.commands import prompts, usage
 from diffusion.denoiser import CLIPS
 from diffusion.guidance import RULES
 from diffusion.models.layers import DTYPES
@@ -83,3 +86,11 @@ def define_sampler_flags() -> None:
 
 def _is_batch_size(text):
     return text == "auto" or (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= 1)
+
+
+def as_asked() -> list[str]:
+    """Returns the flags of the command line that say which model is asked and how, for the same in another program."""
+    names = ["workdir", "ema", "clip", "dynamic_threshold", "network", *prompts.FLAGS]
+    names += [name for name in flags.FLAGS if name.startswith("guidance_")]
+    given = [flags.FLAGS[name] for name in names if flags.FLAGS[name].value != flags.FLAGS[name].default]
+    return [shlex.quote(f"--{flag.name}={','.join(map(str, np.ravel(flag.value)))}") for flag in given]

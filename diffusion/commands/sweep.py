@@ -170,11 +170,21 @@ def _read_rows(path, folder):
 
 
 class Row(NamedTuple):
-    """What was measured for an entry: its network calls, and the value of each figure."""
+    """What was measured for an entry: its steps and network calls, and the value of each figure."""
 
     entry: Entry
+    steps: int
     calls: int
     values: Sequence[float]
+
+    def line(self) -> str:
+        """Returns the row as a line of the printed table."""
+        return f"{self.entry.label():32} {self.steps:5} {self.calls:5} " + " ".join(f"{x:18.4f}" for x in self.values)
+
+
+def head(figures: Sequence[str]) -> str:
+    """Returns the first line of the printed table, for the lines of `Row.line`."""
+    return f"{'sampler':32} {'steps':>5} {'calls':>5} " + " ".join(f"{figure:>18}" for figure in figures)
 
 
 def plot(path: Path, title: str, rows: Sequence[Row], figures: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict, config_flags
 
 from diffusion import data, devices, keys
-from diffusion.commands import autoencoders, cli, config_files, latents, own, plots, recipes, students, usage
+from diffusion.commands import aliases, autoencoders, cli, config_files, latents, own, plots, recipes, students, usage
 from diffusion.commands.datasets import check_data, data_fields, load_data
 from diffusion.commands.drawing import generate
 from diffusion.commands.experiment import Experiment, make_experiment, require_levels
@@ -118,6 +118,7 @@ def start(stop: StopRequest) -> int:
         experiment = autoencoders.make_experiment(_CONFIG.value)
     else:
         autoencoders.check_fields(_CONFIG.value)
+        aliases.put_ours(_CONFIG.value.sample, given, recipes.defaults().sample.tau)
         config = students.complete(_CONFIG.value, teacher, given)
         experiment = make_experiment(config, teacher, latents.open_autoencoder(config, folder, teacher))
     for note in start_notes(experiment):

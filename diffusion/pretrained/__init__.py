@@ -26,9 +26,12 @@ def name_of(text: str | None) -> str:
     Raises:
       InputError: no model of this NAME ships.
     """
-    if not text or text == SHIPPED:
-        return "" if text and Path(text).exists() else DEFAULT
-    if not text.startswith(f"{SHIPPED}-") or Path(text).exists():
+    if text and Path(text).exists():
+        return ""
+    text = (text or SHIPPED).rstrip("/")  # which completion in a shell adds
+    if text == SHIPPED:
+        return DEFAULT
+    if not text.startswith(f"{SHIPPED}-"):
         return ""
     name = text.removeprefix(f"{SHIPPED}-")
     if name not in FILES:

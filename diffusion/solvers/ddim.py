@@ -109,12 +109,19 @@ def ancestral(at: Level, to: Level, eta: float) -> tuple[Level, float]:
     return down, float(to.noise * B)
 
 
-def check_s_noise(s_noise: float) -> None:
-    """Refuses a factor of the noise that is negative or not finite.
+def check_s_noise(s_noise: float, draws: bool, remedy: str) -> None:
+    """Refuses a factor of the noise that is negative or not finite, or that has no noise to act on.
+
+    Args:
+      s_noise: the factor.
+      draws: whether noise is drawn.
+      remedy: what would draw it, as "eta above 0".
 
     Raises:
-      InputError: it is.
+      InputError: it is one of these.
     """
     require_concrete("s_noise", s_noise)
     if not 0 <= s_noise < np.inf:
         raise InputError(f"s_noise is {s_noise}; it must be finite and at least 0, and 1 keeps the variance")
+    if s_noise != 1 and not draws:
+        raise InputError(f"s_noise is {s_noise}, and there is no noise that it acts on; give {remedy}, or leave it out")

@@ -80,7 +80,7 @@ def dpm_solver_pp(
       InputError: an option outside the above, or tau is not a grid of the schedule.
     """
     check_sde_eta(sde_eta)
-    check_s_noise(s_noise)
+    check_s_noise(s_noise, sde_eta > 0, "sde_eta above 0")
     moments = chosen_moments(variant, DPM_MOMENTS)
     grid = ended("dpm_solver_pp", schedule, grid_levels(schedule, tau), end)
     orders = step_orders(grid, order, 3, lower_order_final)
@@ -128,7 +128,7 @@ def dpm_solver_multistep(
       InputError: an option outside the above, zero signal at tau[0], or tau is not a grid of the schedule.
     """
     check_sde_eta(sde_eta)
-    check_s_noise(s_noise)
+    check_s_noise(s_noise, sde_eta > 0, "sde_eta above 0")
     moments = chosen_moments(variant, DPM_MOMENTS)
     name = f"dpm_solver_multistep(order={order_label(order)}, sde_eta={sde_eta:g}, variant={variant})"
     grid = ended(name, schedule, eps_levels(name, schedule, tau), end)

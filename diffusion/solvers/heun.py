@@ -80,6 +80,11 @@ def edm(
         raise InputError(f"s_min is {s_min} and s_max {s_max}; 0 <= s_min <= s_max must hold")
     if not 0 < s_noise < np.inf:
         raise InputError(f"s_noise is {s_noise}; it must be finite and above 0")
+    if s_churn == 0 and (s_min, s_max, s_noise) != (0, np.inf, 1):
+        raise InputError(
+            f"s_churn is 0, so that no noise is added, and s_min {s_min}, s_max {s_max} and s_noise {s_noise} are of "
+            "that noise; give s_churn above 0, or leave them out"
+        )
     steps = {"heun": _heun_step, "euler": _euler_step, "dpm_2": lambda *args: _dpm_2_step(schedule, *args)}
     if step not in steps:
         raise InputError(f"step is {step!r}; {nearest(str(step), steps)}")
@@ -117,7 +122,7 @@ def restart(
     Raises:
       InputError: an option outside the above, zero signal at tau[0], or tau is not a grid of the schedule.
     """
-    check_s_noise(s_noise)
+    check_s_noise(s_noise, repeats != 0, "repeats above 0")
     if not 0 < s_min < s_max:
         raise InputError(f"s_min is {s_min} and s_max {s_max}; 0 < s_min < s_max must hold")
     if not is_whole(repeats) or repeats < 0:

@@ -81,7 +81,7 @@ GRIDS: dict[str, str] = {
 AMBIGUOUS: dict[str, tuple[str, ...]] = {
     "uni_pc": ("unipc:order=3,variant=bh1 (ComfyUI, stable-diffusion-webui)", "unipc:order=2,variant=bh2 (diffusers)"),
     "dpm_solver++": ("dpm_solver_pp (multistep)", "dpm_solver_pp_singlestep"),
-    "beta": ("tau beta (the paper, ComfyUI)", "tau beta:of=sigma (diffusers, stable-diffusion-webui)"),
+    "beta": ("beta (the paper, ComfyUI)", "beta:of=sigma (diffusers, stable-diffusion-webui)"),
 }
 """Names that mean two things."""
 
@@ -130,13 +130,18 @@ def meaning(name: str, ours: Mapping[str, str] = MappingProxyType({})) -> Meanin
         for ending, grid in _GRIDS.items():
             base = text.removesuffix(ending)
             if base != text and base in known:
-                _refuse_ambiguous(ending, name)
+                if not name.startswith(ours.get(base, name + " ")):  # written as ours, it is ours
+                    _refuse_ambiguous(base, name)
+                _refuse_ambiguous(ending, name, known[base])
                 return Meaning(known[base], GRIDS.get(grid, grid))
     return None
 
 
-def _refuse_ambiguous(text: str, name: str) -> None:
+def _refuse_ambiguous(text: str, name: str, sampler: str = "") -> None:
+    """Raises InputError if a part of a name means two things; for that of a grid, the sampler is the other part."""
     if text in _AMBIGUOUS:
         known, meanings = _AMBIGUOUS[text]
         what = "" if text == plain(name) else f"{known!r} in "
-        raise InputError(f"{what}{name!r} means two things: {' and '.join(meanings)}; write the one you mean")
+        one, other = (meaning.partition(" ")[0] for meaning in meanings)
+        remedy = f"write --sampler={sampler} --tau={one}, or --tau={other}" if sampler else "write the one you mean"
+        raise InputError(f"{what}{name!r} means two things: {' and '.join(meanings)}; {remedy}")

@@ -42,8 +42,8 @@ def euler_ancestral(schedule: NoiseSchedule, tau, eta: float = 1.0, s_noise: flo
     Raises:
       InputError: an option outside the above, or tau is not a grid of the schedule.
     """
-    check_s_noise(s_noise)
     table = ddim(schedule, tau, eta)
+    check_s_noise(s_noise, eta > 0, "eta above 0")
     update = table.update * [1.0, 1.0, s_noise]
     return dataclasses.replace(table, update=update, name=f"euler_ancestral(eta={eta:g})")
 

@@ -123,7 +123,7 @@ def _name(solver: str, options: _Options) -> str:
     if np.ndim(options.order) == 0:
         check_order(options.order, 3)
     check_eta(options.eta)
-    check_s_noise(options.s_noise)
+    check_s_noise(options.s_noise, options.eta > 0, "eta above 0")
     for what, value, known in (("variant", options.variant, VARIANTS), ("calls", options.calls, CALLS)):
         if value not in known:
             raise InputError(f"{what} is {value!r}; {nearest(str(value), known)}")

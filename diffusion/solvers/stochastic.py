@@ -46,7 +46,7 @@ def dpm_solver_pp_sde(
       InputError: an option outside the above, or tau is not a grid of the schedule.
     """
     check_eta(eta)
-    check_s_noise(s_noise)
+    check_s_noise(s_noise, eta > 0, "eta above 0")
     if not 0 < r < 1:
         raise InputError(f"r is {r}; it must lie between 0 and 1, and 1/2 is usual")
     if path not in PATHS:
@@ -116,7 +116,7 @@ def er_sde(
       InputError: an option outside the above, zero signal at tau[0], or tau is not a grid of the schedule.
     """
     order = check_order(order, 3)
-    check_s_noise(s_noise)
+    check_s_noise(s_noise, kind != "ode" and eta > 0, "another kind than ode and eta above 0")
     if kind not in KINDS:
         raise InputError(f"kind is {kind!r}; {nearest(str(kind), KINDS)}")
     if not 0 <= eta < np.inf:

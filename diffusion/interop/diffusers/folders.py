@@ -50,6 +50,18 @@ def is_folder(path: str | os.PathLike) -> bool:
         return False
 
 
+def whole(path: str | os.PathLike) -> Path | None:
+    """Returns the folder of the pipeline that a folder is a part of, or None for any other."""
+    path = Path(path).expanduser()
+    return path.parent if (path.parent / INDEX).is_file() and not (path / INDEX).is_file() else None
+
+
+def refuse_part(path: str | os.PathLike) -> None:
+    """Raises InputError if a folder is a part of a pipeline, for a part that serves for nothing by itself."""
+    if (parent := whole(path)) is not None:
+        raise InputError(f"{path} is a part of the pipeline in {parent}; name that folder instead")
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a config; raises InputError if it is not there, or says of no class what it is."""
     try:

@@ -64,9 +64,12 @@ def load(
             "_class_name"
         )
     if is_autoencoder(folder):
+        folders.refuse_part(folder)
         raise InputError(f"{folder} holds an autoencoder alone, which draws no samples; `load_autoencoder` reads it")
     added = [lora.read(path, scale) for path, scale in loras]
     network = _network(folder, _size(folder, image_size))
+    if network.text_width:  # without its text encoder it draws nothing
+        folders.refuse_part(folder)
     network.fields["dtype"] = dtype
     sampling = _scheduler(folder, scheduler)
     whole = _whole_config(network, sampling)
@@ -135,7 +138,10 @@ def _size(folder, image_size):
     factor = autoencoder_factor(folder)
     if any(side < factor or side % factor for side in image_size):
         height, width = image_size
-        raise InputError(f"image_size is {height} x {width}; the autoencoder takes multiples of {factor}")
+        near = " x ".join(str(max(1, round(side / factor)) * factor) for side in image_size)
+        raise InputError(
+            f"image_size is {height} x {width}; the autoencoder takes multiples of {factor} pixels: give {near}"
+        )
     return tuple(side // factor for side in image_size)
 
 

@@ -10,16 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion.errors import InputError
+from diffusion.files import read_json
 from diffusion.interop.diffusers import folders
 from diffusion.interop.safetensors_file import read_header
 
 UNET, TEXT = "unet", "text_encoder"
 """The parts of a pipeline that a file can change."""
 
-_PREFIXES = {"lora_unet_": UNET, "lora_te_": TEXT, "unet.": UNET, "text_encoder.": TEXT}
+_BASE = "base_model.model."
+"""What names in files of peft itself begin with, before any other prefix."""
+
+_PREFIXES = {"lora_unet_": UNET, "lora_te_": TEXT, "unet.": UNET, "text_encoder.": TEXT, "text_model.": TEXT}
 """What names begin with: the first two in kohya's files, where "_" stands for "."; those of none are of the UNet."""
 
 _MATRIX = re.compile(r"(.+?)[._](?:lora_linear_layer|lora)[._](down|up|A|B)(?:\.default)?\.weight")
@@ -31,6 +36,10 @@ _METADATA = "lora_adapter_metadata"
 
 _PLAIN = ("use_dora", "use_rslora", "alpha_pattern", "lora_bias", "use_qalora")
 """What peft can do besides, and this cannot."""
+
+
+LARGEST_SCALE = 1000
+"""Of a LoRA; usual ones lie in -2..2, and with much larger ones weights overflow."""
 
 
 class Change(NamedTuple):
@@ -80,27 +89,39 @@ def read(path: str | os.PathLike, scale: float = 1.0) -> Lora:
       InputError: it cannot be read, is damaged, or holds anything but a LoRA of the usual kind.
     """
     path = Path(path).expanduser()
-    if not np.isfinite(scale):
-        raise InputError(f"the scale of LoRA {path} is {scale}; it must be finite")
+    if not abs(scale) <= LARGEST_SCALE:
+        raise InputError(
+            f"the scale of LoRA {path} is {scale:g}; give -{LARGEST_SCALE}..{LARGEST_SCALE}, and 1 for all"
+        )
     if not path.is_file():
         raise InputError(f"there is no LoRA file {path}; check the path")
     weights = folders.open_file(path)
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name in weights.shapes:
-        matrix, alpha = _MATRIX.fullmatch(name), _ALPHA.fullmatch(name)
+        matrix, alpha = (form.fullmatch(name.removeprefix(_BASE)) for form in (_MATRIX, _ALPHA))
         if matrix is None and alpha is None:
             raise InputError(
                 f"{path} holds {name!r}, which is no part of a LoRA; supported: files of kohya and diffusers"
             )
         layer, side = (matrix[1], _SIDES[matrix[2]]) if matrix else (alpha[1], "alpha")
-        parts.setdefault(layer, {})[side] = weights.read(name)
+        if side in parts.setdefault(layer, {}):
+            raise InputError(f"{path} has {side} of {layer} twice, in two spellings; get the file again")
+        parts[layer][side] = _real(path, name, weights.read(name))
     if not parts:
         raise InputError(f"{path} is empty; get it again")
-    alphas, changes = _known_alphas(path), {UNET: {}, TEXT: {}}
+    of_peft = any(name.startswith(_BASE) for name in weights.shapes)
+    alphas, changes = _alphas_of_peft(path) if of_peft else _known_alphas(path), {UNET: {}, TEXT: {}}
     for layer, found in parts.items():
         kind = next((kind for prefix, kind in _PREFIXES.items() if layer.startswith(prefix)), UNET)
         changes[kind][layer] = _change(path, layer, found, alphas.get(kind), scale)
     return Lora(str(path), changes)
+
+
+def _real(path, name, array):
+    """Returns a tensor of a LoRA; refuses one of whole numbers, which a quantized file has."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(f"{path}: {name} is of {array.dtype}, and a LoRA is of real numbers; get one in float16 or 32")
+    return array
 
 
 def _change(path, layer, found, alpha, scale):
@@ -132,15 +153,35 @@ def _known_alphas(path):
         return {}
     try:
         known = json.loads(metadata[_METADATA])
-        if used := [name for name in known if name.rpartition(".")[2] in _PLAIN and known[name]]:
-            raise InputError(
-                f"{path} has {used[0]} {known[used[0]]!r}, which is not supported; merge it with its own tool"
-            )
+        _refuse_other_kinds(path, known)
         return {kind: float(known[f"{kind}.lora_alpha"]) for kind in (UNET, TEXT) if f"{kind}.lora_alpha" in known}
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} has no readable {_METADATA}; get it again") from None
+
+
+def _alphas_of_peft(path):
+    """Returns the alpha in the config that peft writes beside a file of its own, for both parts."""
+    config = path.with_name("adapter_config.json")
+    try:
+        known = read_json(config)
+        _refuse_other_kinds(config, known)
+        return dict.fromkeys((UNET, TEXT), float(known["lora_alpha"]))
+    except OSError:
+        raise InputError(f"{path} is of peft, which keeps the alpha in {config.name}; put that beside it") from None
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{config} holds no lora_alpha of a LoRA; get it again") from None
+
+
+def _refuse_other_kinds(where, known):
+    """Raises InputError for what a config asks of peft that is more than a LoRA."""
+    if used := [name for name in known if name.rpartition(".")[2] in _PLAIN and known[name]]:
+        raise InputError(
+            f"{where} has {used[0]} {known[used[0]]!r}, which is not supported; merge it with its own tool"
+        )
 
 
 def merged(weights: folders.Weights, kind: str, loras: Iterable[Lora]) -> folders.Weights:
@@ -158,6 +199,7 @@ def merged(weights: folders.Weights, kind: str, loras: Iterable[Lora]) -> folder
     layers |= {layer.replace(".", "_"): name for layer, name in layers.items()}
     added: dict[str, list[Change]] = {}
     for lora in loras:
+        spelled: dict[str, str] = {}
         for layer, change in lora.changes[kind].items():
             name = layers.get(_plain(layer))
             if name is None or not _same(change.shape, weights.shapes[name]):
@@ -165,6 +207,11 @@ def merged(weights: folders.Weights, kind: str, loras: Iterable[Lora]) -> folder
                 raise InputError(
                     f"{lora.where} is a LoRA for another model: it changes {layer} by {change.shape}, {what}"
                 )
+            if name in spelled:
+                raise InputError(
+                    f"{lora.where} changes one layer twice, as {spelled[name]} and as {layer}; get it again"
+                )
+            spelled[name] = layer
             added.setdefault(name, []).append(change)
 
     def read_merged(name):

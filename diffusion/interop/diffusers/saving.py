@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 from diffusion import files, options, schedules
 from diffusion.autoencoder import TrainedAutoencoder
 from diffusion.errors import InputError
-from diffusion.interop.diffusers import dit, folders, unet, unet2d
+from diffusion.interop.diffusers import dit, folders, schedulers, unet, unet2d
 from diffusion.interop.diffusers.autoencoders import write_autoencoder
 from diffusion.interop.diffusers.state import Written, to_tensors
 from diffusion.model import TRANSFORMER, UNET, UNET2D, UNET2D_CONDITION, Model, Trained
 from diffusion.objectives import choice
-from diffusion.solvers import names
+from diffusion.solvers import SOLVERS
 from diffusion.solvers.ddim import VARIANCES, ddim, ddpm
-from diffusion.timesteps import leading
+from diffusion.timesteps import GRIDS, leading
 
 _CLIP = {"recompute": True, "keep_eps": True, "none": False}
 
@@ -135,7 +135,7 @@ def _scheduler(config: ConfigDict, model: Model) -> dict[str, Any]:
             f"config.train.prediction is {model.prediction!r}, which cannot be written for diffusers; those that can: "
             f"{', '.join(_PREDICTION_TYPES)}"
         )
-    sampler = _sampler(config.sample.sampler)
+    sampler = config.sample.sampler
     name, clip = sampler.partition(":")[0], config.sample.clip or model.space.clip
     shared = {
         **_betas(config.schedule),
@@ -160,10 +160,33 @@ def _scheduler(config: ConfigDict, model: Model) -> dict[str, Any]:
     return {"_class_name": "DDIMScheduler", **shared, "set_alpha_to_one": end == 0}
 
 
-def _sampler(text):
-    """Returns a sampler by our name of it, where it has the one of another library."""
-    found = names.meaning(text) if ":" not in text else None
-    return text if found is None else found.sampler
+def replaced(trained: Trained) -> list[str]:
+    """Says what the scheduler that `save` writes has in the place of a model's own sampler, grid and clip.
+
+    Raises:
+      InputError: as `save` does for a scheduler.
+    """
+    sample, scheduler = trained.config.sample, _scheduler(trained.config, trained.model)
+    name = scheduler["_class_name"]
+    found = schedulers.read_scheduler(name, scheduler)
+    clip = sample.clip or trained.model.space.clip
+    # "trailing" is the grid of `uniform`.
+    pairs = {
+        "sampler": (_plain(sample.sampler, SOLVERS), _plain(found.sampler, SOLVERS)),
+        "grid": (_plain(sample.tau, GRIDS).replace("uniform", "trailing"), _plain(found.tau, GRIDS)),
+        "clip": (clip, found.clip),
+    }
+    return [
+        f"its {what} {ours} becomes {theirs}, of {name}" for what, (ours, theirs) in pairs.items() if ours != theirs
+    ]
+
+
+def _plain(text, known):
+    """Returns a choice without the options that are at their defaults, or the text where it is no choice of these."""
+    try:
+        return options.write(options.parse("choice", text, known, leading=2), leading=2)
+    except InputError:
+        return text
 
 
 def _spacing(tau: str) -> dict[str, Any]:
