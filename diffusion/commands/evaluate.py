@@ -102,8 +102,8 @@ OF_DRAWING = ("samplers", "steps", "etas", "metrics", "num", "labels", "dynamic_
 OF_DRAWING += ("guidance", "guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
 """The flags that only matter if samples are drawn."""
 
-NOT_RANKED = "steps etas guidance metrics features inception data split first bound variances likelihood cache".split()
-"""The flags that do nothing for a ranking."""
+NOT_RANKED = ("steps", "etas", "guidance", "metrics", "features", "inception", "data", "split", "first", "cache")
+NOT_RANKED += ("bound", "variances", "likelihood")
 
 OF_SAMPLES = (*OF_DRAWING, "features", "inception")
 """The flags that only matter where samples, or what an autoencoder gives back, are measured."""
