@@ -2,20 +2,26 @@
 
 import json
 import random
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from reference import refused
 from tiny import assert_same
 
+import diffusion
 from configs import digits
-from diffusion import pretrained
+from diffusion import pretrained, solvers, timesteps
 from diffusion.errors import InputError
+from diffusion.guidance import Guidance
 from diffusion.interop import safetensors_file
 from diffusion.model import Trained, make_model
 from diffusion.pretrained import weights
+from diffusion.sealed import digest
+from diffusion.solvers import from_json
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +197,40 @@ def test_models_that_ship_have_names_which_a_path_of_the_same_name_takes_over(tm
         InputError, match="no model shipped-digit ships, and there is no such folder; did you mean 'digi"
     ):
         pretrained.name_of("shipped-digit")
+
+
+@pytest.mark.parametrize("name", pretrained.FILES)
+def test_a_model_that_ships_is_whole_small_and_names_no_folder_of_a_machine(name):
+    assert pretrained.FILES[name].stat().st_size <= 16 * 2**20
+    assert not re.search(r'": "(/|~|[A-Za-z]:)', json.dumps(weights.describe(pretrained.FILES[name])))
+    trained = pretrained.load(name)
+    for path in pretrained.tables(name).glob("*.json"):
+        table = from_json(path.read_text())
+        assert table.facts["weights"] == digest(trained.params)
+        assert table.facts["shape"] == list(trained.model.space.shape)
+
+
+def test_the_colour_model_recognises_the_class_that_it_was_asked_for():
+    """What noise does it predict best for each of its samples: that for the class asked for (arXiv:2303.16203)."""
+    model, params, *_ = pretrained.load("cifar")
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    assert (model.space.image_shape, model.conditions.names) == ((32, 32, 3), names)
+    labels, schedule = np.repeat(np.arange(10), 3), model.schedule
+    guidance = Guidance(scale=3.0, null=model.conditions.nulls(30))
+    options = {"prediction": model.prediction, "cond": labels, "guidance": guidance}
+    table = solvers.dpm_solver_pp(schedule, timesteps.uniform(schedule, 8))
+    x = diffusion.sample(model.apply_fn, params, table, jax.random.key(0), 30, model.space.shape, **options)
+    images = np.asarray(model.space.decode(x))
+    assert (images.dtype, images.shape) == (np.uint8, (30, 32, 32, 3))
+    assert images.std() > 30
+
+    @jax.jit
+    def errors(t, signal, noise, key):
+        eps = jax.random.normal(key, x.shape)
+        times, noisy = jnp.full(30, t), signal * x + noise * eps
+        said = [model.apply_fn(params, noisy, times, jnp.full(30, k)) for k in range(10)]
+        return jnp.stack([jnp.square(v - (signal * eps - noise * x)).mean((1, 2, 3)) for v in said])
+
+    levels = [(t, *map(float, schedule.at(t))) for t in (400.0, 600.0, 800.0)]
+    total = sum(errors(*level, jax.random.key(i)) for i in range(2) for level in levels)
+    assert (np.asarray(total).argmin(axis=0) == labels).mean() >= 0.6

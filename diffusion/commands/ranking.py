@@ -17,7 +17,18 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from diffusion import devices, files, options
-from diffusion.commands import aliases, drawing, learned, own, rollouts, samplers, shared_flags, students, usage
+from diffusion.commands import (
+    aliases,
+    batching,
+    drawing,
+    learned,
+    own,
+    rollouts,
+    samplers,
+    shared_flags,
+    students,
+    usage,
+)
 from diffusion.commands.sources import Source, make_sampling
 from diffusion.errors import InputError
 from diffusion.evaluation import ranking
@@ -97,7 +108,8 @@ def plan(source: Source, calls: Sequence[str], names: Sequence[str] | None, tau:
             raise InputError(f"--rank tries numbers of steps, which tau {tau} cannot have; name a grid, as uniform")
         samplers.make_tau(schedule, grids[0], min(budgets))
     num = num or NOISES
-    return Plan(source, budgets, chosen, grids, num, min(FIRST, num, flags.FLAGS.batch_size))
+    size = batching.fixed(flags.FLAGS.batch_size, "a ranking")
+    return Plan(source, budgets, chosen, grids, num, min(FIRST, num, size))
 
 
 def _checked(sampler):

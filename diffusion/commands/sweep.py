@@ -198,14 +198,14 @@ def plot(path: Path, title: str, rows: Sequence[Row], figures: Sequence[str]) ->
     """
     if rows[0].entry.guidance is None:
         series: dict[str, list[tuple[float, float]]] = {}
-        for entry, calls, values in rows:
-            series.setdefault(entry.label(), []).append((calls, values[0]))
+        for row in rows:
+            series.setdefault(row.entry.label(), []).append((row.calls, row.values[0]))
         plots.curves(path, series, xlabel="network calls", ylabel=plots.long_name(figures[0]), title=title)
         return
     panels = {figure: {} for figure in figures if not figure.endswith("_std")}
-    for entry, calls, values in rows:
-        label = f"{entry._replace(guidance=None).label()}, {calls} calls"
-        for figure, value in zip(figures, values, strict=True):
+    for row in rows:
+        label = f"{row.entry._replace(guidance=None).label()}, {row.calls} calls"
+        for figure, value in zip(figures, row.values, strict=True):
             if figure in panels:
-                panels[figure].setdefault(label, []).append((entry.guidance, value))
+                panels[figure].setdefault(label, []).append((row.entry.guidance, value))
     plots.panels(path, panels, xlabel="guidance scale", title=title)

@@ -43,7 +43,8 @@ def load(name: str = DEFAULT) -> Trained:
     """Loads a trained model: its network, parameters, schedule and config.
 
     Args:
-      name: a key of FILES. "digits": 8x8 grey digits, unconditional, cosine schedule, predicts eps.
+      name: a key of FILES. "digits": 8x8 grey digits, unconditional, cosine schedule, predicts eps. "cifar": 32x32
+        colour pictures of ten classes, in latent space, cosine schedule, predicts v.
 
     Raises:
       InputError: there is no such model.
