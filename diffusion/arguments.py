@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from diffusion.around import Steering
 from diffusion.caching import Cache
 from diffusion.errors import InputError
 from diffusion.guidance import Guidance
@@ -72,6 +73,13 @@ def check_known(known: Any, shape: tuple[int, ...]) -> tuple[Images, Images] | N
     return placed
 
 
+def check_steering(steering: Any) -> None:
+    """Raises InputError for what is no `Steering`, or one that `Steering.check` refuses."""
+    if not isinstance(steering, Steering):
+        raise InputError(f"steering is a {type(steering).__name__}; give diffusion.Steering(log_prob=...)")
+    steering.check()
+
+
 def check_cache(
     cache: Cache | None, table: SamplerTable, guidance: Guidance | None
 ) -> Bool[np.ndarray, "calls"] | None:
@@ -87,6 +95,8 @@ def check_cache(
     """
     if cache is None:
         return None
+    if not isinstance(cache, Cache):
+        raise InputError(f"cache is a {type(cache).__name__}; give diffusion.Cache(model.split, 3), or other calls")
     whole = cache.whole(table.nfe)
     if guidance is not None and guidance.reference_fn is not None and guidance.reference_split is None:
         raise InputError(

@@ -25,8 +25,9 @@ class Steering:
 
     Attributes:
       log_prob, params: a classifier of noisy images (arXiv:2105.05233, Algorithm 2): its gradient by x, times scale and
-        the noise n, is taken off eps, so that x_0 moves by scale n^2 / a times it. It is given x and the time as the
-        network is, and cond. guided-diffusion calls the gradient cond_fn, and clips before it is added.
+        the noise n, is taken off eps, so that x_0 moves by scale n^2 / a times it. It is given x itself, not scaled as
+        the input of a network may be, the time as the network has it, and cond. guided-diffusion calls the gradient
+        cond_fn, and clips before it is added.
       scale: how far to push; 1 samples from p(x) p(cond | x), and more sharpens. A number.
       denoised_fn: (x_0, t [B]) -> x_0, applied to every estimate, such as a projection on what is known of the image.
     """
@@ -39,7 +40,8 @@ class Steering:
     def check(self) -> None:
         """Raises InputError for a scale that is no finite number, or that nothing uses."""
         concrete = not isinstance(self.scale, jax.core.Tracer)
-        if concrete and (np.ndim(self.scale) != 0 or not np.isfinite(self.scale)):
+        known = concrete and np.asarray(self.scale)
+        if concrete and (known.ndim != 0 or known.dtype.kind not in "iuf" or not np.isfinite(known)):
             raise InputError(f"scale of steering is {self.scale}; it must be one finite number")
         if self.log_prob is None and (self.params is not None or (concrete and self.scale != 1)):
             raise InputError("steering has params or a scale, which are the classifier's; give its log_prob as well")

@@ -36,7 +36,7 @@ class Cache:
     """Says which network calls of a table compute the deep features; the others take those of the last such call.
 
     Attributes:
-      split: the network, as `Model.split` has it; None is refused.
+      split: the network, as `Model.split` has it; None is refused. Wrap its functions where apply_fn is wrapped.
       calls: a number k for calls 0, k, 2 k, ...; or the numbers of the calls, ascending from 0.
     """
 
@@ -54,6 +54,12 @@ class Cache:
                 "cache keeps the deep levels of a network, and this one has none to keep; leave it out, or take a UNet "
                 "of at least 2 levels or a transformer of at least 3 blocks"
             )
+        if not isinstance(self.split, Split):
+            raise InputError(
+                f"split of cache is a {type(self.split).__name__}; give Model.split, or a Split of your own"
+            )
+        if not _is_whole(self.calls) and not isinstance(self.calls, list | tuple | range | np.ndarray):
+            raise InputError(f"calls of cache are {self.calls!r}; give a whole number, or a list of calls from 0")
         if nfe < 2:
             raise InputError("cache keeps features from call to call, and this table makes one; leave it out")
         if _is_whole(self.calls):

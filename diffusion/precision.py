@@ -20,6 +20,12 @@ def dtype_of(trained: Trained) -> str:
     return trained.config[section].dtype if section else ""
 
 
+def holds(trained: Trained, dtype: str) -> bool:
+    """Returns whether a model computes in a dtype and has its matrices in it, so that `in_dtype` has nothing to do."""
+    matrices = [leaf for leaf in jax.tree.leaves(trained.params) if leaf.ndim > 1]
+    return dtype_of(trained) == dtype and all(leaf.dtype == DTYPES[dtype] for leaf in matrices)
+
+
 def in_dtype(trained: Trained, dtype: str) -> Trained:
     """Returns the model with arithmetic in a dtype, and with the matrices of its parameters in it; vectors are float32.
 

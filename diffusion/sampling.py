@@ -16,6 +16,7 @@ from diffusion.arguments import (
     check_ids,
     check_known,
     check_start,
+    check_steering,
     check_table,
     is_concrete,
 )
@@ -134,7 +135,8 @@ def sample(  # noqa: PLR0913
       sample_ids: int [N], 0..N-1 if not given.
       return_trajectory: also return all intermediate states, which then stay in memory.
       cache: in which calls the deep levels of the network are computed, for the others to take what they gave, see
-        `diffusion.caching.Cache`. Other calls of as many compile nothing; all calls is the same as none given.
+        `diffusion.caching.Cache`; its split then takes the place of apply_fn. Other calls of as many compile nothing,
+        and all calls is the same as none given.
       steering: a classifier that steers the network, or a function of its estimates, see `diffusion.around.Steering`.
       callback: (stage, x, x0), called on the host after each network call, as for previews; x0 is the estimate. It may
         raise, which ends the run. Other callbacks compile nothing, but sample must not be inside jit, grad or vmap.
@@ -166,7 +168,7 @@ def sample(  # noqa: PLR0913
         what = "steering goes" if known is None else "known pixels go"
         raise InputError(f"{what} into estimates of x_0, which a network that predicts {prediction} makes none of")
     if steering is not None:
-        steering.check()
+        check_steering(steering)
 
     whole = check_cache(cache, table, guidance)
 

@@ -144,6 +144,8 @@ def test_another_scale_compiles_nothing_and_gradients_pass():
     [
         (Steering(classifier, scale=np.nan), "scale of steering is nan"),
         (Steering(classifier, scale=np.ones(2)), "must be one finite number"),
+        (Steering(classifier, scale="2"), "must be one finite number"),
+        (classifier, "steering is a function; give diffusion.Steering"),
         (Steering(scale=2.0), "give its log_prob"),
         (Steering(params=1.0), "give its log_prob"),
         (Steering(lambda params, x, t, cond: x, scale=2.0), r"log_prob returns shape \(3, 2, 3\) for 3 samples"),

@@ -334,11 +334,18 @@ def test_what_cannot_be_is_refused():
         ((0, 0), "once"),
         ((0, 1.5), "the calls 0,1.5"),
         ((0, 7), "names call 7; the calls of this table are 0 to 6"),
+        ("0,2", "calls of cache are '0,2'; give a whole number, or a list"),
+        (2.0, "calls of cache are 2.0"),
+        (True, "calls of cache are True"),
     ):
         with refused(reason):
             draw(table, Cache(SPLIT, calls))
     with refused("this table makes one; leave it out"):
         draw(one, Cache(SPLIT, 1))
+    with refused("split of cache is a function; give Model.split"):
+        draw(table, Cache(plain, 2))
+    with refused("cache is a int; give diffusion.Cache"):
+        draw(table, 3)
     with refused("has none to keep; leave it out, or take a UNet"):
         draw(table, Cache(None, 2))
     with refused("the second one, of the guidance, has none to keep"):

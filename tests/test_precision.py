@@ -11,7 +11,7 @@ from reference import refused
 
 from diffusion import machine, pretrained
 from diffusion.evaluation import load_samples
-from diffusion.precision import dtype_of, in_dtype
+from diffusion.precision import dtype_of, holds, in_dtype
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,8 @@ def test_bfloat16_halves_the_matrices_and_errs_by_its_rounding(digits):
     assert 2**-12 < error < 2**-4
     assert (dtype_of(digits), dtype_of(half)) == ("float32", "bfloat16")
     assert in_dtype(half, "float32").model.apply_fn is digits.model.apply_fn
+    trained_so = half._replace(params=digits.params)  # arithmetic in bfloat16, parameters in float32
+    assert [holds(each, "bfloat16") for each in (digits, half, trained_so)] == [False, True, False]
     assert half.model.split is not None
 
 
@@ -54,9 +56,14 @@ def test_a_processor_says_whether_it_computes_in_bfloat16(tmp_path, monkeypatch)
 
 def test_the_program_samples_any_model_in_bfloat16(digits, tmp_path, compile_once):
     for name in ("float32", "bfloat16"):
-        args = ("--workdir=shipped", "--steps=5", "--num=8", f"--out={name}", f"--dtype={name}")
+        args = ("--workdir=shipped", "--steps=5", "--sampler=learned", "--num=8", f"--out={name}", f"--dtype={name}")
         done = run("sample.py", *args, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+        assert "was learned" not in done.stdout  # for these weights, however they are rounded
         assert json.loads((tmp_path / name / "sampling.json").read_text())["config"]["model"]["dtype"] == name
     full, half = (load_samples(tmp_path / name).images.astype(int) for name in ("float32", "bfloat16"))
     assert 0 < np.abs(full - half).mean() < 8  # of 255
+    weaker = ("--guidance_model=shipped", "--guidance_scale=2", "--dtype=bfloat16", "--num=2", "--steps=2")
+    done = run("sample.py", "--workdir=shipped", *weaker, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--guidance_model is the model itself" in done.stderr

@@ -235,6 +235,9 @@ def test_a_config_gets_our_names_in_the_place_of_others():
     for tau, given in (("uniform", ("sample.tau",)), ("leading", ())):
         with refused("takes the grid karras; leave out config.sample.tau"):
             aliases.put_ours(ConfigDict({"sampler": "dpmpp_2m_karras", "tau": tau}), given, "uniform")
+    section = ConfigDict({"sampler": "dpmpp_2m_karras", "tau": "quadratic"})  # the recipe's grid, its sampler replaced
+    aliases.put_ours(section, ("sample.sampler",), "uniform")
+    assert section.tau == "karras"
 
 
 def test_the_list_names_everything_with_its_options_and_calls():

@@ -93,7 +93,8 @@ def put_ours(section: ConfigDict, given: Collection[str], usual: str) -> None:
       InputError: as `chosen`.
     """
     tau = grid(section.tau)
-    tau_given = "sample.tau" in given or section.tau != usual
+    # A grid of the recipe belongs to the recipe's sampler, and one that the command line names brings its own.
+    tau_given = "sample.tau" in given or ("sample.sampler" not in given and section.tau != usual)
     section.sampler, section.tau = chosen(section.sampler, tau, tau_given, "config.sample.tau")
 
 

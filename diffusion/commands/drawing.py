@@ -133,9 +133,16 @@ def working_memory(
     ids = np.arange(count, dtype=np.uint32)
     if "x_init" in options:
         options["x_init"] = options["x_init"](ids)
-    given = {"sample_ids": ids, **conditions_of(model, ids, labels, options.get("guidance"))}
-    run = jax.jit(lambda params, given: _sample(model, params, table, keys.make(0), **given, **options))
-    found = run.lower(params, given).compile().memory_analysis()
+    guidance = options.pop("guidance", None)
+    given = {"sample_ids": ids, **conditions_of(model, ids, labels, guidance)}
+
+    def run(params, second, given):
+        # Both networks are arguments: what a program closes over is written into it.
+        told = {} if guidance is None else {"guidance": guidance.replace(reference_params=second)}
+        return _sample(model, params, table, keys.make(0), **given, **told, **options)
+
+    second = None if guidance is None else guidance.reference_params
+    found = jax.jit(run).lower(params, second, given).compile().memory_analysis()
     return found.temp_size_in_bytes + found.output_size_in_bytes
 
 

@@ -104,7 +104,7 @@ def find(opened: Opened, calls: int, guidance: Guidance, weaker: str | None = No
 
 
 def paths_of(opened: Opened, calls: int, guidance: Guidance, weaker: str | None = None) -> list[Path]:
-    """Returns the files of the tables that `find` chooses from, the best first; it raises where there are none."""
+    """Returns the files of the tables that `find` chooses from, the best first."""
     # One for this guidance anywhere comes before one for another.
     names = (name_of(calls, guidance, weaker), f"{calls}-guidance*.json", f"{calls}.json")
     return [path for name in names for folder in _folders(opened) for path in sorted(folder.glob(name))]

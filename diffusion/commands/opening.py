@@ -17,6 +17,7 @@ from diffusion.errors import InputError
 from diffusion.interop import diffusers
 from diffusion.model import Model, Trained
 from diffusion.pretrained import weights
+from diffusion.sealed import digest
 from diffusion.training import run_folder
 
 
@@ -28,12 +29,14 @@ class Opened(NamedTuple):
       home: where files about it go by default.
       trained: the model.
       shipped: its name in the package if it is one of those, else "".
+      sha256: of its parameters as they were kept, where they are held in another precision now, else "".
     """
 
     name: str
     home: Path
     trained: Trained
     shipped: str = ""
+    sha256: str = ""
 
     @property
     def workdir(self) -> str:
@@ -52,13 +55,20 @@ def open_model(workdir: str | None, ema: str) -> Opened:
       InputError: there is no such model, or it is damaged.
     """
     opened = _open(workdir, ema)
-    dtype = flags.FLAGS.dtype
-    if dtype is not None and precision.dtype_of(opened.trained) != dtype:  # a folder of diffusers was read in it
-        opened = opened._replace(trained=precision.in_dtype(opened.trained, dtype))
+    trained, sha256 = _as_asked(opened.trained)
+    opened = opened._replace(trained=trained, sha256=sha256)
     slow = jax.default_backend() == "cpu" and machine.computes_bfloat16() is False
     if slow and precision.dtype_of(opened.trained) == "bfloat16":
         print("note: this processor does not compute in bfloat16, which takes longer here than --dtype=float32")
     return opened
+
+
+def _as_asked(trained):
+    """Returns the model in the precision of --dtype, and the SHA-256 of its parameters before, or "" where as kept."""
+    dtype = flags.FLAGS.dtype
+    if dtype is None or precision.holds(trained, dtype):
+        return trained, ""
+    return precision.in_dtype(trained, dtype), digest(trained.params)
 
 
 def _open(workdir, ema):
@@ -124,15 +134,19 @@ def open_named(
     return Opened(name, home_of(name), trained)
 
 
-def open_weaker(path: str, model: Model) -> Trained:
-    """Opens the model to push away from; raises InputError unless it is asked and read as the model itself."""
+def open_weaker(path: str, model: Model) -> tuple[Trained, str]:
+    """Returns the model to push away from and the SHA-256 of its parameters as they were kept.
+
+    Raises:
+      InputError: it is not asked and read as the model itself.
+    """
     if not path:
         raise InputError("--guidance_model names no model; give a run folder or a file of convert.py")
     try:
-        # It is of the same size, and its LoRA files and precision are its own.
+        # It is of the same size and in the same precision, and its LoRA files are its own.
         sized = diffusers.is_folder(path) and flags.FLAGS.size is not None
         imported = {"image_size": tuple(model.space.image_shape[:2])} if sized else {}
-        weaker = open_named(path, "", own.networks(flags.FLAGS.network), imported).trained
+        weaker, sha256 = _as_asked(open_named(path, "", own.networks(flags.FLAGS.network), imported).trained)
     except InputError as error:
         raise InputError(str(error).replace("--workdir", "--guidance_model")) from None
 
@@ -147,4 +161,4 @@ def open_weaker(path: str, model: Model) -> Trained:
     for name, ours in facts(model).items():
         if theirs[name] != ours:
             raise InputError(f"--guidance_model={path} differs from the model in its {name}, which must be the same")
-    return weaker
+    return weaker, sha256 or digest(weaker.params)

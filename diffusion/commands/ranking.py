@@ -176,6 +176,8 @@ def _entries(asked, budget):
     found = ranking.candidates(make, budget, asked.samplers, asked.grids)
     if asked.samplers is None or learned.LEARNED in asked.samplers:
         found += list(_learned(source, budget))
+    if not found and set(asked.samplers or ()) == {learned.LEARNED}:
+        learned.find(source.opened, budget, source.guidance)  # says how to learn one
     if not found:
         raise InputError(f"no sampler on these grids takes {budget} network calls or fewer; give more --calls")
     return found

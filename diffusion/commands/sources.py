@@ -243,10 +243,9 @@ def open_source() -> Source:
     settings |= prompts.settings(trained.model, sized=given.size is not None)
     check_rule(trained.model.prediction, guide if guide.acts() else None)
     guiding.check_effect(given, trained, guide.acts())
-    sha256, configs = digest(trained.params), [trained.config]
+    sha256, configs = opened.sha256 or digest(trained.params), [trained.config]
     if given.guidance_model is not None:
-        weaker = opening.open_weaker(given.guidance_model, trained.model)
-        settings["guidance_model_sha256"] = digest(weaker.params)
+        weaker, settings["guidance_model_sha256"] = opening.open_weaker(given.guidance_model, trained.model)
         if settings["guidance_model_sha256"] == sha256:
             raise InputError("--guidance_model is the model itself, which changes nothing; name a weaker one")
         second = {"reference_fn": weaker.model.apply_fn, "reference_split": weaker.model.split}
