@@ -44,8 +44,10 @@ def test_the_package_holds_configs_weights_and_the_mark_of_its_types(installed):
     found = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
     tracked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "diffusion").rglob("*.py")}
     configs = {f"diffusion/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
-    tables = {f"diffusion/pretrained/digits-tables/{calls}.json" for calls in (3, 4, 5, 6, 8, 10)}
-    others = {"diffusion/py.typed", "diffusion/pretrained/digits.safetensors", *tables}
+    tables = {f"digits-tables/{calls}.json" for calls in (3, 4, 5, 6, 8, 10)}
+    tables |= {f"cifar-tables/{calls}-guidance3.json" for calls in (4, 5, 6)}
+    shipped = {f"diffusion/pretrained/{name}" for name in ("digits.safetensors", "cifar.safetensors", *tables)}
+    others = {"diffusion/py.typed", *shipped}
     assert found == tracked | configs | others
 
 

@@ -62,6 +62,7 @@ def main() -> None:
     calls = _parse_calls(source.trained.model.schedule.num_timesteps)
     if _SCOPE.value not in SCOPES:
         raise InputError(f"scope is {_SCOPE.value!r}; {nearest(_SCOPE.value, SCOPES)}")
+    batching.fixed(flags.FLAGS.batch_size, "learning")
     teacher, loss = _teacher(source), losses.parse(_LOSS.value)
     folder = source.home / learned.FOLDER
     for count in calls:
