@@ -41,10 +41,9 @@ def test_values_and_gradients_are_those_of_the_textbook_and_of_jax(shape):
             np.testing.assert_allclose(gradient, expected, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_derivatives_of_first_and_second_order_are_numerical_ones(shape):
+def test_derivatives_of_first_and_second_order_are_numerical_ones():
     with jax.enable_x64(True):
-        args = inputs(shape, np.float64)
+        args = inputs((2, 3, 5, 2, 3), np.float64)
         check_grads(attend, args, order=2, modes=("fwd", "rev"))
 
 
