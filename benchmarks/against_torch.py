@@ -1,12 +1,14 @@
-"""Network call, training step and sampling of this library beside diffusers' UNet2DModel in torch, on a CPU.
+"""Network call, training step and sampling of this library beside diffusers' UNet2DModel in torch, on a CPU or GPU.
 
     python benchmarks/against_torch.py [--networks=digits,2.2M,35.7M] [--batches=1,4,16,64] [--rounds=7] [--steps=25]
-        [--operations=network,training,sampling] [--out=docs/speed.md]
+        [--operations=network,training,sampling] [--device=gpu] [--dtype=bfloat16] [--out=docs/speed.md]
 
 35.7M is DDPM's network for CIFAR-10, 2.2M the same with a quarter of its width, and digits that of configs/digits.py.
 Each side lives in a process of its own, and they work in turns, in an order that turns round as well, of one untimed
 and one timed operation, so that a noisy machine slows all of them alike. Torch runs eagerly and under torch.compile, in
-the memory layout that is faster for it.
+the memory layout that is faster for it. On a GPU torch.compile captures CUDA graphs, except in training, and all that
+compiles does so before anything is timed. In bfloat16 both sides train with weights of float32, and draw with weights
+of bfloat16.
 
 A ratio is ours / torch, below 1 where ours is faster: the median of the paired ratios, with an interval that holds it
 in 95 % of the cases. Where that is wider than a tenth, no ratio is printed. The last column is the share of the cores
@@ -14,6 +16,7 @@ that other programs used meanwhile. --out writes the rows into a page, between t
 "measured: end". The digits and the 2.2M network take about half an hour on two cores, the 35.7M one longer.
 """
 
+import copy
 import importlib.util
 import os
 import platform
@@ -33,6 +36,8 @@ _STEPS = flags.DEFINE_integer("steps", 25, "DDIM steps of an operation of sampli
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each operation.", lower_bound=1)
 _SIDES = flags.DEFINE_list("sides", ["ours", "eager", "compile"], "Which take part; ratios need ours.")
 _OPERATIONS = flags.DEFINE_list("operations", ["network", "training", "sampling"], "What is timed.")
+_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Where both sides work.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the arithmetic.")
 _OUT = flags.DEFINE_string("out", None, "A page that takes the table. Default: it is only printed.")
 _WORKER = flags.DEFINE_enum("worker", None, ["ours", "eager", "compile"], "Set by the command itself.")
 
@@ -70,8 +75,10 @@ def main(_):
     print(machine(), flush=True)
     rows = [HEADER]
     for network in _NETWORKS.value:
-        for batch in _BATCHES.value:
-            rows += measure(network, batch)
+        # Sides of several batches side by side would not fit the memory of most CPUs.
+        together = [_BATCHES.value] if _DEVICE.value == "gpu" else [[batch] for batch in _BATCHES.value]
+        for batches in together:
+            rows += measure(network, batches)
     if _OUT.value:
         before, rest = Path(_OUT.value).read_text().split(BEGIN)
         after = rest.split(END)[1]
@@ -84,25 +91,45 @@ HEADER = """| network, batch | operation | ours, ms | ours / eager | ours / comp
 |---|---|---|---|---|---|"""
 
 
-def measure(network, batch):
-    """Rows of the table, one for each operation of a network at a batch; each is printed as soon as it is there."""
-    workers = {side: Worker(side, network, batch) for side in _SIDES.value}
+def measure(network, batches):
+    """Rows of the table, one for each batch and operation of a network; each is printed as soon as it is there."""
+    workers = {(batch, side): Worker(side, network, batch) for side in _SIDES.value for batch in batches}
+    for worker in workers.values():
+        worker.introduce()
+    first = compile_all(workers)
     rows = []
-    for operation in _OPERATIONS.value:
-        first = {side: worker.seconds(operation) for side, worker in workers.items()}  # compiles
-        if first[_SIDES.value[0]] > LONGEST:
-            print(f"{network}, {batch}: {operation} takes {first[_SIDES.value[0]]:.0f} s and is left out", flush=True)
-            continue
-        others = Others([worker.process.pid for worker in workers.values()])
-        rounds = []
-        for number in range(_ROUNDS.value):
-            turn = list(workers) if number % 2 else list(workers)[::-1]
-            rounds.append({side: workers[side].seconds(operation) for side in turn})
-        rows.append(row(f"{network}, {batch}", operation, rounds, others.share()))
-        print(rows[-1], flush=True)
+    for batch in batches:
+        sides = {side: workers[batch, side] for side in _SIDES.value}
+        for operation in _OPERATIONS.value:
+            if (seconds := first[batch, _SIDES.value[0], operation]) > LONGEST:
+                print(f"{network}, {batch}: {operation} takes {seconds:.0f} s and is left out", flush=True)
+                continue
+            others = Others([worker.process.pid for worker in workers.values()])
+            rounds = []
+            for number in range(_ROUNDS.value):
+                turn = list(sides) if number % 2 else list(sides)[::-1]
+                rounds.append({side: sides[side].seconds(operation) for side in turn})
+            rows.append(row(f"{network}, {batch}", operation, rounds, others.share()))
+            print(rows[-1], flush=True)
     for worker in workers.values():
         worker.close()
     return rows
+
+
+def compile_all(workers):
+    """Makes each operation for the first time; one side after the other, of each all batches at once.
+
+    Returns (batch, side, operation) -> seconds of the first call that needs no compilation.
+    """
+    first = {}
+    for operation in _OPERATIONS.value:
+        for side in _SIDES.value:
+            asked = {which: worker for which, worker in workers.items() if which[1] == side}
+            for worker in asked.values():
+                worker.ask(operation)
+            for which, worker in asked.items():
+                first[*which, operation] = float(worker.answer())
+    return first
 
 
 def row(name, operation, rounds, share):
@@ -120,7 +147,12 @@ def row(name, operation, rounds, share):
 def machine():
     """Cores, processor and Python's version."""
     model = "".join(line.split(":", 1)[1].strip() for line in processor_lines()[:1]) or platform.machine()
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}"
+    cores = f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}"
+    if _DEVICE.value == "cpu":
+        return cores
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, {_DTYPE.value}, {cores}"
 
 
 def processor_lines():
@@ -137,22 +169,30 @@ class Worker:
     def __init__(self, side, network, batch):
         command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], f"--worker={side}"]
         command += [f"--networks={network}", f"--batches={batch}"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        print(f"{network}, {batch}, {side}: {self._answer()}", flush=True)
+        # Several processes share a GPU, of which JAX would else take three quarters at once.
+        env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self.name = f"{network}, {batch}, {side}"
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def introduce(self):
+        print(f"{self.name}: {self.answer()}", flush=True)
 
     def seconds(self, operation):
+        self.ask(operation)
+        return float(self.answer())
+
+    def ask(self, operation):
         print(operation, file=self.process.stdin, flush=True)
-        return float(self._answer())
 
     def close(self):
         self.process.stdin.close()
         self.process.wait()
 
-    def _answer(self):
+    def answer(self):
         for line in self.process.stdout:
             if line.startswith("= "):
                 return line[2:].strip()
-        sys.exit("a side of the benchmark stopped; its error is above")
+        sys.exit(f"{self.name} stopped; its error is above")
 
 
 def serve(side):
@@ -186,10 +226,13 @@ def ours(network, batch):
         multipliers=network.multipliers,
         num_blocks=network.num_blocks,
         attention_resolutions=network.attention,
+        dtype=_DTYPE.value,
     )
     apply_fn = as_apply_fn(model)
     everywhere, split = NamedSharding(mesh, PartitionSpec()), devices.batch_sharding(mesh)
-    params = jax.device_put(init(model, shape), everywhere)
+    weights = init(model, shape)
+    params = jax.tree.map(lambda leaf: leaf.astype(_DTYPE.value if leaf.ndim > 1 else leaf.dtype), weights)
+    params = jax.device_put(params, everywhere)
     x = jax.device_put(jax.random.normal(jax.random.key(1), (batch, *shape)), split)
     t = jax.device_put(jnp.full((batch,), 500.0), split)
     schedule = schedules.linear()
@@ -206,7 +249,7 @@ def ours(network, batch):
         "sampling": lambda: jax.block_until_ready(sampling(params, jax.random.key(2), keys)),
     }
     if "training" in _OPERATIONS.value:
-        operations["training"] = training_step(model, params, mesh, batch, shape)
+        operations["training"] = training_step(model, weights, mesh, batch, shape)
     return f"{count:,} parameters, jax {jax.__version__}, {devices.describe(mesh)}", operations
 
 
@@ -218,23 +261,32 @@ def in_torch(side, network, batch):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     candidates = {}
+    device = {"cpu": "cpu", "gpu": "cuda"}[_DEVICE.value]
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for layout in (torch.contiguous_format, torch.channels_last):
-        model = torch_unet(network).to(memory_format=layout)
-        x = torch.randn(batch, network.image[-1], *network.image[:2]).contiguous(memory_format=layout)
-        t = torch.full((batch,), 500)
+        model = torch_unet(network).to(device, memory_format=layout)
+        x = torch.randn(batch, network.image[-1], *network.image[:2]).to(device).contiguous(memory_format=layout)
         run = torch_training_step(model, x)
         run()
+        wait()
         start = time.perf_counter()
         run()
-        candidates[layout] = time.perf_counter() - start, model, x, t
+        wait()
+        candidates[layout] = time.perf_counter() - start, model, x
     layout = min(candidates, key=lambda layout: candidates[layout][0])
-    _, model, x, t = candidates[layout]
+    _, model, x = candidates[layout]
     count = sum(p.numel() for p in model.parameters())
-    called = torch.compile(model) if side == "compile" else model
+    dtype = getattr(torch, _DTYPE.value)
+    drawing, t, small = copy.deepcopy(model).to(dtype), torch.full((batch,), 500, device=device), x.to(dtype)
+    if side == "compile":
+        model = torch.compile(model)
+        # CUDA graphs, as one compiled scan has no dispatch either.
+        drawing = torch.compile(drawing, mode="reduce-overhead" if device == "cuda" else "default")
+    training = torch_training_step(model, x)
     operations = {
-        "training": torch_training_step(called, x),
-        "network": lambda: torch_network(called, x, t),
-        "sampling": lambda: torch_sampling(called, x),
+        "training": lambda: (training(), wait()),
+        "network": lambda: (torch_network(drawing, small, t), wait()),
+        "sampling": lambda: (torch_sampling(drawing, small), wait()),
     }
     import diffusers
 
@@ -270,15 +322,16 @@ def torch_training_step(network, x):
     import torch
 
     params = list(network.parameters())
-    optimizer = torch.optim.Adam(params, lr=1e-4)
+    optimizer = torch.optim.Adam(params, lr=1e-4, fused=x.is_cuda)
     ema = [p.detach().clone() for p in params]
 
     def run():
-        t = torch.randint(1, 1001, (x.shape[0],))
+        t = torch.randint(1, 1001, (x.shape[0],), device=x.device)
         signal = torch.cos(t / 1000 * torch.pi / 2)[:, None, None, None]
         noise = torch.randn_like(x)
-        predicted = network(signal * x + torch.sqrt(1 - signal**2) * noise, t).sample
-        torch.nn.functional.mse_loss(predicted, noise).backward()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=_DTYPE.value == "bfloat16"):
+            predicted = network(signal * x + torch.sqrt(1 - signal**2) * noise, t).sample
+        torch.nn.functional.mse_loss(predicted.float(), noise).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -304,7 +357,7 @@ def torch_sampling(network, x):
     scheduler.set_timesteps(_STEPS.value)
     sample = torch.randn_like(x)
     with torch.inference_mode():
-        for t in scheduler.timesteps:
+        for t in scheduler.timesteps.to(sample.device):
             sample = scheduler.step(network(sample, t).sample, t, sample).prev_sample
 
 

@@ -1,12 +1,15 @@
 """What a device makes of the training step: images a second, the share of its peak, and memory, by batch and dtype.
 
     python benchmarks/throughput.py [--width=128] [--batches=128,512,1024] [--dtypes=float32,bfloat16] [--peak=989]
+        [--together]
 
 Model FLOPs are three times those of the forward pass, whatever is computed again; --peak is the device's, in TFLOP/s of
 the dtype (989 for bfloat16 on an H100). A batch that does not fit is said to be too large, and the next one is timed.
-Each batch runs in a process of its own, so that memory is its own, too.
+Each batch runs in a process of its own, so that memory is its own, too. --together lets all of them compile side by
+side, on a device whose memory has place for all, before one after the other is timed.
 """
 
+import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +30,7 @@ _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of the arithmeti
 _REMAT = flags.DEFINE_bool("remat", False, "Compute activations again in the backward pass.")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "Timed steps.")
 _PEAK = flags.DEFINE_float("peak", None, "TFLOP/s of all devices, for the share of it.", lower_bound=0)
+_TOGETHER = flags.DEFINE_bool("together", False, "Compile all batches and dtypes side by side.")
 _ONE = flags.DEFINE_bool("one", False, "Set by the command itself: time the first batch and dtype.")
 
 
@@ -34,13 +38,24 @@ def main(_):
     if _ONE.value:
         measure(int(_BATCHES.value[0]), _DTYPES.value[0])
         return
-    for dtype in _DTYPES.value:
-        for batch in _BATCHES.value:
-            command = [sys.executable, __file__, *sys.argv[1:], f"--batches={batch}", f"--dtypes={dtype}", "--one"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode and "RESOURCE_EXHAUSTED" not in done.stderr:
-                sys.exit(done.stderr)
-            print(done.stdout.strip() or f"{dtype}, batch {batch}: too large for the memory", flush=True)
+    cases = [(dtype, batch) for dtype in _DTYPES.value for batch in _BATCHES.value]
+    for group in [cases] if _TOGETHER.value else [[case] for case in cases]:
+        processes = {case: start(*case) for case in group}
+        # The first line comes once a process has compiled; it then waits for one from us.
+        ready = {case: process.stdout.readline() for case, process in processes.items()}
+        for case, process in processes.items():
+            rest, errors = process.communicate("go\n" if ready[case] else None)
+            if process.returncode and "RESOURCE_EXHAUSTED" not in errors:
+                sys.exit(errors)
+            print(rest.strip() or f"{case[0]}, batch {case[1]}: too large for the memory", flush=True)
+
+
+def start(dtype, batch):
+    """A process that measures one case."""
+    command = [sys.executable, __file__, *sys.argv[1:], f"--batches={batch}", f"--dtypes={dtype}", "--one"]
+    env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if _TOGETHER.value else None
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=env, **pipes)
 
 
 def measure(batch, dtype):
@@ -51,6 +66,8 @@ def measure(batch, dtype):
     run = training_step(model, params, mesh, batch, (_SIZE.value, _SIZE.value, 3))
     run()  # compiles
     run()
+    print("ready", flush=True)
+    sys.stdin.readline()
     seconds = []
     for _ in range(_REPEATS.value):
         start = time.perf_counter()
