@@ -78,7 +78,7 @@ def measure(
     *,
     calls: Sequence[int] = (4, 5),
     variants: Sequence[Variant] = VARIANTS,
-    seeds: Sequence[int] = range(3),
+    seeds: Sequence[int] = range(5),
     kept: Path = KEPT,
 ) -> Findings:
     """The distance of tables that are learned in part; with all but the first of calls, only what is free changes."""
