@@ -96,7 +96,7 @@ def _guarded(main):
             raise
         fail(
             "the memory of the device is full; take a smaller batch_size, or train with more "
-            "config.train.microbatches, with config.model.remat=True or config.model.dtype=bfloat16"
+            "config.train.microbatches, with config.model.remat=full or config.model.dtype=bfloat16"
         )
     except RuntimeError as error:
         if "home directory" not in str(error):
