@@ -22,9 +22,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 from absl import app, flags
+from networks import NETWORKS
 from paired import OTHERS, Others, ratio
 
 _NETWORKS = flags.DEFINE_list("networks", ["digits", "2.2M", "35.7M"], "Which networks.")
@@ -39,23 +39,6 @@ _WORKER = flags.DEFINE_enum("worker", None, ["ours", "eager", "compile"], "Set b
 HOW_TO_INSTALL = "torch is not installed: pip install torch==2.13.0, then pip install -e .[reference]"
 LONGEST = 60.0
 """Seconds; an operation that takes longer on our side is left out, and said to be."""
-
-
-class Network(NamedTuple):
-    """A UNet in DDPM's layout, as both sides build it."""
-
-    width: int
-    multipliers: tuple[int, ...]
-    num_blocks: int
-    attention: tuple[int, ...]
-    image: tuple[int, int, int]
-
-
-NETWORKS = {
-    "digits": Network(32, (1, 2), 1, (4,), (8, 8, 1)),
-    "2.2M": Network(32, (1, 2, 2, 2), 2, (16,), (32, 32, 3)),
-    "35.7M": Network(128, (1, 2, 2, 2), 2, (16,), (32, 32, 3)),
-}
 
 
 def main(_):
@@ -176,17 +159,12 @@ def ours(network, batch):
 
     import diffusion
     from diffusion import devices, schedules, solvers, timesteps
-    from diffusion.models import UNet, as_apply_fn
+    from diffusion.models import as_apply_fn
 
     devices.prepare()
     mesh = devices.training_mesh(batch)
     shape = network.image
-    model = UNet(
-        width=network.width,
-        multipliers=network.multipliers,
-        num_blocks=network.num_blocks,
-        attention_resolutions=network.attention,
-    )
+    model = network.ours()
     apply_fn = as_apply_fn(model)
     everywhere, split = NamedSharding(mesh, PartitionSpec()), devices.batch_sharding(mesh)
     params = jax.device_put(init(model, shape), everywhere)

@@ -1,12 +1,16 @@
 """What a user gets wrong ends in one line that names the remedy."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
+import queue
 import re
+import subprocess
 
 import pytest
-from commands import ROOT, TINY, error_line, run
+from commands import ROOT, TINY, error_line
+from forked import Programs
 
 from diffusion import schedules, solvers
 
@@ -383,7 +387,8 @@ MISTAKES = [
 
 @pytest.fixture(scope="session")
 def mistakes(trained, tmp_path_factory):
-    """All mistakes, made side by side, as most of their time is starting Python."""
+    """All mistakes, made side by side in forks of processes that have imported JAX, which takes most of their time."""
+    workers = queue.SimpleQueue()
 
     def make(mistake):
         script, args, _ = mistake
@@ -401,10 +406,16 @@ def mistakes(trained, tmp_path_factory):
         names |= {"TRAINED": trained, "FILE": cwd / "file", "OLD": cwd / "old", "OTHER": cwd / "other"}
         names["FOLDER"] = cwd / "folder"
         args = [re.sub(r"\$([A-Z]+)", lambda m: str(names[m[1]]), a) for a in args]
-        return run(script, *args, cwd=cwd), sorted(path.name for path in cwd.iterdir())
+        worker = workers.get()
+        made = worker.run(script.removesuffix(".py"), args, cwd)
+        workers.put(worker)
+        result = subprocess.CompletedProcess(args, made.code, made.out, made.err)
+        return result, sorted(path.name for path in cwd.iterdir())
 
-    before = sorted(trained.rglob("*"))
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    before, cores = sorted(trained.rglob("*")), os.cpu_count()
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        for _ in range(cores):
+            workers.put(stack.enter_context(Programs({})))
         results = list(pool.map(make, MISTAKES))
     assert sorted(trained.rglob("*")) == before
     return results
