@@ -21,8 +21,8 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import pages
 from absl import app, flags
 from networks import NETWORKS
 from paired import OTHERS, Others, ratio
@@ -48,21 +48,16 @@ def main(_):
         network, batch = NETWORKS[_NETWORKS.value[0]], int(_BATCHES.value[0])
         serve(ours(network, batch) if _WORKER.value == "ours" else in_torch(_WORKER.value, network, batch))
         return
-    if _OUT.value and (missing := [mark for mark in (BEGIN, END) if mark not in Path(_OUT.value).read_text()]):
-        sys.exit(f"{_OUT.value} has no line {missing[0]}")
+    pages.check(_OUT.value, *PLACE)
     print(machine(), flush=True)
     rows = [HEADER]
     for network in _NETWORKS.value:
         for batch in _BATCHES.value:
             rows += measure(network, batch)
-    if _OUT.value:
-        before, rest = Path(_OUT.value).read_text().split(BEGIN)
-        after = rest.split(END)[1]
-        table = "\n".join([BEGIN, "", *rows, "", f"{machine()}, {time.strftime('%B %Y')}.", "", END])
-        Path(_OUT.value).write_text(before + table + after)
+    pages.write(_OUT.value, *PLACE, [*rows, "", f"{machine()}, {time.strftime('%B %Y')}."])
 
 
-BEGIN, END = "<!-- measured: against_torch -->", "<!-- measured: end -->"
+PLACE = ("measured", "against_torch")
 HEADER = """| network, batch | operation | ours, ms | ours / eager | ours / compile | others used |
 |---|---|---|---|---|---|"""
 
