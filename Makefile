@@ -26,13 +26,8 @@ demo-latent: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-# Every table beside diffusers' scheduler, and Inception beside pytorch-fid's. The CPU build of torch comes first, and
-# what needs torch comes without its dependencies, or pip brings gigabytes of CUDA.
-agreement: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 pytorch-fid==0.3.0 \
-		k-diffusion==0.1.1.post1
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,reference]"
+# Every table beside diffusers' scheduler, and Inception beside pytorch-fid's.
+agreement: $(VENV)/.installed-torch
 	$(BIN)/python -m pytest tests/agreement
 
 # Kills, full disks, damages, hostile files, values, streams, processes and devices, with counts; about an hour.
@@ -68,10 +63,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/sampling_overhead.py
-	$(BIN)/python benchmarks/devices.py
-	$(BIN)/python benchmarks/first_picture.py
+# Network call, training step and sampling beside torch, and the first picture from a cold and a warm cache; the tables
+# of docs/speed.md are written anew. It wants a machine that does nothing else, for some hours.
+bench: $(VENV)/.installed-torch
+	$(BIN)/python benchmarks/first_picture.py --out=docs/speed.md
+	$(BIN)/python benchmarks/against_torch.py --out=docs/speed.md
 
 clean:
 	rm -rf $(VENV) build dist site jupyter_execute .import_linter_cache docs/notebooks/*.ipynb *.egg-info
@@ -81,6 +77,14 @@ $(BIN)/python:
 
 $(VENV)/.installed: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . $(EXTRAS)
+	@touch $@
+
+# The CPU build of torch comes first, and what needs torch comes without its dependencies, or pip brings gigabytes of CUDA.
+$(VENV)/.installed-torch: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 pytorch-fid==0.3.0 \
+		k-diffusion==0.1.1.post1
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,reference]" $(EXTRAS)
 	@touch $@
 
 # Kept: make would delete a mark that only a pattern asks for, and install once more the next time.

@@ -24,10 +24,10 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import NamedTuple
 
+import pages
 from absl import app, flags
+from networks import NETWORKS
 from paired import OTHERS, Others, ratio
 
 _NETWORKS = flags.DEFINE_list("networks", ["digits", "2.2M", "35.7M"], "Which networks.")
@@ -46,23 +46,6 @@ LONGEST = 60.0
 """Seconds; an operation that takes longer on our side is left out, and said to be."""
 
 
-class Network(NamedTuple):
-    """A UNet in DDPM's layout, as both sides build it."""
-
-    width: int
-    multipliers: tuple[int, ...]
-    num_blocks: int
-    attention: tuple[int, ...]
-    image: tuple[int, int, int]
-
-
-NETWORKS = {
-    "digits": Network(32, (1, 2), 1, (4,), (8, 8, 1)),
-    "2.2M": Network(32, (1, 2, 2, 2), 2, (16,), (32, 32, 3)),
-    "35.7M": Network(128, (1, 2, 2, 2), 2, (16,), (32, 32, 3)),
-}
-
-
 def main(_):
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
         sys.exit(HOW_TO_INSTALL)
@@ -70,8 +53,7 @@ def main(_):
         network, batch = NETWORKS[_NETWORKS.value[0]], int(_BATCHES.value[0])
         serve(ours(network, batch) if _WORKER.value == "ours" else in_torch(_WORKER.value, network, batch))
         return
-    if _OUT.value and (missing := [mark for mark in (BEGIN, END) if mark not in Path(_OUT.value).read_text()]):
-        sys.exit(f"{_OUT.value} has no line {missing[0]}")
+    pages.check(_OUT.value, *PLACE)
     print(machine(), flush=True)
     rows = [HEADER]
     for network in _NETWORKS.value:
@@ -79,14 +61,10 @@ def main(_):
         together = [_BATCHES.value] if _DEVICE.value == "gpu" else [[batch] for batch in _BATCHES.value]
         for batches in together:
             rows += measure(network, batches)
-    if _OUT.value:
-        before, rest = Path(_OUT.value).read_text().split(BEGIN)
-        after = rest.split(END)[1]
-        table = "\n".join([BEGIN, "", *rows, "", f"{machine()}, {time.strftime('%B %Y')}.", "", END])
-        Path(_OUT.value).write_text(before + table + after)
+    pages.write(_OUT.value, *PLACE, [*rows, "", f"{machine()}, {time.strftime('%B %Y')}."])
 
 
-BEGIN, END = "<!-- measured: against_torch -->", "<!-- measured: end -->"
+PLACE = ("measured", "against_torch")
 HEADER = """| network, batch | operation | ours, ms | ours / eager | ours / compile | others used |
 |---|---|---|---|---|---|"""
 
@@ -216,18 +194,12 @@ def ours(network, batch):
 
     import diffusion
     from diffusion import devices, schedules, solvers, timesteps
-    from diffusion.models import UNet, as_apply_fn
+    from diffusion.models import as_apply_fn
 
     devices.prepare()
     mesh = devices.training_mesh(batch)
     shape = network.image
-    model = UNet(
-        width=network.width,
-        multipliers=network.multipliers,
-        num_blocks=network.num_blocks,
-        attention_resolutions=network.attention,
-        dtype=_DTYPE.value,
-    )
+    model = network.ours(dtype=_DTYPE.value)
     apply_fn = as_apply_fn(model)
     everywhere, split = NamedSharding(mesh, PartitionSpec()), devices.batch_sharding(mesh)
     weights = init(model, shape)

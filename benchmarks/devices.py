@@ -33,7 +33,8 @@ def main(_):
     meshes = {"one device": devices.training_mesh(1), "one per core": devices.training_mesh(_BATCH.value)}
     print(f"UNet of width {_WIDTH.value}, batch {_BATCH.value}, {_SIZE.value}x{_SIZE.value}x3, jax {jax.__version__}")
     for name, make in (("network call", network_call), ("training step", training_step)):
-        runs = {label: make(model, params, mesh, _BATCH.value, _SIZE.value) for label, mesh in meshes.items()}
+        shape = (_BATCH.value, (_SIZE.value, _SIZE.value, 3))
+        runs = {label: make(model, params, mesh, *shape) for label, mesh in meshes.items()}
         for run in runs.values():
             run()  # compile
         pairs = [[seconds(run) for run in runs.values()] for _ in range(_REPEATS.value)]
@@ -42,11 +43,11 @@ def main(_):
         print(f"{name}: one device {one:.3f} s, {meshes['one per core'].size} devices {many:.3f} s, ratio {ratio:.2f}")
 
 
-def network_call(model, params, mesh, batch, size):
+def network_call(model, params, mesh, batch, image):
     everywhere, split = NamedSharding(mesh, PartitionSpec()), devices.batch_sharding(mesh)
     apply_fn = jax.jit(as_apply_fn(model))
     placed = jax.device_put(params, everywhere)
-    x = jax.device_put(jnp.zeros((batch, size, size, 3)), split)
+    x = jax.device_put(jnp.zeros((batch, *image)), split)
     t = jax.device_put(jnp.full((batch,), 500.0), split)
     return lambda: apply_fn(placed, x, t)
 

@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.num_classes = 0  # classes that the network is told; 0: none, -1: all that the data has
     config.model.out_channels = 0  # 0: as many as the images have
     config.model.dtype = "float32"  # or bfloat16, for the arithmetic; parameters and normalisation stay float32
-    config.model.remat = False  # compute activations again in the backward pass, to save memory
+    config.model.remat = "none"  # what the backward pass computes again, to save memory: none, products or full
 
     # The transformer (DiT), where config.network names it: these are its arguments.
     config.transformer = ml_collections.ConfigDict()
@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.transformer.dropout = 0.0  # rate after attention and perceptron, in training
     config.transformer.time_shift = 0.0  # what is added to t; -1 for networks of others, whose times count from 0
     config.transformer.dtype = "float32"  # or bfloat16, for the arithmetic
-    config.transformer.remat = False  # compute the blocks again in the backward pass, to save memory
+    config.transformer.remat = "none"  # what the backward pass computes again: none, products or full
 
     # UNet2DModel of diffusers, where config.network names it: its fields by the names that they have there.
     config.unet2d = ml_collections.ConfigDict()

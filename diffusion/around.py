@@ -39,11 +39,12 @@ class Steering:
 
     def check(self) -> None:
         """Raises InputError for a scale that is no finite number, or that nothing uses."""
-        concrete = not isinstance(self.scale, jax.core.Tracer)
-        known = concrete and np.asarray(self.scale)
-        if concrete and (known.ndim != 0 or known.dtype.kind not in "iuf" or not np.isfinite(known)):
-            raise InputError(f"scale of steering is {self.scale}; it must be one finite number")
-        if self.log_prob is None and (self.params is not None or (concrete and self.scale != 1)):
+        scaled = False
+        if not isinstance(self.scale, jax.core.Tracer):  # whose value is not known yet
+            if not _is_finite_number(self.scale):
+                raise InputError(f"scale of steering is {self.scale}; it must be one finite number")
+            scaled = self.scale != 1
+        if self.log_prob is None and (scaled or self.params is not None):
             raise InputError("steering has params or a scale, which are the classifier's; give its log_prob as well")
 
     def push(self, x: Images, t: Float[Array, "B"], cond: Any, signal: Any, noise: Any) -> Images:
@@ -80,6 +81,11 @@ class Steering:
         if found.shape != x0.shape:
             raise InputError(f"denoised_fn returns shape {found.shape} for estimates of shape {x0.shape}")
         return found.astype(x0.dtype)
+
+
+def _is_finite_number(value):
+    array = np.asarray(value)
+    return array.ndim == 0 and array.dtype.kind in "iuf" and bool(np.isfinite(array))
 
 
 @lru_cache

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,9 @@ from diffusion.errors import InputError, failure
 
 Callback = Callable[[int, np.ndarray, np.ndarray], None]
 """(number of the stage from 0, x that the network saw, estimate of x_0); if it raises, the run ends."""
+
+_LOGGER = logging.getLogger("jax._src.callback")
+"""Where JAX tells of a callback that raises, with all its frames; the caller hears of it by an error."""
 
 _NUMBERS = itertools.count(1)
 _RUNS: dict[int, tuple[Callback, list[BaseException]]] = {}
@@ -37,6 +41,11 @@ def watched(callback: Callback, *inputs: Any) -> Iterator[int]:
         raise InputError("callback is called where sample itself runs; call sample outside of jit, grad and vmap")
     number, errors = next(_NUMBERS), []
     _RUNS[number] = (callback, errors)
+
+    def is_news(record):
+        return record.exc_info is None or record.exc_info[1] not in errors
+
+    _LOGGER.addFilter(is_news)
     try:
         yield number
         jax.effects_barrier()
@@ -44,6 +53,7 @@ def watched(callback: Callback, *inputs: Any) -> Iterator[int]:
         if not errors:
             raise
     finally:
+        _LOGGER.removeFilter(is_news)
         del _RUNS[number]
     if errors:
         if not isinstance(errors[0], Exception):  # Ctrl-C

@@ -71,6 +71,20 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone(trained):
     assert np.abs(whole - samples("other", "--num=9", "--seed=1")).max() > 50
 
 
+def test_a_command_given_again_takes_every_program_from_the_cache_and_says_so(trained, tmp_path):
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    told = []
+    for _ in range(2):
+        done = run("sample.py", "--steps=2", "--num=2", "--out=cached", cwd=trained, env=env)
+        assert done.returncode == 0, done.stderr
+        said = r"compiled (\d+) programs and took (\d+) from the cache in \d+\.\d s; kept (\d+) in (.*)"
+        told.append(re.fullmatch(said, done.stdout.splitlines()[-1]).groups())
+    (made, *first), second = told
+    assert int(made) > 0
+    assert first == ["0", made, str(tmp_path)]
+    assert second == ("0", made, "0", str(tmp_path))
+
+
 def test_a_dry_run_prints_the_table_and_writes_nothing(trained):
     before = sorted(trained.rglob("*"))
     result = run("sample.py", "--dry_run", "--steps=2", "--sampler=ddim:eta=0.5", cwd=trained)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import diffusion
 from diffusion import sampling, schedules, solvers, timesteps
@@ -160,6 +161,30 @@ def test_memory_grows_with_registers_and_not_with_stages():
     few = temporary_bytes(1, 5)
     assert temporary_bytes(1, 60) - few < image
     assert 2 * image < temporary_bytes(4, 5) - few < 10 * image
+
+
+def test_work_is_that_of_the_calls_linear_in_images_and_shared_by_devices():
+    """The FLOPs of the compiled program, in which the body of the scan, a stage, is counted once."""
+
+    def network(params, x, t, cond=None):
+        return jnp.tanh(x @ params) + t[:, None] / 1000
+
+    def flops(images, steps, num_devices=1):
+        table = ddim(LINEAR, timesteps.uniform(LINEAR, steps))
+        mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+        ids = jax.device_put(np.arange(images), NamedSharding(mesh, PartitionSpec("data")))
+        params = jax.device_put(np.ones((16, 16), np.float32), NamedSharding(mesh, PartitionSpec()))
+
+        def run(params, ids):
+            return diffusion.sample(network, params, table, key(), images, (16,), sample_ids=ids)
+
+        return jax.jit(run).lower(params, ids).compile().cost_analysis()["flops"]
+
+    one = flops(32, 5)
+    assert one > 32 * 2 * 16 * 16  # one network call at least
+    assert flops(32, 25) == pytest.approx(one, rel=1e-3)
+    assert flops(64, 5) == pytest.approx(2 * one, rel=0.02)
+    assert 8 * flops(32, 5, num_devices=8) == pytest.approx(one, rel=0.05)
 
 
 # Gradients

@@ -264,7 +264,7 @@ def test_a_run_with_an_own_network_is_used_by_who_names_it_and_runs_no_code_for_
     args = [arg for arg in TINY if "config.model" not in arg] + ["--config.train.num_steps=2"]
     done = run("train.py", *width, *args, cwd=module)
     assert done.returncode == 0, done.stderr
-    assert "--network=mine:net" in done.stdout.splitlines()[-1]
+    assert "--network=mine:net" in next(line for line in done.stdout.splitlines() if line.startswith("done: "))
     assert json.loads((module / "runs/digits/config.json").read_text())["network"] == "mine:net:width=4"
     # Nobody who does not name it imports it.
     mark.unlink()

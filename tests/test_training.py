@@ -1,5 +1,7 @@
 """Laws of the train step, the EMAs, the learning rate and what a resumed run may change."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,31 @@ def test_training_does_not_depend_on_devices_microbatches_or_sharding(num_device
     assert_close(states[0].totals, states[1].totals, 1e-4)
     assert_close(states[0].params, states[1].params, 1e-5)
     assert_close(states[0].ema_params, states[1].ema_params, 1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"fsdp": 4}], ids=str)
+def test_devices_meet_once_in_a_step_and_gather_each_sharded_parameter_once(options, monkeypatch):
+    monkeypatch.setattr(devices, "SHARDED_FROM", 1)
+    optimizer = optax.adam(1e-2)
+    mesh, step = make_step(8, optimizer, **options)
+    images = jax.device_put(IMAGES, devices.batch_sharding(mesh))
+    program = jax.jit(step).lower(start(optimizer, mesh), images).compile().as_text()
+    found = re.findall(
+        r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", program
+    )
+    # Numbers in the results of each kind of collective.
+    sizes = {kind: [] for _, kind in found}
+    for shapes, kind in found:
+        sides = re.findall(r"\w\[([\d,]*)\]", shapes)
+        sizes[kind].append(sum(int(np.prod([int(n) for n in side.split(",") if n])) for side in sides))
+    params = sum(leaf.size for leaf in jax.tree.leaves(tiny.make_params()))
+    logged = 2 * TENTHS + 2  # the loss, that of each tenth of the timesteps and how often it occurs, and who would stop
+    if "fsdp" not in options:
+        assert sizes == {"all-reduce": [params + logged]}
+    else:
+        assert sorted(sizes) == ["all-gather", "all-reduce"]
+        assert sum(sizes["all-gather"]) == params
+        assert params <= sum(sizes["all-reduce"]) <= params + logged + 10
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_the_number_that_can():

@@ -210,27 +210,6 @@ def test_no_random_bits_are_drawn_without_dropout():
     assert "random" not in program(0.0)
 
 
-def test_remat_gives_the_same_parameters_and_gradients_from_fewer_kept_activations():
-    fields = {**SMALL, "num_blocks": 2, "dropout": 0.2}
-    plain, frugal = UNet(**fields), UNet(**fields, remat=True)
-    assert jax.tree.map(jnp.shape, shapes(plain)) == jax.tree.map(jnp.shape, shapes(frugal))
-    params, x, t, keys = random_params(plain), normal((8, 8, 8, 1)), jnp.arange(1.0, 9.0), jax.random.split(key(), 8)
-
-    def loss(model):
-        return lambda params: jnp.mean(as_apply_fn(model)(params, x, t, dropout_keys=keys) ** 2)
-
-    gradient, frugal_gradient = (jax.jit(jax.grad(loss(model)))(params) for model in (plain, frugal))
-    largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(gradient))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest), gradient, frugal_gradient)
-
-    def kept(model):
-        pullback = jax.eval_shape(lambda params: jax.vjp(loss(model), params)[1], params)
-        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
-
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert kept(frugal) - size < 0.3 * (kept(plain) - size)
-
-
 def test_a_jacobian_vector_product_and_float64_go_through_the_network():
     """Likelihoods by Hutchinson's estimator need both."""
     with jax.enable_x64(True):

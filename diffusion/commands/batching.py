@@ -53,7 +53,7 @@ def _room(mesh):
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return CPU_SHARE * machine.memory() / mesh.size
-    found = device.memory_stats() or {}
-    if "bytes_limit" not in found:
+    found = device.memory_stats()
+    if found is None or not {"bytes_limit", "bytes_in_use"} <= found.keys():
         raise InputError(f"batch_size is {AUTO}, and {device.device_kind} does not say its memory; give a whole number")
-    return found["bytes_limit"] - found.get("bytes_in_use", 0)
+    return found["bytes_limit"] - found["bytes_in_use"]

@@ -20,6 +20,7 @@ def measure_bound(
     steps: Sequence[int],
     tau: str,
     load: Callable[[], tuple[Dataset, str]],
+    batch_size: int,
     variances: Sequence[str] | None = None,
 ) -> None:
     """Prints and writes the variational bound of the data in bits per dimension, with each variance asked for.
@@ -30,6 +31,7 @@ def measure_bound(
       steps: numbers of steps.
       tau: the grid, by name.
       load: returns the images and the name of their split.
+      batch_size: images at a time; affects only memory.
       variances: as `bound.variational_bound` takes them; None for those that the model can be sampled with.
 
     Raises:
@@ -49,7 +51,7 @@ def measure_bound(
     print(f"{'variance':15} {'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for variance in variances:
         for grid in grids:
-            asked = {"grids": [grid], "variances": [variance], "clip": clip}
+            asked = {"grids": [grid], "variances": [variance], "clip": clip, "batch_size": batch_size}
             row = rows.get(
                 {"variance": variance, "steps": len(grid) - 1, "times": [float(t) for t in grid[:-1]]},
                 lambda asked=asked: bound.bits_table(source.trained, images, keys.make(source.seed), **asked)[0],
@@ -73,7 +75,7 @@ def _variances(model, asked):
 
 
 def measure_likelihood(
-    source: Source, out: Path, steps: Sequence[int], load: Callable[[], tuple[Dataset, str]]
+    source: Source, out: Path, steps: Sequence[int], load: Callable[[], tuple[Dataset, str]], batch_size: int
 ) -> None:
     """Prints and writes the likelihood of the data in bits per dimension under the flow that DDIM discretizes.
 
@@ -83,12 +85,15 @@ def measure_likelihood(
     likelihood.check_steps(source.trained.model.schedule, steps)
     images, split = load()
     rows = Rows(out / "likelihood.json", source, images, {"split": split})
+    key = keys.make(source.seed)
     print(f"{source.title()}: likelihood of {len(images.images):,} images of its data under the probability flow")
     print(f"{'steps':>5} {'bits per dimension':>19} {'standard error':>15}")
     for count in steps:
         row = rows.get(
             {"steps": count},
-            lambda count=count: likelihood.bits_table(source.trained, images, keys.make(source.seed), steps=[count])[0],
+            lambda count=count: likelihood.bits_table(
+                source.trained, images, key, steps=[count], batch_size=batch_size
+            )[0],
         )
         print(f"{row['steps']:5} {row['bits']:19.4f} {row['standard_error']:15.4f}", flush=True)
     print(f"wrote {rows.path}")

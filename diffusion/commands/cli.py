@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from diffusion import process
-from diffusion.commands import config_files, recipes, usage
+from diffusion.commands import compiling, config_files, recipes, usage
 from diffusion.errors import InputError, nearest, printable
 from diffusion.training.stop import Stopped
 
@@ -73,10 +73,13 @@ def fail(message: str) -> None:
 def _guarded(main):
     """Calls main and exits with its code; turns what the user can put right into one line."""
     process.begin()
+    compiled = compiling.Compiled()
     _hide_background_errors()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {printable(str(message))}", file=sys.stderr)
     try:
         code = main() or 0
+        if line := compiled.line():
+            print(line)
         sys.stdout.flush()
         if code:  # the run was stopped, and nothing that its other threads still do is needed
             os._exit(code)
@@ -93,7 +96,7 @@ def _guarded(main):
             raise
         fail(
             "the memory of the device is full; take a smaller batch_size, or train with more "
-            "config.train.microbatches, with config.model.remat=True or config.model.dtype=bfloat16"
+            "config.train.microbatches, with config.model.remat=full or config.model.dtype=bfloat16"
         )
     except RuntimeError as error:
         if "home directory" not in str(error):

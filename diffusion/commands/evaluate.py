@@ -19,6 +19,7 @@ whose samples come nearest to a solution in many steps, and writes ranking.csv.
 
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,8 @@ def main() -> None:
             raise InputError("--rank needs budgets of network calls; add --calls=5,10")
     else:
         _refuse(["calls"], "is for --rank")
-    if _BOUND.value is not None or _LIKELIHOOD.value is not None:
+    of_samples = _BOUND.value is None and _LIKELIHOOD.value is None
+    if not of_samples:
         _refuse(OF_SAMPLES, "is for samples, which --bound and --likelihood do not draw")
     if _BOUND.value is None and _LIKELIHOOD.value is not None:
         _refuse(["tau", "clip"], "goes with --bound or samples, not with --likelihood alone")
@@ -125,25 +127,22 @@ def main() -> None:
         _refuse(["variances"], "goes with --bound")
     found = reconstructions.open_autoencoder(flags.FLAGS.workdir, flags.FLAGS.ema or "")
     if found is not None:
-        measure_autoencoder(found)
-        return
-    if _BOUND.value is None and _LIKELIHOOD.value is None:
+        return measure_autoencoder(found)
+    if of_samples:
         _refuse(["first"], "goes with --bound and --likelihood, or an autoencoder")
     source = sources.open_source()
     out = Path(_OUT.value or source.home).expanduser()
     if _RANK.value:
         names = None if _SAMPLERS.value is None else options.split(_SAMPLERS.value)
-        ranking.rank(ranking.plan(source, _CALLS.value, names, _TAU.value, _NUM.value), out)
-        return
-    if _BOUND.value is None and _LIKELIHOOD.value is None:
-        measure_samples(source, out)
+        return ranking.rank(ranking.plan(source, _CALLS.value, names, _TAU.value, _NUM.value), out)
+    if of_samples:
+        return measure_samples(source, out)
+    size, load = batching.fixed(flags.FLAGS.batch_size, "a bound or likelihood"), partial(_first_images, source)
     if _BOUND.value is not None:
         tau = source.trained.config.sample.tau if _TAU.value is None else _TAU.value
-        steps = _numbers("bound", _BOUND.value, int)
-        bits.measure_bound(source, out, steps, tau, lambda: _first_images(source), _VARIANCES.value)
+        bits.measure_bound(source, out, _numbers("bound", _BOUND.value, int), tau, load, size, _VARIANCES.value)
     if _LIKELIHOOD.value is not None:
-        steps = _numbers("likelihood", _LIKELIHOOD.value, int)
-        bits.measure_likelihood(source, out, steps, lambda: _first_images(source))
+        bits.measure_likelihood(source, out, _numbers("likelihood", _LIKELIHOOD.value, int), load, size)
 
 
 def measure_autoencoder(found: reconstructions.Source) -> None:
@@ -241,7 +240,7 @@ def _say_what_to_expect(space, reference, settings, metrics, num):
     for doubt in space.facts.get("doubts", []):
         warnings.warn(doubt, stacklevel=2)
     few = features.too_few(reference, num) if "frechet" in metrics else ""
-    for note in [few] * bool(few) + settings.notes:
+    for note in filter(None, [few, *settings.notes]):
         print(f"note: {note}")
 
 
@@ -260,8 +259,8 @@ def _measure(sampling, num, space, reference, metrics, results, record):
     seconds = time.perf_counter() - start
     # Measure, and write down with how it went.
     found = space.extract(np.concatenate(batches))
-    facts = {"seconds": round(seconds, 3), "versions": environment.versions()}
-    facts["space"] = {"name": space.name, **space.facts}
+    about = {"name": space.name, **space.facts}
+    facts = {"seconds": round(seconds, 3), "versions": environment.versions(), "space": about}
     labels = sampling.source.labels
     asked = drawing.labels_of(range(num), labels) if labels else None
     for metric in metrics:

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from diffusion import devices, files, sealed
 from diffusion.commands import (
-    batching,
     cli,
     learned,
     losses,
@@ -36,7 +35,7 @@ from diffusion.learning.family import SCOPES
 from diffusion.solvers import ESTIMATED_SOLVERS
 from diffusion.solvers.history import from_table, to_table
 
-shared_flags.define_source_flags()
+shared_flags.define_source_flags(draws=False)
 usage.group("What is learned, and from what")
 _CALLS = flags.DEFINE_list("calls", ["5"], "Network calls of each table to learn, as 3,4,5,6,8,10.")
 _SCOPE = flags.DEFINE_string("scope", "all", f"What of a sampler is learned: {', '.join(SCOPES)}.")
@@ -51,18 +50,14 @@ _LOSS = flags.DEFINE_string(
 _NOISES = flags.DEFINE_integer("noises", 128, "Noises to learn from, and as many to judge by.", lower_bound=8)
 _AGAIN = flags.DEFINE_bool("again", False, "Learn a table anew although there is one.")
 
-MAX_DIGITS = 9
-"""Of a number of --calls."""
-
 
 def main() -> None:
     devices.prepare()
     source = sources.open_source()
     students.check_is_denoiser(source.trained.config, "learn.py")
-    calls = _parse_calls(source.trained.model.schedule.num_timesteps)
+    calls = samplers.parse_calls(_CALLS.value, min(tables.MAX_CALLS, source.trained.model.schedule.num_timesteps))
     if _SCOPE.value not in SCOPES:
         raise InputError(f"scope is {_SCOPE.value!r}; {nearest(_SCOPE.value, SCOPES)}")
-    batching.fixed(flags.FLAGS.batch_size, "learning")
     teacher, loss = _teacher(source), losses.parse(_LOSS.value)
     folder = source.home / learned.FOLDER
     for count in calls:
@@ -78,19 +73,6 @@ def main() -> None:
         bed = _make_bed(source, teacher, compared)
         for count in wanted:
             _learn(source, bed, folder, count)
-
-
-def _parse_calls(latest):
-    """Returns the numbers of --calls."""
-    text = ",".join(_CALLS.value)
-    if not _CALLS.value or not all(part.strip().isdecimal() and part.isascii() for part in _CALLS.value):
-        raise InputError(f"calls is {text!r}; write whole numbers, as 3,4,5")
-    highest = min(tables.MAX_CALLS, latest)
-    # What has more digits than any number of calls is no number that Python must read.
-    calls = [int(part) if len(part) <= MAX_DIGITS else 0 for part in _CALLS.value]
-    if not all(1 <= count <= highest for count in calls) or len(set(calls)) < len(calls):
-        raise InputError(f"calls is {text[:40]!r}; give each number once, in 1..{highest}")
-    return calls
 
 
 def _teacher(source):
@@ -145,7 +127,7 @@ def _facts(source):
 
 
 def _batch_size(source):
-    return rollouts.batch_size(source.trained.model, batching.fixed(flags.FLAGS.batch_size, "learning"))
+    return rollouts.batch_size(source.trained.model, flags.FLAGS.batch_size)
 
 
 def _count(source):

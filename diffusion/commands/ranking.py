@@ -70,15 +70,6 @@ class Plan(NamedTuple):
     batch_size: int
 
 
-def parse_budgets(texts: Sequence[str], latest: int) -> tuple[int, ...]:
-    """Returns the numbers of --calls; raises InputError unless they are whole, in 1..latest, and each there once."""
-    plain = texts and all(text.strip().isdecimal() and text.isascii() and len(text) < 10 for text in texts)
-    budgets = tuple(map(int, texts)) if plain else ()
-    if not budgets or not all(1 <= count <= latest for count in budgets) or len(set(budgets)) < len(budgets):
-        raise InputError(f"calls is {','.join(texts)[:40]!r}; give whole numbers in 1..{latest}, each once, as 5,10")
-    return budgets
-
-
 def plan(source: Source, calls: Sequence[str], names: Sequence[str] | None, tau: str | None, num: int | None) -> Plan:
     """Returns what the flags ask for.
 
@@ -99,7 +90,7 @@ def plan(source: Source, calls: Sequence[str], names: Sequence[str] | None, tau:
             "pushes; take another rule"
         )
     schedule = source.trained.model.schedule
-    budgets = parse_budgets(calls, schedule.num_timesteps)
+    budgets = samplers.parse_calls(calls, schedule.num_timesteps)
     chosen = None if names is None else tuple(_checked(aliases.without_grid(name, say=True)) for name in names)
     grids = ranking.GRIDS
     if tau is not None:

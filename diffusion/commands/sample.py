@@ -6,6 +6,7 @@ and their ids) and sampling.json (all that is needed to repeat them) into --out.
 the same command goes on where it was killed. `diffusion.evaluation.load_samples(folder)` reads either.
 """
 
+import functools
 import hashlib
 import re
 import time
@@ -85,12 +86,12 @@ def _shard(sampling):
     return jobs.TEXT_SHARD if _told_prompts(sampling) else jobs.SHARD
 
 
-def _batch_size(sampling, mesh, most):
+def _batch_size(sampling, mesh, job):
     """Returns how many images are drawn at a time: those of a text-to-image model are large."""
     if _told_prompts(sampling) and flags.FLAGS["batch_size"].using_default_value:
         height, width, _ = sampling.source.trained.model.space.image_shape
         return max(1, MAX_PIXELS // (height * width))
-    return batching.size(flags.FLAGS.batch_size, sampling, mesh, most)
+    return batching.size(flags.FLAGS.batch_size, sampling, mesh, max(map(len, job.shards)))
 
 
 def _make_folder(sampling, ids):
@@ -111,7 +112,8 @@ def _sample_into(out, ids, sampling):
         names = ", ".join(job.damaged[:3]) + " ..." * (len(job.damaged) > 3)
         print(f"note: {len(job.damaged)} file(s) are not as they were written, and are drawn again: {names}")
     mesh = devices.data_mesh()
-    size = _batch_size(sampling, mesh, min(len(ids), _shard(sampling)))
+    # Found when it is first asked for, as auto compiles a program, which a job that is complete has no use for.
+    size = functools.cache(lambda: _batch_size(sampling, mesh, job))
     seconds = _draw(sampling, job, mesh, size)
     if job.replaces:  # not before, or a mistake would cost the pictures of the other job
         job.remove_pictures()
@@ -124,7 +126,7 @@ def _sample_into(out, ids, sampling):
     if _NPZ.value:
         job.export()
     if _GIF.value:
-        count = size if _told_prompts(sampling) else 64
+        count = size() if _told_prompts(sampling) else 64
         write_gif(out / "trajectory.gif", [sheet(frame) for frame in sampling.frames(ids[:count])])
     job.finish(
         seconds_with_compilation=round(seconds, 3),
@@ -135,7 +137,7 @@ def _sample_into(out, ids, sampling):
 
 
 def _draw(sampling, job, mesh, size):
-    """Draws and writes the shards that are missing, size images at a time; returns how many seconds it took."""
+    """Draws and writes the shards that are missing, size() images at a time; returns how many seconds it took."""
     start = time.perf_counter()
     missing = job.missing()
     total = sum(map(len, job.shards))
@@ -145,7 +147,7 @@ def _draw(sampling, job, mesh, size):
     with tqdm(total=total, initial=done, unit="image", disable=None) as progress:
         for index in missing:
             batches = []
-            for images in sampling.draw(job.shards[index], mesh, size):
+            for images in sampling.draw(job.shards[index], mesh, size()):
                 batches.append(images)
                 progress.update(len(images))
             job.write(index, np.concatenate(batches), sampling.source.labels)

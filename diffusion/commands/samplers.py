@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,16 @@ def _with_estimate(choice, resources):
             "sample.py --dry_run prints the times, for --tau=explicit:times=..."
         )
     return choice._replace(options={**choice.options, name: resources[name]})
+
+
+def parse_calls(texts: Sequence[str], most: int) -> tuple[int, ...]:
+    """Returns the numbers of --calls; raises InputError unless they are whole, in 1..most, and each there once."""
+    # What has more digits than any number of calls is no number that Python must read.
+    plain = texts and all(text.strip().isdecimal() and text.isascii() and len(text) < 10 for text in texts)
+    calls = tuple(map(int, texts)) if plain else ()
+    if not calls or not all(1 <= count <= most for count in calls) or len(set(calls)) < len(calls):
+        raise InputError(f"calls is {','.join(texts)[:40]!r}; give whole numbers in 1..{most}, each once, as 3,5,10")
+    return calls
 
 
 def chosen_steps(tau: str, given: Any, default: Any) -> Any:

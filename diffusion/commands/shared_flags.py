@@ -12,8 +12,12 @@ from diffusion.guidance import RULES
 from diffusion.models.layers import DTYPES
 
 
-def define_source_flags() -> None:
-    """Defines the flags that `sources.open_source` reads."""
+def define_source_flags(draws: bool = True) -> None:
+    """Defines the flags that `sources.open_source` reads, and --batch_size.
+
+    Args:
+      draws: whether the program draws samples, whose batch size may be "auto"; otherwise it is a whole number.
+    """
     usage.group("The model, and how it is asked")
     shipped = ", ".join(f"{pretrained.SHIPPED}-{name}" for name in pretrained.FILES)
     flags.DEFINE_string(
@@ -29,10 +33,13 @@ def define_source_flags() -> None:
     )
     flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
     flags.DEFINE_integer("seed", 0, "Image i depends only on the seed and i.", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_string(
-        "batch_size", "64", "Images at a time, or auto for what fits the memory; does not change any image."
-    )
-    flags.register_validator("batch_size", _is_batch_size, "give a whole number of at least 1, or auto")
+    if draws:
+        flags.DEFINE_string(
+            "batch_size", "64", "Images at a time, or auto for what fits the memory; does not change any image."
+        )
+        flags.register_validator("batch_size", _is_batch_size, "give a whole number of at least 1, or auto")
+    else:
+        flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1, upper_bound=10**9)
     flags.DEFINE_enum("dtype", None, list(DTYPES), "Of arithmetic and matrices; bfloat16 takes half the memory.")
     flags.DEFINE_string("clip", None, f"x_0 outside [-1, 1]: {', '.join(CLIPS)}. Default: what suits the model.")
     flags.DEFINE_float("dynamic_threshold", None, "Clip x_0 at this quantile of its own pixels instead, as 0.995.")

@@ -33,7 +33,6 @@ def _choices(**lists):
 _ENDS = {"lower_order_final": (True, False)}
 _SPENT = {"variant": ("official", "exact", "midpoint"), "calls": ("steps", "grid", "fast")}
 _OPTIONS = {
-    "ddim": _choices(),
     "dpm_solver": _choices(order=(2, 3), **_SPENT),
     "dpm_solver_multistep": _choices(order=(2, 3), variant=("official",), **_ENDS),
     "dpm_solver_pp": _choices(order=(2, 3), variant=("exact", "official"), **_ENDS),
@@ -46,7 +45,6 @@ _OPTIONS = {
     "ipndm": _choices(order=(2, 3, 4), **_ENDS),
     "plms": _choices(order=(2, 4), **_ENDS),
     "pndm": _choices(**_ENDS),
-    "heun": _choices(),
     "rk": _choices(order=(2, 3, 4), basis=("rho", "flow")),
 }
 
@@ -64,7 +62,10 @@ LEFT_OUT = {
 """The solvers that are not ranked, and why; one that is neither here nor has options above is ranked as it is."""
 
 SAMPLERS: dict[str, tuple[str, ...]] = {
-    name: tuple(options.write(options.Choice(name, solver, chosen), 2) for chosen in _OPTIONS.get(name, [{}]))
+    name: tuple(
+        options.write(options.Choice(name, solver, chosen), 2)
+        for chosen in (_OPTIONS[name] if name in _OPTIONS else _choices())
+    )
     for name, solver in SOLVERS.items()
     if name not in LEFT_OUT
 }

@@ -10,6 +10,7 @@ from diffusion.errors import InputError, require_range
 from diffusion.models.attention import attend
 from diffusion.models.deep import reused
 from diffusion.models.layers import DTYPES, ZERO, check_told, dropout, embed_told
+from diffusion.models.remat import check_remat, with_remat
 
 TIME_FEATURES = 256
 """Sines and cosines of the timestep."""
@@ -37,7 +38,7 @@ class Transformer(nn.Module):
       dropout: rate after attention and perceptron, in training.
       time_shift: what is added to t before it is told; -1 for networks of others, whose times count from 0.
       dtype: of the arithmetic; parameters and normalisation are float32.
-      remat: whether the gradient computes the blocks again instead of keeping what they compute.
+      remat: what the gradient computes again instead of keeping it, a key of `models.remat.POLICIES`; True is "full".
       sees_end, sees_scale: as those of `UNet`.
     """
 
@@ -52,7 +53,7 @@ class Transformer(nn.Module):
     dropout: float = 0.0
     time_shift: float = 0.0
     dtype: str = "float32"
-    remat: bool = False
+    remat: str | bool = "none"
     sees_end: bool = False
     sees_scale: bool = False
 
@@ -77,7 +78,7 @@ class Transformer(nn.Module):
 
         # What the timestep and the class say to every block.
         told = nn.swish(self._embed(t, cond, dtype))
-        block = nn.remat(Block) if self.remat else Block
+        block = with_remat(Block, self.remat)
         for i in range(self.depth):
             if i == 1:
                 first = h
@@ -101,6 +102,7 @@ class Transformer(nn.Module):
         """Raises InputError if the fields allow no network, or x, t or cond do not suit it."""
         if self.dtype not in DTYPES:
             raise InputError(f"transformer.dtype is {self.dtype!r}; valid: {', '.join(DTYPES)}")
+        check_remat(self.remat, "transformer.remat")
         for name in ("patch", "width", "depth", "num_heads"):
             require_range(f"transformer.{name}", getattr(self, name), 1)
         require_range("transformer.mlp_ratio", self.mlp_ratio, 0, open_ends="low")

@@ -21,6 +21,7 @@ from diffusion.models.layers import (
     check_told,
     embed_told,
 )
+from diffusion.models.remat import check_remat, with_remat
 
 
 class UNet(nn.Module):
@@ -44,8 +45,8 @@ class UNet(nn.Module):
         same, a new network is as one without this.
       sees_scale: whether cond is (labels, scales), with the guidance scale that the answer is for, a real [B]; a new
         network gives the same answer for each.
-      remat: whether to keep only the inputs of each residual and attention block for the backward pass, and to compute
-        the rest again there: less memory for about a third more time. The parameters and gradients are the same.
+      remat: what the backward pass computes again instead of keeping it, a key of `models.remat.POLICIES`; True is
+        "full", less memory for about a third more time. The parameters and gradients are the same.
     """
 
     width: int = 128
@@ -57,7 +58,7 @@ class UNet(nn.Module):
     num_classes: int = 0
     out_channels: int = 0
     dtype: str = "float32"
-    remat: bool = False
+    remat: str | bool = "none"
     sees_end: bool = False
     sees_scale: bool = False
 
@@ -120,9 +121,7 @@ class UNet(nn.Module):
 
     def _layers(self, embedding, dropout_keys, dtype):
         """Returns two functions: (h, features, name) -> h adds a residual block, (h, name) -> h adds self-attention."""
-        residual_block, self_attention = (
-            nn.remat(layer) if self.remat else layer for layer in (ResidualBlock, SelfAttention)
-        )
+        residual_block, self_attention = (with_remat(layer, self.remat) for layer in (ResidualBlock, SelfAttention))
         # Residual blocks are numbered in the order of their calls; dropout masks differ by this number.
         numbers = itertools.count()
 
@@ -145,6 +144,7 @@ class UNet(nn.Module):
         # Each field by itself.
         if self.dtype not in DTYPES:
             raise InputError(f"model.dtype is {self.dtype!r}; valid: {', '.join(DTYPES)}")
+        check_remat(self.remat, "model.remat")
         if self.width < 4 or self.width % 2:
             raise InputError(f"model.width is {self.width}; it must be even and at least 4")
         if not self.multipliers or not all(isinstance(m, int) and m >= 1 for m in self.multipliers):

@@ -90,7 +90,7 @@ def read_fields(where: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
         "mlp_ratio": 4.0,
         "qk_norm": False,
         "dropout": float(found["dropout"]),
-        "remat": False,
+        "remat": "none",
     }
     found["out_channels"] = found["out_channels"] or found["in_channels"]
     return fields, found
