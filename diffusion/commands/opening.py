@@ -43,6 +43,10 @@ class Opened(NamedTuple):
         """What --workdir calls it."""
         return f"{pretrained.SHIPPED}-{self.shipped}" if self.shipped else self.name
 
+    def with_model(self, model: Model) -> "Opened":
+        """Returns this with another model around the same parameters."""
+        return self._replace(trained=self.trained._replace(model=model))
+
 
 def open_model(workdir: str | None, ema: str) -> Opened:
     """Opens a run, a weights file, a folder of diffusers, the newest run, or a model that ships.

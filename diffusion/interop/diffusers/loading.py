@@ -75,7 +75,10 @@ def load(
     sampling = _scheduler(folder, scheduler)
     whole = _whole_config(network, sampling)
     lora.unused(added, [lora.UNET] * (network.kind != TRANSFORMER) + [lora.TEXT] * (network.text_width > 0))
-    text = load_text(folder, network.text_width, dtype, variant, added) if network.text_width else None
+    text = None
+    if network.text_width:
+        text = load_text(folder, network.text_width, dtype, variant, added)
+        text = dataclasses.replace(text, picture_channels=network.fields["picture_channels"])
     with readable(network.where):  # what is wrong with the network is said before its weights are read
         names = _class_names(folder, network.num_classes)
         model = make_model(whole, network.shape, names, text=text)
@@ -169,6 +172,9 @@ def _text_unet(folder, image_size):
     at, where, fields, found, shape = _read(folder, "unet", unet2d_condition.read_fields, image_size)
     with readable(where):
         width = int(np.max(fields["cross_attention_dim"]))
+        # An inpainting network sees, behind its latents, a mask and the latents of a picture.
+        fields["picture_channels"] = out + 1 if shape[2] == 2 * (out := found["out_channels"]) + 1 else 0
+        shape = (*shape[:2], shape[2] - fields["picture_channels"])
     # Texts were left out for a tenth of the images in its training.
     return _Network(at, where, UNET2D_CONDITION, fields, shape, found["out_channels"], 0, 0.1, _read_unet, width)
 
