@@ -58,11 +58,15 @@ setup(
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.8",
+            "huggingface_hub>=1.0,<3",
             "setuptools>=68",  # a test builds what pip installs; Python 3.12 and later bring none
             "tokenizers>=0.21,<0.24",
         ],
         "text": [
             "tokenizers>=0.21,<0.24",  # makes the tokens of prompts; 0.x still moves
+        ],
+        "hub": [
+            "huggingface_hub>=1.0,<3",  # fetches models by their ids
         ],
         "dev": [
             "ruff>=0.14",

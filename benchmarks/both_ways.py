@@ -1,8 +1,9 @@
 """A model that torch has trained is sampled here, and one that is trained here is sampled in diffusers.
 
     python train.py --config=configs/digits.py --config.network=unet2d \
-        --config.unet2d.block_out_channels=32,64 --config.unet2d.down_block_types=DownBlock2D,AttnDownBlock2D \
-        --config.unet2d.up_block_types=AttnUpBlock2D,UpBlock2D --config.unet2d.norm_num_groups=8 \
+        --config.unet2d.block_out_channels=32,64 --config.unet2d.norm_num_groups=8 \
+        --config.unet2d.down_block_types="('DownBlock2D','AttnDownBlock2D')" \
+        --config.unet2d.up_block_types="('AttnUpBlock2D','UpBlock2D')" \
         --config.train.num_steps=1500 --workdir=runs/unet2d
     python -m benchmarks.both_ways [--seconds=180] [--workdir=runs/unet2d]
 

@@ -81,12 +81,16 @@ class Prompts:
       encoder: of the model.
       names: the prompts 0, 1, ....
       negative: the prompt that means "no prompt", which guidance pushes away from.
+      picture_channels: of the picture that an inpainting model is told as well; 0 for any other.
+      picture: that picture, the same for all prompts, see `diffusion.spaces.with_hole`.
       scales: as those of `Conditions`; no such model takes the guidance scale as an input.
     """
 
     encoder: TextEncoder
     names: tuple[str, ...] = ()
     negative: str = ""
+    picture_channels: int = 0
+    picture: Float32[np.ndarray, "h w C"] | None = None
     scales: ClassVar[None] = None
     _kept: dict[str, Float32[np.ndarray, "M D"]] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -116,13 +120,29 @@ class Prompts:
             del kept[text]
         return found
 
-    def nulls(self, count: int) -> Float32[np.ndarray, "count M D"]:
-        """Returns the embeddings of the negative prompt for so many samples."""
-        return np.repeat(self.encode([self.negative]), count, axis=0)
+    def nulls(self, count: int) -> Any:
+        """Returns what a network is told for the negative prompt, for so many samples; see `told`."""
+        return self._with_picture(np.repeat(self.encode([self.negative]), count, axis=0))
 
-    def told(self, labels: Int32[Any, "N"], scale: float = 1.0) -> Float32[np.ndarray, "N M D"]:
-        """Returns the embeddings of the prompts with these numbers, whatever the scale."""
-        return self.encode([self.names[label] for label in np.asarray(labels).tolist()])
+    def told(self, labels: Int32[Any, "N"], scale: float = 1.0) -> Any:
+        """Returns what a network is told for the prompts with these numbers, whatever the scale.
+
+        That is their embeddings [N, tokens, width]; for an inpainting model a pair of these and its picture for each.
+
+        Raises:
+          InputError: an inpainting model has no picture yet.
+        """
+        return self._with_picture(self.encode([self.names[label] for label in np.asarray(labels).tolist()]))
+
+    def _with_picture(self, embeddings):
+        if not self.picture_channels:
+            return embeddings
+        if self.picture is None:
+            raise InputError(
+                "this model draws a part of a picture anew, and has none: sample.py takes it by --init and --mask, and "
+                "in Python `spaces.with_hole` makes it for Prompts(picture=)"
+            )
+        return embeddings, np.repeat(self.picture[None], len(embeddings), axis=0)
 
 
 def known_scales(scales: Any) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Key, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Key, UInt8
 
 from diffusion import keys
 from diffusion.autoencoder import TrainedAutoencoder
@@ -77,6 +77,25 @@ def latents(trained: TrainedAutoencoder) -> Space:
         draw=draw_latents,
         autoencoder=trained,
     )
+
+
+def with_hole(
+    trained: TrainedAutoencoder, image: UInt8[np.ndarray, "H W C"], anew: Bool[np.ndarray, "H W 1"]
+) -> Float32[np.ndarray, "h w 1+c"]:
+    """Returns what an inpainting network is told of a picture: where it is drawn anew, and the latents of the rest.
+
+    As in StableDiffusionInpaintPipeline of diffusers, what is drawn anew is grey in the picture, and a place of the
+    latents is drawn anew where the first of its pixels is.
+
+    Args:
+      trained: the autoencoder.
+      image: the picture.
+      anew: which of its pixels are drawn anew.
+    """
+    seen = np.where(anew, np.float32(0), np.asarray(to_floats(image)))
+    found = np.asarray(trained.encode(trained.params, seen[None]))[0]
+    factor = trained.autoencoder.factor
+    return np.concatenate([anew[::factor, ::factor].astype(np.float32), found], axis=-1)
 
 
 def moments(trained: TrainedAutoencoder, images: UInt8[Array, "B H W C"]) -> Float32[np.ndarray, "B h w 2*c"]:

@@ -417,7 +417,7 @@ def test_damaged_weights_are_refused_by_name(what, said, folder):
             {"_class_name": "DPMSolverSinglestepScheduler", "solver_type": "logrho", "variance_type": None},
             "solver_type is 'logrho', which is not supported; supported: midpoint, heun",
         ),
-        (SCHEDULER, {"thresholding": True}, "thresholding is True, which is not supported; supported: False"),
+        (SCHEDULER, {"thresholding": True, "sample_max_value": 1.5}, "sample_max_value is 1.5, .* supported: 1.0, 1"),
         (SCHEDULER, {"trained_betas": [0.1]}, "trained_betas is .*, which is not supported; supported: null"),
         (SCHEDULER, {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid', .*supported: linear, scaled_linear"),
         (SCHEDULER, {"clip_sample_range": 2.0}, "clip_sample_range is 2.0, which is not supported"),
@@ -464,6 +464,7 @@ def test_a_config_keeps_fields_that_its_class_does_not_read():
         ("DDPM", {"variance_type": "fixed_large"}, "ddpm:variance=large", "leading", "recompute", 1000),
         ("DDPM", {"variance_type": "learned_range"}, "ddpm:variance=learned", "leading", "recompute", 1000),
         ("DDIM", {"clip_sample": False, "timestep_spacing": "linspace"}, "ddim", "linspace", "none", 50),
+        ("DDIM", {"thresholding": True, "clip_sample": False}, "ddim", "leading", "keep_eps", 50),
         ("DDIM", {"set_alpha_to_one": False}, "ddim:end=1", "leading", "keep_eps", 50),
         ("PNDM", {}, "pndm:end=1", "leading", "none", 50),
         (

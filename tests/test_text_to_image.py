@@ -154,7 +154,8 @@ def test_without_the_package_one_line_says_how_to_get_it(tmp_path, monkeypatch):
         ("unet/config.json", {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "has 'AttnDownBlock2D'"),
         ("unet/config.json", {"attention_head_dim": 3}, "must be a multiple of norm_num_groups, 4, and of .* 3 heads"),
         ("unet/config.json", {"cross_attention_dim": 12}, "hidden_size is 8, and the network takes texts of width 12"),
-        ("unet/config.json", {"in_channels": 9}, "out_channels is 4, of 9 in_channels; supported: as many"),
+        ("unet/config.json", {"in_channels": 5}, "out_channels is 4, of 5 in_channels; supported: as many"),
+        ("unet/config.json", {"in_channels": 9}, r"conv_in.weight has shape \(8, 4, 3, 3\), and its config wants .*9"),
         ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}, "architectures is .*T5EncoderModel"),
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("text_encoder/config.json", {"num_hidden_layers": 2}, "lacks encoder.layers.1"),
@@ -227,6 +228,33 @@ def test_a_picture_is_changed_by_a_prompt_and_kept_by_a_mask(place):
     images = load_samples(place / "masked").images
     np.testing.assert_array_equal(images[:, :, 4:], np.stack([picture[:, 4:]] * 2))
     assert np.any(images[0, :, :4] != images[1, :, :4])
+
+
+@needs_tokenizers
+@pytest.mark.usefixtures("compile_once")
+def test_an_inpainting_network_is_told_the_picture_and_the_mask(tmp_path):
+    tiny_text.save_pipeline(tmp_path / "fill", in_channels=9)
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "one.png")
+    drawn = []
+    for white in (4, 6):
+        mask = np.repeat([[255] * white + [0] * (8 - white)], 8, axis=0).astype(np.uint8)
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+        asked = ("--workdir=fill", "--steps=2", "--guidance_scale=3", "--prompt=a cat", f"--out={white}")
+        found = run("sample.py", *asked, "--init=one.png", "--mask=mask.png", cwd=tmp_path)
+        assert found.returncode == 0, found.stderr
+        drawn.append(load_samples(tmp_path / str(white)).images[0])
+        np.testing.assert_array_equal(drawn[-1][:, white:], picture[:, white:])
+    assert np.any(drawn[0][:, :4] != drawn[1][:, :4])  # from the same noise: the network is told the mask
+    for program, arguments, said in (
+        ("sample.py", ["--init=one.png"], "draws a part of a picture anew: draw with sample.py, and give --init"),
+        ("sample.py", ["--init=one.png", "--mask=mask.png", "--resample=3"], "--resample is for models that"),
+        ("learn.py", ["--calls=3"], "draws a part of a picture anew: draw with sample.py"),
+    ):
+        assert said in error_line(run(program, "--workdir=fill", "--prompt=a cat", *arguments, cwd=tmp_path))
+    trained = diffusers.load(tmp_path / "fill")
+    with pytest.raises(InputError, match="must be \\(embeddings of texts, a picture of shape"):
+        jax.eval_shape(trained.model.apply_fn, trained.params, np.zeros((1, 4, 4, 4)), np.ones(1), np.zeros((1, 8, 8)))
 
 
 @needs_tokenizers

@@ -57,10 +57,10 @@ def random_like(shapes, seed):
     return jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
 
 
-def unet_params(seed=0):
+def unet_params(seed=0, in_channels=4):
     fields, found = unet2d_condition.read_fields("", UNET)
     network = UNet2DCondition(**fields, out_channels=found["out_channels"])
-    x = np.zeros((1, 4, 4, 4), np.float32)
+    x = np.zeros((1, 4, 4, in_channels), np.float32)
     return random_like(jax.eval_shape(lambda k: network.init(k, x, np.ones(1))["params"], keys.make(0)), seed)
 
 
@@ -81,11 +81,12 @@ def save_part(folder: Path, config: dict, tensors: dict, stem: str = "diffusion_
     safetensors.numpy.save_file(tensors, folder / f"{stem}.safetensors")
 
 
-def save_pipeline(folder: Path) -> Path:
-    """Writes the folder; returns it."""
+def save_pipeline(folder: Path, in_channels: int = 4) -> Path:
+    """Writes the folder, of an inpainting pipeline if its network sees 9 channels; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    save_part(folder / "unet", UNET, to_tensors(unet_params(), unet2d.name_of))
+    tensors = to_tensors(unet_params(in_channels=in_channels), unet2d.name_of)
+    save_part(folder / "unet", {**UNET, "in_channels": in_channels}, tensors)
     text = CLIPText(**clip_text.read_fields("", TEXT))
     save_part(
         folder / "text_encoder", TEXT, to_tensors(random_like(clip_text.shapes_of(text), 1), clip_text.name_of), "model"

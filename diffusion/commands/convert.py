@@ -1,8 +1,9 @@
 """Writes a trained run to one file: `python convert.py --workdir=runs/digits --out=digits.safetensors`.
 
 The file holds one EMA of the parameters, the config and, with --figures=FILE.json, what was measured. sample.py and
-evaluate.py take it as --workdir. A folder that diffusers wrote becomes such a file as well, and with --to=diffusers a
-run or a file becomes a folder that diffusers reads.
+evaluate.py take it as --workdir. A folder that diffusers wrote, or a model of the Hugging Face Hub, becomes such a file
+as well: `python convert.py --from=google/ddpm-cifar10-32 --out=it.safetensors`. With --to=diffusers a run or a file
+becomes a folder that diffusers reads.
 """
 
 from pathlib import Path
@@ -21,7 +22,10 @@ from diffusion.training.autoencoders import load_autoencoder
 from diffusion.training.run_folder import load_trained
 
 usage.group("The model, and the file")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or a folder of diffusers. Default: the newest in runs/.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run folder, folder of diffusers, or an id of the Hugging Face Hub. Default: the newest in runs/."
+)
+flags.DEFINE_alias("from", "workdir")
 _EMA = flags.DEFINE_string("ema", None, "Which of the run's config.train.ema_decays, as 0.999. Default: the first.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.", lower_bound=1)
 _NETWORK = flags.DEFINE_string("network", None, "The run's own network, as package.module:function, which is imported.")

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float32, UInt8
 
-from diffusion import editing, files, keys, options, predictions
-from diffusion.commands import learned, samplers, usage
+from diffusion import editing, files, keys, options, predictions, spaces
+from diffusion.commands import learned, prompts, samplers, usage
 from diffusion.data import decoding
 from diffusion.errors import InputError, printable, require_range
 from diffusion.model import Model
@@ -34,6 +34,7 @@ class Edit(NamedTuple):
       start: numbers of images [B] -> x_init [B, *space.shape]; None for noise of their own.
       known: (values, mask) as `diffusion.sample` takes them, or None.
       kept: (picture, where it stays), which is pasted over every image; or None.
+      told: what an inpainting network is told of the picture, see `spaces.with_hole`; or None.
       notes: what a user may not expect.
     """
 
@@ -44,6 +45,7 @@ class Edit(NamedTuple):
     start: Callable[[Sequence[int]], Images] | None = None
     known: tuple[Images, Images] | None = None
     kept: tuple[UInt8[np.ndarray, "H W C"], Bool[np.ndarray, "H W 1"]] | None = None
+    told: Float32[np.ndarray, "h w C"] | None = None
     notes: tuple[str, ...] = ()
 
     def sampling_options(self) -> dict[str, Any]:
@@ -144,23 +146,19 @@ def _from_picture(given, model, table):
     """Starts from a picture, keeps a part of it, or both."""
     picture, size, notes = _read("init", given.init, model.space.image_shape)
     clean = _encode(model, picture)
-    known = kept = start = None
+    fills, known, kept, hole = prompts.fills_holes(model), None, None, None
     if given.mask is not None:
-        if predictions.sees_end(model.prediction):
-            raise InputError(
-                f"--mask goes into estimates of x_0, and a model that predicts {model.prediction} makes none; leave it "
-                "out"
-            )
         keep = ~_read_mask(given.mask, model.space.image_shape, size)
         kept = picture, keep
-        height, width = clean.shape[:2]
-        # A place of the latents is known where all of its pixels are.
-        places = keep.reshape(height, len(keep) // height, width, keep.shape[1] // width, 1)
-        whole = places.all(axis=(1, 3))
-        known = clean, whole.astype(np.float32)
-        if not whole.any():
-            notes = (*notes, "the mask keeps no whole place of the latents, so the drawn part does not know the rest")
-    if given.mask is None or table.tau[0] < model.schedule.num_timesteps:
+        if fills:
+            hole = spaces.with_hole(model.space.autoencoder, picture, ~keep)
+        else:
+            known, unknown = _known(model, clean, keep)
+            notes = (*notes, *unknown)
+    # A network that is told the picture starts from pure noise unless it is asked otherwise.
+    whole_way = fills and given.strength in (None, 1)
+    start = None
+    if given.mask is None or (table.tau[0] < model.schedule.num_timesteps and not whole_way):
         start = _noised(clean, model, float(table.tau[0]), given.seed)
         if table.tau[0] >= model.schedule.num_timesteps:
             notes = (*notes, f"at t = {table.tau[0]:g}, the most noise, next to nothing of --init is left")
@@ -172,7 +170,21 @@ def _from_picture(given, model, table):
         words += f", drawn where {printable(Path(given.mask).name)} is white,"
         label += f"-mask={_sha256(kept[1])[:8]}" + f"-resample={given.resample}" * (given.resample > 1)
         settings["mask_sha256"] = _sha256(kept[1])
-    return Edit(words, label, settings, start is None, start, known, kept, notes)
+    return Edit(words, label, settings, start is None, start, known, kept, hole, notes)
+
+
+def _known(model, clean, keep):
+    """Returns (the clean sample with where it is known, notes) for a network that is told nothing of it."""
+    if predictions.sees_end(model.prediction):
+        raise InputError(
+            f"--mask goes into estimates of x_0, and a model that predicts {model.prediction} makes none; leave it out"
+        )
+    height, width = clean.shape[:2]
+    # A place of the latents is known where all of its pixels are.
+    places = keep.reshape(height, len(keep) // height, width, keep.shape[1] // width, 1)
+    whole = places.all(axis=(1, 3))
+    lost = "the mask keeps no whole place of the latents, so the drawn part does not know the rest"
+    return (clean, whole.astype(np.float32)), () if whole.any() else (lost,)
 
 
 def _between(given, model, labels, table):

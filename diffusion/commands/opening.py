@@ -43,6 +43,10 @@ class Opened(NamedTuple):
         """What --workdir calls it."""
         return f"{pretrained.SHIPPED}-{self.shipped}" if self.shipped else self.name
 
+    def with_model(self, model: Model) -> "Opened":
+        """Returns this with another model around the same parameters."""
+        return self._replace(trained=self.trained._replace(model=model))
+
 
 def open_model(workdir: str | None, ema: str) -> Opened:
     """Opens a run, a weights file, a folder of diffusers, the newest run, or a model that ships.
@@ -92,9 +96,9 @@ def _open(workdir, ema):
 
 def home_of(name: str) -> Path:
     """Returns where files about a file of convert.py or a folder of diffusers go; it is no name of a run."""
-    path = Path(name).expanduser().absolute()
+    path = Path(name).expanduser()
     # Folders often have the same last name, and what is learned for one model is of no use to another.
-    place = hashlib.sha256(str(path).encode()).hexdigest()[:6]
+    place = hashlib.sha256(str(path if diffusers.is_id(name) else path.absolute()).encode()).hexdigest()[:6]
     kind, stem = ("file", path.stem) if path.suffix == weights.SUFFIX else ("diffusers", path.name)
     return Path("runs", f"{kind}-{stem}-{place}")
 
@@ -108,7 +112,8 @@ def open_named(
     """Opens a model by its name.
 
     Args:
-      name: a run folder, a file of convert.py, a folder of diffusers, or a model that ships, see `pretrained.name_of`.
+      name: a run folder, a file of convert.py, a folder of diffusers or the id of such a model on the Hub, or a model
+        that ships, see `pretrained.name_of`.
       ema: as for `open_model`.
       networks: see `make_model`.
       imported: what goes to `interop.diffusers.load` besides the folder.

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float32
+
 from diffusion import files
 from diffusion.conditions import Prompts
 from diffusion.errors import InputError, printable
@@ -100,6 +103,7 @@ def told(given: Any, trained: Trained, prompts: Sequence[str], guides: bool) -> 
         if asked:
             raise InputError(f"--{asked[0]} is for text-to-image models, and this one is told no text; leave it out")
         return trained
+    _check_picture(given, trained.model)
     if not prompts:
         raise InputError('this model draws what a text says; give --prompt="TEXT", or --prompts=FILE with one a line')
     if given.negative_prompt is not None and not guides:
@@ -108,6 +112,28 @@ def told(given: Any, trained: Trained, prompts: Sequence[str], guides: bool) -> 
     for note in _notes(found, guides):
         print(f"note: {note}")
     return trained._replace(model=dataclasses.replace(trained.model, conditions=found))
+
+
+def fills_holes(model: Model) -> bool:
+    """Tells whether a model is told a picture, a part of which it draws anew."""
+    return isinstance(model.conditions, Prompts) and model.conditions.picture_channels > 0
+
+
+def _check_picture(given, model):
+    """Raises InputError if a model that draws a part of a picture anew is given none, or is to do something else."""
+    if not fills_holes(model):
+        return
+    if "mask" not in given or given.mask is None:  # programs other than sample.py take no pictures
+        raise InputError(
+            "this model draws a part of a picture anew: draw with sample.py, and give --init=PICTURE and --mask=PICTURE"
+        )
+    if given.resample != 1:
+        raise InputError("--resample is for models that are not told the picture, and this one is; leave it out")
+
+
+def with_picture(model: Model, picture: Float32[np.ndarray, "h w C"]) -> Model:
+    """Returns an inpainting model that is told a picture with its prompts, see `spaces.with_hole`."""
+    return dataclasses.replace(model, conditions=dataclasses.replace(model.conditions, picture=picture))
 
 
 def settings(model: Model, sized: bool = False) -> dict[str, Any]:

@@ -23,8 +23,9 @@ def define_source_flags(draws: bool = True) -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        f"Run folder, a file of convert.py, a folder of diffusers, or a model that ships: {shipped}. Default: the "
-        f"newest run in runs/, or else {pretrained.SHIPPED}, which is {pretrained.DEFAULT}.",
+        f"Run folder, a file of convert.py, a folder of diffusers or the id of one on the Hugging Face Hub, or a "
+        f"model that ships: {shipped}. Default: the newest run in runs/, or else "
+        f"{pretrained.SHIPPED}, which is {pretrained.DEFAULT}.",
     )
     flags.DEFINE_string(
         "network",

@@ -315,4 +315,6 @@ def open_sampling() -> Sampling:
     table, model = edits.repeated(given, sampling.table), source.trained.model
     cache = caching.asked(given.cache, model, table, source.guidance)
     edit = edits.open_edit(given, model, source.labels, table)
-    return sampling._replace(table=table, edit=edit, cache=cache)
+    if edit is not None and edit.told is not None:
+        source = source._replace(opened=source.opened.with_model(prompts.with_picture(model, edit.told)))
+    return sampling._replace(source=source, table=table, edit=edit, cache=cache)

@@ -50,6 +50,7 @@ class UNet2DCondition(nn.Module):
       center_input_sample: whether x is taken to be in [0, 1], and scaled to [-1, 1].
       time_scale, time_shift: the network is told time_scale t + time_shift. Theirs counts from 0, hence the -1.
       out_channels: of the prediction; 0 for as many as the input has.
+      picture_channels: of the picture that an inpainting network is told besides the text; 0 for any other network.
       dropout: rate inside the residual blocks, used only where dropout_keys are given.
       dtype: "float32" or "bfloat16" for the arithmetic; the statistics of norms and of attention are float32.
       sees_end, sees_scale: must be False; this network is told neither.
@@ -76,6 +77,7 @@ class UNet2DCondition(nn.Module):
     time_scale: float = 1.0
     time_shift: float = -1.0
     out_channels: int = 0
+    picture_channels: int = 0
     dropout: float = 0.0
     dtype: str = "float32"
     sees_end: bool = False
@@ -86,7 +88,7 @@ class UNet2DCondition(nn.Module):
         self,
         x: Float[Array, "B H W C"],
         t: Float[Array, "B"] | Int[Array, "B"],
-        cond: Float[Array, "B M D"] | None = None,
+        cond: Float[Array, "B M D"] | tuple[Float[Array, "B M D"], Float[Array, "B H W P"]] | None = None,
         *,
         dropout_keys: Key[Array, "B"] | None = None,
     ) -> Float[Array, "B H W out_channels"]:
@@ -95,19 +97,22 @@ class UNet2DCondition(nn.Module):
         Args:
           x: noisy images.
           t: timesteps in 1..T, whole or real.
-          cond: embeddings of the tokens of a text, of width cross_attention_dim.
+          cond: embeddings of the tokens of a text, of width cross_attention_dim; for an inpainting network
+            (embeddings, picture), see `diffusion.spaces.with_hole`.
           dropout_keys: typed JAX keys in training, one for each sample; None for no dropout.
         """
         self._check(x, t)
         dtype, style = DTYPES[self.dtype], self._style()
-        context = self._context(cond, len(x)).astype(dtype)
+        text, picture = self._told(cond, x)
+        context = self._context(text, len(x)).astype(dtype)
         told = (self._embed(self.time_scale * t.astype(jnp.float32) + self.time_shift, dtype), dropout_keys)
         numbers = itertools.count()  # of the residual blocks; dropout masks differ by this number
         levels = list(zip(self.block_out_channels, *map(self._by_level, _LEVELS[:3]), strict=True))
         last = len(levels) - 1
 
         # The way down: every result is kept, for the way up to use at the same resolution.
-        h = (2 * x - 1 if self.center_input_sample else x).astype(dtype)
+        h = jnp.concatenate([x, *picture], axis=-1)
+        h = (2 * h - 1 if self.center_input_sample else h).astype(dtype)
         h = Conv(self.block_out_channels[0], dtype=dtype, name="conv_in")(h)
         kept = [h]
         for i, (kind, (features, layers, depth, heads)) in enumerate(zip(self.down_block_types, levels, strict=True)):
@@ -162,6 +167,20 @@ class UNet2DCondition(nn.Module):
         act = ACTIVATIONS[self.act_fn]
         return TimeEmbedding(width, dtype, act, name="time_embedding")(features.astype(dtype))
 
+    def _told(self, cond, x):
+        """Returns (the text of cond, a list with its picture or nothing); raises InputError where that is missing."""
+        if not self.picture_channels:
+            return cond, []
+        shape = (*x.shape[:3], self.picture_channels)
+        if cond is None and self.is_initializing():
+            return None, [jnp.zeros(shape)]
+        if not isinstance(cond, tuple) or len(cond) != 2 or jnp.shape(cond[1]) != shape:
+            raise InputError(
+                f"cond of this inpainting network must be (embeddings of texts, a picture of shape {shape}): "
+                "diffusion.spaces.with_hole makes that picture"
+            )
+        return cond[0], [cond[1]]
+
     def _context(self, cond, count):
         """Returns the text's embeddings, or raises InputError where there are none or they have another width."""
         width = self._by_level("cross_attention_dim")[0]
@@ -213,6 +232,7 @@ class UNet2DCondition(nn.Module):
         name = "unet2d_condition"
         require_range(f"{name}.norm_num_groups", self.norm_num_groups, 1)
         require_range(f"{name}.downsample_padding", self.downsample_padding, 0)
+        require_range(f"{name}.picture_channels", self.picture_channels, 0)
         require_range(f"{name}.dropout", self.dropout, 0, 1, open_ends="high")
         require_range(f"{name}.mid_block_scale_factor", self.mid_block_scale_factor, 0, open_ends="low")
         for width, heads in zip(self.block_out_channels, self._by_level("attention_head_dim"), strict=True):

@@ -1,6 +1,8 @@
 """Folders that diffusers' save_pretrained writes are read here without it, and compute and draw the same."""
 
 import json
+import re
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -12,7 +14,7 @@ from diffusion import keys
 from diffusion.commands import samplers
 from diffusion.errors import InputError
 from diffusion.interop import diffusers as interop
-from diffusion.interop.diffusers.schedulers import read_scheduler
+from diffusion.interop.diffusers.schedulers import CLASSES, read_scheduler
 from diffusion.model import Trained, make_model, make_schedule
 from diffusion.pretrained import autoencoders, weights
 from diffusion.sampling import sample
@@ -184,6 +186,8 @@ DETERMINISTIC = {
     "Euler of a beta distribution": ("EulerDiscreteScheduler", {"use_beta_sigmas": True}),
     "Heun": ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "DEIS": ("DEISMultistepScheduler", {}),
+    "DDIM with thresholding": ("DDIMScheduler", {"thresholding": True, "clip_sample": False}),
+    "DPM-Solver++ with thresholding": ("DPMSolverMultistepScheduler", {"thresholding": True}),
     "UniPC in the eps basis": ("UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
     "DPM-Solver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
     "DPM-Solver++ that leaves noise": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
@@ -235,6 +239,17 @@ def test_the_sampler_of_a_folder_draws_the_same(name, pipeline_parts, tmp_path):
     shared = {"prediction": trained.model.prediction, "clip": config.clip, "x_init": begin}
     found = sample(trained.model.apply_fn, trained.params, table, jax.random.key(0), 2, (8, 8, 1), **shared)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=max(1, np.abs(wanted).max()) / 255)
+
+
+def test_every_scheduler_is_read_or_the_guide_says_why_not():
+    page = (Path(__file__).parents[2] / "docs/interop.md").read_text()
+    refused = set(re.findall(r"`(\w+Scheduler)`", page.partition("Schedulers that are refused")[2].partition("\n#")[0]))
+    everyone = {name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")}
+    assert {name for name in everyone if not name.startswith("Flax")} == refused | CLASSES.keys()
+    assert not refused & CLASSES.keys()
+    for name in refused:
+        with pytest.raises(InputError, match=f"{name} is not supported; supported: DDPMScheduler, "):
+            read_scheduler("it", {"_class_name": name})
 
 
 @pytest.mark.parametrize("kind", ["LCMScheduler", "TCDScheduler"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import schedules, solvers, timesteps
+from diffusion import pretrained, schedules, solvers, timesteps
 from diffusion.sampling import sample
 
 torch = pytest.importorskip("torch")
@@ -45,6 +45,7 @@ TABLES = {
     "singlestep": solvers.dpm_solver_pp_singlestep(LINEAR, timesteps.log_snr(LINEAR, STEPS, start=START), 3),
     "plms": solvers.plms(LINEAR, TAU),
     "learned": learned(solvers.unipc(LINEAR, TAU, 2)),
+    "learned for the digits": solvers.from_json((pretrained.tables("digits") / "5.json").read_text()),
 }
 
 
@@ -74,10 +75,10 @@ def drawn_here(table, clip, prediction="eps"):
     return np.clip(drawn, -1, 1)
 
 
-def noise_of_ours(stage):
+def noise_of_ours(stage, count=COUNT, shape=SHAPE):
     """What our scan draws for its start, stage 0, and after each call."""
-    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(0), i), stage) for i in range(COUNT)]
-    return np.stack([jax.random.normal(key, SHAPE) for key in keys])
+    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(0), i), stage) for i in range(count)]
+    return np.stack([jax.random.normal(key, shape) for key in keys])
 
 
 def drawn_there(scheduler, calls):

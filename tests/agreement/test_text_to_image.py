@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 import test_published
+from PIL import Image
 
-from diffusion import keys
-from diffusion.commands import samplers
+from diffusion import keys, spaces
+from diffusion.commands import prompts, samplers
 from diffusion.interop import clip_tokenizer
 from diffusion.interop import diffusers as interop
 from diffusion.interop.diffusers import clip_text, folders, unet2d, unet2d_condition
@@ -263,10 +264,8 @@ def test_a_text_that_is_too_long_says_what_is_left_out(tmp_path):
 # A pipeline.
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory, torchvision):
-    """A tiny pipeline of Stable Diffusion, and its folder."""
-    folder = tmp_path_factory.mktemp("pipeline")
+def made_pipeline(kind, folder, unet):
+    """A tiny pipeline of Stable Diffusion around a network, saved in a folder."""
     tokenizer, _ = save_tokenizer(folder / "tokens")
     torch.manual_seed(2)
     autoencoder = diffusers.AutoencoderKL(
@@ -276,7 +275,6 @@ def pipeline(tmp_path_factory, torchvision):
         norm_num_groups=4,
         sample_size=16,
     ).eval()
-    unet = network(SD1)
     unet.conv_out.weight.data *= 0.1
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
@@ -286,7 +284,7 @@ def pipeline(tmp_path_factory, torchvision):
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    pipe = diffusers.StableDiffusionPipeline(
+    pipe = kind(
         vae=autoencoder,
         text_encoder=text_network(VIT_L),
         tokenizer=tokenizer,
@@ -301,14 +299,20 @@ def pipeline(tmp_path_factory, torchvision):
     return pipe, folder / "it"
 
 
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory, torchvision):
+    """A tiny pipeline of Stable Diffusion, and its folder."""
+    return made_pipeline(diffusers.StableDiffusionPipeline, tmp_path_factory.mktemp("pipeline"), network(SD1))
+
+
 def test_a_pipeline_draws_the_same_latents(pipeline):
     pipe, folder = pipeline
     trained = interop.load(folder)
     model = trained.model
-    prompts, negative = ["the cat's dog", "a dog and 12 cats, the cat, the dog, the cat, the dog"], "the dog!"
+    texts, negative = ["the cat's dog", "a dog and 12 cats, the cat, the dog, the cat, the dog"], "the dog!"
     z = np.random.default_rng(3).standard_normal((2, *model.image_shape)).astype(np.float32)
     there = pipe(
-        prompts,
+        texts,
         negative_prompt=[negative] * 2,
         guidance_scale=7.5,
         num_inference_steps=25,
@@ -318,8 +322,8 @@ def test_a_pipeline_draws_the_same_latents(pipeline):
     settings = trained.config.sample
     assert (settings.sampler, settings.steps, settings.clip) == ("ddim:end=1", 50, "none")
     table = samplers.make_table(model.schedule, settings.sampler, 25, settings.tau)
-    cond = model.conditions.encode(prompts)
-    null = model.conditions.replace(prompts, negative).nulls(2)
+    cond = model.conditions.encode(texts)
+    null = model.conditions.replace(texts, negative).nulls(2)
     with jax.default_matmul_precision("highest"):
         found = sample(
             model.apply_fn,
@@ -341,3 +345,44 @@ def test_a_pipeline_draws_the_same_latents(pipeline):
         images = pipe.vae.decode(there / pipe.vae.config.scaling_factor).sample.numpy().transpose(0, 2, 3, 1)
     wanted = np.clip(images * 127.5 + 127.5, 0, 255)
     assert np.abs(model.space.decode(np.asarray(found)).astype(float) - wanted).max() < 1.5
+
+
+def test_an_inpainting_pipeline_draws_the_same_latents(tmp_path):
+    kind = diffusers.StableDiffusionInpaintPipeline
+    pipe, folder = made_pipeline(kind, tmp_path, network({**SD1, "in_channels": 9}))
+    # Theirs draws the latents of the picture from a Gaussian; ours takes its mean.
+    pipe.vae.quant_conv.weight.data[4:] = 0
+    pipe.vae.quant_conv.bias.data[4:] = -30
+    pipe.save_pretrained(folder)
+    trained = interop.load(folder)
+    model, rng = trained.model, np.random.default_rng(4)
+    assert model.image_shape == (8, 8, 4)
+    picture = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    anew = np.zeros((16, 16, 1), bool)
+    anew[3:12, 5:] = True  # no whole places of the latents
+    z = rng.standard_normal((1, *model.image_shape)).astype(np.float32)
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    there = pipe(
+        "the cat",
+        image=Image.fromarray(picture),
+        mask_image=Image.fromarray(np.uint8(255 * anew[..., 0])),
+        negative_prompt="a dog",
+        guidance_scale=7.5,
+        strength=1.0,
+        num_inference_steps=10,
+        height=16,
+        width=16,
+        latents=torch.from_numpy(z.transpose(0, 3, 1, 2).copy()),
+        output_type="latent",
+    ).images
+    hook.remove()
+    told = spaces.with_hole(model.space.autoencoder, picture, anew)
+    assert_near(told, seen[0][0, 4:].numpy().transpose(1, 2, 0))
+    conditions = prompts.with_picture(model, told).conditions.replace(["the cat"], "a dog")
+    table = samplers.make_table(model.schedule, trained.config.sample.sampler, 10, trained.config.sample.tau)
+    shared = {"cond": conditions.told([0]), "null_cond": conditions.nulls(1), "guidance_scale": 7.5, "clip": "none"}
+    with jax.default_matmul_precision("highest"):
+        found = sample(model.apply_fn, trained.params, table, keys.make(0), 1, model.image_shape, x_init=z, **shared)
+    wanted = there.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())

@@ -73,7 +73,7 @@ _ATTENTION = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to
 
 def is_autoencoder(folder: str | os.PathLike) -> bool:
     """Tells whether a folder holds an autoencoder alone, and not a pipeline or another network."""
-    path = Path(folder).expanduser()
+    path = folders.local(folder, None)
     if not folders.is_folder(path) or (path / folders.INDEX).is_file():
         return False
     return folders.read_config(path / folders.CONFIG)["_class_name"] in DEFAULTS
@@ -87,15 +87,14 @@ def load_autoencoder(
     Neither torch nor diffusers is needed. Its latents are scaled as its config says.
 
     Args:
-      folder: has config.json, or has the folder vae or vqvae.
+      folder: has config.json, or has the folder vae or vqvae; or the id of such a model on the Hugging Face Hub.
       variant: of the weights, as fp16; "" for the full precision, or fp16 where there is nothing else.
       image_size: (height, width) of the images that it is for; None for those of its config.
 
     Raises:
       InputError: there is no such folder, something in it is missing, damaged or not supported, and named.
     """
-    folder = Path(folder).expanduser()
-    at = _part(folder)
+    at = _part(folders.local(folder, variant))
     where, kind, found = _arguments(at)
     with readable(where, "autoencoder"):
         fields = read_fields(where, kind, found)

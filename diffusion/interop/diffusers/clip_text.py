@@ -12,7 +12,6 @@ import numpy as np
 from diffusion import keys
 from diffusion.conditions import Prompts, TextEncoder
 from diffusion.errors import InputError
-from diffusion.files import read_json
 from diffusion.interop.clip_tokenizer import Tokenizer, open_tokenizer
 from diffusion.interop.diffusers import folders, lora
 from diffusion.interop.diffusers.state import LEAVES, require, to_params
@@ -36,8 +35,6 @@ DEFAULTS = {
 }
 """The fields of CLIPTextConfig in transformers that shape the network, and their defaults; no other does."""
 
-STEMS = {"safetensors": "model", "bin": "pytorch_model"}
-
 _PREFIX = "text_model."
 """What names begin with in files of transformers before version 5."""
 
@@ -60,7 +57,7 @@ def load_text(
     at = folder / ENCODER
     where = str(at / folders.CONFIG)
     with readable(where, "text encoder"):
-        network = CLIPText(**read_fields(where, _read_config(at / folders.CONFIG)), dtype=dtype)
+        network = CLIPText(**read_fields(where, folders.read_fields(at / folders.CONFIG)), dtype=dtype)
         like = shapes_of(network)
     if network.hidden_size != width:
         raise InputError(f"{where}: hidden_size is {network.hidden_size}, and the network takes texts of width {width}")
@@ -88,7 +85,7 @@ def shapes_of(network: CLIPText) -> Params:
 
 def open_weights(folder: Path, like: Params, variant: str = "") -> folders.Weights:
     """Opens the weights of a text encoder with parameters of these shapes, under today's names, as `folders` does."""
-    weights = folders.open_weights(folder, folders.count(jax.tree.leaves(like)), variant, STEMS)
+    weights = folders.open_weights(folder, folders.count(jax.tree.leaves(like)), variant, folders.TEXT_STEMS)
     # Old files have a table of 0, 1, 2, ... and some the projection to what CLIP compares; neither takes part here.
     used = [name for name in weights.shapes if not name.endswith(("position_ids", "text_projection.weight"))]
     names = {name.removeprefix(_PREFIX): name for name in used}
@@ -118,14 +115,3 @@ def name_of(path: tuple[str, ...]) -> str:
         return f"{first}.{LEAVES[leaf]}"
     layer = re.sub("^(self_attn|mlp)_", r"\1.", rest[0])
     return f"encoder.layers.{first.removeprefix('layers_')}.{layer}.{LEAVES[leaf]}"
-
-
-def _read_config(path):
-    """Returns the config of a text encoder; raises InputError if there is none."""
-    try:
-        config = read_json(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}); get the whole folder again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is no config of a text encoder; get the whole folder again")
-    return config

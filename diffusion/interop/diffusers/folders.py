@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 from diffusion.errors import InputError
 from diffusion.files import open_to_read, read_json
 from diffusion.interop import torch_file
+from diffusion.interop.diffusers import hub
 from diffusion.interop.safetensors_file import read_header, read_tensors
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
@@ -21,6 +22,16 @@ STEM = "diffusion_pytorch_model"
 """What files of weights are called, before their variant and suffix."""
 
 _STEMS = MappingProxyType({"safetensors": STEM, "bin": STEM})
+
+TEXT_STEMS = MappingProxyType({"safetensors": "model", "bin": "pytorch_model"})
+"""What files of the weights of a text encoder are called, by their suffixes."""
+
+_PARTS = {"": _STEMS, **dict.fromkeys(("unet", "transformer", "vae", "vqvae"), _STEMS), "text_encoder": TEXT_STEMS}
+"""The folders of a pipeline that hold weights; a network or autoencoder alone, and early pipelines, have no folder."""
+
+_CONFIGS = (INDEX, SCHEDULER, f"scheduler/{SCHEDULER}", "tokenizer/*.json", "tokenizer/*.txt")
+_CONFIGS += tuple(f"{part}/{CONFIG}".lstrip("/") for part in _PARTS)
+"""What is read of a pipeline besides weights."""
 
 _POINTER = b"version https://git-lfs"
 
@@ -39,8 +50,62 @@ class Weights(NamedTuple):
     read: Callable[[str], np.ndarray]
 
 
+def local(name: str | os.PathLike, variant: str | None = "") -> Path:
+    """Returns the folder that a name stands for, which for a model of the Hub is fetched first, as far as it is read.
+
+    Args:
+      name: of a folder, or the id of a model, see `hub.is_id`.
+      variant: of the weights that are fetched, see `open_weights`; None for configs only.
+
+    Raises:
+      InputError: see `hub.fetch`, or it is no model of diffusers.
+    """
+    if not hub.is_id(name):
+        return Path(name).expanduser()
+    folder = hub.fetch(os.fspath(name), _CONFIGS)
+    if not is_folder(folder):
+        raise InputError(f"{name} on the Hugging Face Hub is no model of diffusers; give the id of one that is")
+    if variant is None:
+        return folder
+    lacking = [(folder / part, _kinds(stems, variant)) for part, stems in _PARTS.items()]
+    lacking = [(at, kinds) for at, kinds in lacking if (at / CONFIG).is_file()]
+    while lacking:
+        wanted = [at / pattern for at, kinds in lacking for pattern in kinds[0].patterns]
+        hub.fetch(os.fspath(name), [path.relative_to(folder).as_posix() for path in wanted])
+        lacking = [(at, kinds[1:]) for at, kinds in lacking if kinds[1:] and not (at / kinds[0].name).is_file()]
+    return folder
+
+
+class _Kind(NamedTuple):
+    """One kind of files that weights may lie in.
+
+    Attributes:
+      suffix: of those with the weights.
+      name: of the file that has them all, or of the index of several.
+      patterns: of the names of all files.
+    """
+
+    suffix: str
+    name: str
+    patterns: Sequence[str]
+
+
+def _kinds(stems, variant):
+    """Returns the kinds of files that the weights of a network may lie in; the first that is there is taken."""
+    found = []
+    for dot in [f".{variant}"] if variant else ["", ".fp16"]:
+        for suffix, stem in stems.items():
+            whole, index, number = f"{stem}{dot}.{suffix}", f"{stem}.{suffix}.index{dot}.json", "[0-9]" * 5
+            shards = f"-{number}-of-{number}"
+            parts = [index, f"{stem}{dot}{shards}.{suffix}", f"{stem}{shards}{dot}.{suffix}"]
+            found += [_Kind(suffix, whole, [whole]), _Kind(suffix, index, parts)]
+    return found
+
+
 def is_folder(path: str | os.PathLike) -> bool:
-    """Tells whether a folder holds a pipeline or a network of diffusers."""
+    """Tells whether a folder holds a pipeline or a network of diffusers; the id of a model of the Hub counts as one."""
+    if hub.is_id(path):
+        return True
     path = Path(path).expanduser()
     if (path / INDEX).is_file():
         return True
@@ -64,12 +129,20 @@ def refuse_part(path: str | os.PathLike) -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a config; raises InputError if it is not there, or says of no class what it is."""
+    config = read_fields(path)
+    if not isinstance(config.get("_class_name"), str):
+        raise InputError(f"{path} is no config of diffusers, it names no _class_name; name a folder of save_pretrained")
+    return config
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Reads a config, of diffusers or of transformers; raises InputError if it is not there, or no object of JSON."""
     try:
         config = read_json(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); get the whole folder again") from None
-    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
-        raise InputError(f"{path} is no config of diffusers, it names no _class_name; name a folder of save_pretrained")
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is no config of diffusers, it holds no fields; name a folder of save_pretrained")
     return config
 
 
@@ -90,15 +163,15 @@ def open_weights(folder: Path, numbers: int, variant: str = "", stems: Mapping[s
     Raises:
       InputError: there are none, they are damaged, incomplete, or hold something other than tensors.
     """
-    for dot in [f".{variant}"] if variant else ["", ".fp16"]:
-        for suffix, stem in stems.items():
-            for path in (folder / f"{stem}{dot}.{suffix}", folder / f"{stem}.{suffix}.index{dot}.json"):
-                if path.is_file():
-                    return _open(path, suffix, numbers)
-    wanted = f"{stems['safetensors']}{f'.{variant}' if variant else ''}.safetensors"
+    kinds = _kinds(stems, variant)
+    for kind in kinds:
+        if (folder / kind.name).is_file():
+            return _open(folder / kind.name, kind.suffix, numbers)
     found = sorted(file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin", ".msgpack"))
     also = f"; it has {', '.join(found)[:200]}" if found else ""
-    raise InputError(f"{folder} holds no weights {wanted} or .bin, nor an index of them{also}; get the whole folder")
+    raise InputError(
+        f"{folder} holds no weights {kinds[0].name} or .bin, nor an index of them{also}; get the whole folder"
+    )
 
 
 def open_file(path: Path) -> Weights:

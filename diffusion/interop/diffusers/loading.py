@@ -44,7 +44,8 @@ def load(
 
     Args:
       folder: has model_index.json, or config.json and beside it, or in the folder scheduler next to it,
-        scheduler_config.json.
+        scheduler_config.json; or the id of such a model on the Hugging Face Hub, as google/ddpm-cifar10-32, which is
+        fetched with the package huggingface_hub.
       variant: of the weights, as fp16; "" for the full precision, or fp16 where there is nothing else.
       scheduler: a config, with its _class_name, in the place of the folder's.
       image_size: (height, width) of the images, where the network's config has none, or another one.
@@ -55,9 +56,9 @@ def load(
     Raises:
       InputError: there is no such folder, something in it is missing, damaged or not supported, and named.
     """
-    folder = Path(folder).expanduser()
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; {nearest(str(dtype), DTYPES)}")
+    name, folder = os.fspath(folder), folders.local(folder, variant)
     if not folders.is_folder(folder):
         raise InputError(
             f"{folder} is no folder of diffusers: it has neither {folders.INDEX} nor a {folders.CONFIG} with a "
@@ -74,13 +75,16 @@ def load(
     sampling = _scheduler(folder, scheduler)
     whole = _whole_config(network, sampling)
     lora.unused(added, [lora.UNET] * (network.kind != TRANSFORMER) + [lora.TEXT] * (network.text_width > 0))
-    text = load_text(folder, network.text_width, dtype, variant, added) if network.text_width else None
+    text = None
+    if network.text_width:
+        text = load_text(folder, network.text_width, dtype, variant, added)
+        text = dataclasses.replace(text, picture_channels=network.fields["picture_channels"])
     with readable(network.where):  # what is wrong with the network is said before its weights are read
         names = _class_names(folder, network.num_classes)
         model = make_model(whole, network.shape, names, text=text)
     autoencoder = _autoencoder(folder, network.shape, variant)
     if autoencoder is not None:
-        shape, whole.latents = autoencoder.autoencoder.image_shape, str(folder)
+        shape, whole.latents = autoencoder.autoencoder.image_shape, name
         whole.data.size, whole.data.channels = shape[0], shape[2]
         model = dataclasses.replace(model, space=spaces.latents(autoencoder))
     like = jax.eval_shape(model.init, keys.make(0))
@@ -168,6 +172,9 @@ def _text_unet(folder, image_size):
     at, where, fields, found, shape = _read(folder, "unet", unet2d_condition.read_fields, image_size)
     with readable(where):
         width = int(np.max(fields["cross_attention_dim"]))
+        # An inpainting network sees, behind its latents, a mask and the latents of a picture.
+        fields["picture_channels"] = out + 1 if shape[2] == 2 * (out := found["out_channels"]) + 1 else 0
+        shape = (*shape[:2], shape[2] - fields["picture_channels"])
     # Texts were left out for a tenth of the images in its training.
     return _Network(at, where, UNET2D_CONDITION, fields, shape, found["out_channels"], 0, 0.1, _read_unet, width)
 

@@ -43,7 +43,7 @@ class _Class(NamedTuple):
       sampler: arguments -> the sampler's text.
       grid: arguments -> the grid's text.
       steps: of its pipeline.
-      clip: what its clip_sample does.
+      clip: what its clip_sample does, or its thresholding.
       levels: arguments -> (schedule, prediction).
       time_shift: see `Sampling`.
     """
@@ -63,7 +63,7 @@ _SUPPORTED = {
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
-    "thresholding": (False,),
+    "thresholding": (False, True),
     "use_flow_sigmas": (False,),
     "use_dynamic_shifting": (False,),
     "final_sigmas_type": ("zero",),
@@ -199,6 +199,8 @@ def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
         allowed["variance_type"] = (None,)
     if fields.get("clip_sample"):
         allowed["clip_sample_range"] = (1.0, 1)
+    if fields.get("thresholding"):  # whose bound is between 1 and this: it clips to [-1, 1], whatever the quantile
+        allowed["sample_max_value"] = (1.0, 1)
     if name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler"):
         allowed |= {"sigma_min": (None,), "sigma_max": (None,)}
     if name == "FlowMatchEulerDiscreteScheduler":
@@ -219,7 +221,8 @@ def read_scheduler(where: str, config: Mapping[str, Any]) -> Sampling:
         _check_sampler(schedule, sampler, min(steps, 50))
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix(': ')}") from None
-    clip = kind.clip if fields.get("clip_sample") or fields.get("clip_denoised") else "none"
+    clips = any(fields.get(name) for name in ("clip_sample", "clip_denoised", "thresholding"))
+    clip = kind.clip if clips else "none"
     found = Sampling(schedule, prediction, clip, sampler, tau, steps, kind.time_shift)
     if name != "CMStochasticIterativeScheduler":
         return found
