@@ -44,6 +44,7 @@ TABLES = {
     "heun": solvers.heun(LINEAR, timesteps.karras(LINEAR, STEPS, start=START)),
     "singlestep": solvers.dpm_solver_pp_singlestep(LINEAR, timesteps.log_snr(LINEAR, STEPS, start=START), 3),
     "plms": solvers.plms(LINEAR, TAU),
+    "afs unipc": solvers.analytic_first(solvers.unipc(LINEAR, TAU)),
     "learned": learned(solvers.unipc(LINEAR, TAU, 2)),
 }
 
