@@ -86,7 +86,10 @@ def drawn_there(scheduler, calls):
     stages = iter(range(calls + 1))
 
     def ours(shape, **_):
-        return torch.from_numpy(noise_of_ours(next(stages)).transpose(0, 3, 1, 2).copy())
+        stage = next(stages)
+        # Other pipelines multiply the start by init_noise_sigma; this one takes it for 1.
+        scale = 1 if stage else scheduler.init_noise_sigma
+        return torch.from_numpy(scale * noise_of_ours(stage).transpose(0, 3, 1, 2))
 
     pipeline = diffusers.DDPMPipeline(network(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
