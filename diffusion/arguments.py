@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from diffusion.adaptive import Adaptive
 from diffusion.around import Steering
 from diffusion.brownian import Brownian
 from diffusion.caching import Cache
@@ -28,7 +29,7 @@ _SHORT = {
 
 def check_table(table: Any) -> None:
     """Raises InputError for what is often given in the place of a table."""
-    if isinstance(table, SamplerTable):
+    if isinstance(table, SamplerTable | Adaptive):
         return
     make = "make one by solver(schedule, tau), as diffusion.solvers.ddim(schedule, tau)"
     if callable(table):

@@ -9,7 +9,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from diffusion import keys, predictions, watching
+from diffusion import adaptive, keys, predictions, watching
+from diffusion.adaptive import Adaptive
 from diffusion.arguments import (
     check_cache,
     check_conditions,
@@ -84,7 +85,7 @@ class _Inputs:
 def sample(  # noqa: PLR0913
     apply_fn: ApplyFn,
     params: Params,
-    table: SamplerTable,
+    table: SamplerTable | Adaptive,
     key: jax.Array,
     num_samples: int,
     sample_shape: tuple[int, ...],
@@ -103,7 +104,7 @@ def sample(  # noqa: PLR0913
     callback: watching.Callback | None = None,
     noise: Brownian | None = None,
     **short: Any,
-) -> Images | tuple[Images, Trajectory]:
+) -> Images | tuple[Images, Trajectory | Int[Array, "N"]]:
     """Draws samples by running a table.
 
     Sample i depends on (key, sample_ids[i]) and cond[i] only, never on the batch around it. One compilation serves all
@@ -113,7 +114,7 @@ def sample(  # noqa: PLR0913
     Args:
       apply_fn: the network; hashable, and the same object at every call, or each call compiles again.
       params: its weights.
-      table: from a function in `diffusion.solvers`.
+      table: from a function in `diffusion.solvers`, or an adaptive solver from `diffusion.adaptive.adaptive`.
       key: a JAX random key. Whatever generator it is of, the package's own draws, see `diffusion.keys`.
       num_samples: N.
       sample_shape: the shape of one sample, (H, W, C) for images.
@@ -131,7 +132,8 @@ def sample(  # noqa: PLR0913
       x_init: the start instead of noise, [N, *sample_shape], as the network sees it first; its dtype is the precision
         of the run.
       sample_ids: int [N], 0..N-1 if not given.
-      return_trajectory: also return all intermediate states, which then stay in memory.
+      return_trajectory: also return all intermediate states, which then stay in memory; of an adaptive solver, the
+        number of network calls of each sample.
       cache: in which calls the deep levels of the network are computed, for the others to take what they gave, see
         `diffusion.caching.Cache`; its split then takes the place of apply_fn. Other calls of as many compile nothing,
         and all calls is the same as none given.
@@ -144,7 +146,7 @@ def sample(  # noqa: PLR0913
         with these fields: sample(..., cond=labels, null_cond=nulls, guidance_scale=3).
 
     Returns:
-      Samples [N, *sample_shape], or (samples, Trajectory).
+      Samples [N, *sample_shape], or (samples, Trajectory); of an adaptive solver (samples, int [N]).
 
     Raises:
       InputError: an unknown option, shapes that do not agree, a prediction that says nothing about x_0 where the signal
@@ -170,6 +172,13 @@ def sample(  # noqa: PLR0913
     if steering is not None:
         check_steering(steering)
 
+    shape = tuple(sample_shape)
+    if isinstance(table, Adaptive):
+        adaptive.check_alone(prediction, guidance, cache=cache, noise=noise, callback=callback)
+        shared = None if guidance is None else guidance.replace(scale=1.0 * guidance.scale)
+        given = (params, key, ids, cond, shared, known, x_init, table.start_std, None, False, steering)
+        found = adaptive.solve(table, _Inputs(*given, None, None, apply_fn, shape, options, None), prediction)
+        return found if return_trajectory else found[0]
     whole = check_cache(cache, table, guidance)
     intervals = check_noise(noise, table)
 
@@ -179,7 +188,6 @@ def sample(  # noqa: PLR0913
     scales = None if guidance is None else guidance.scales(table.t)
     stages = _Stage(np.arange(table.nfe), reading, table.update, table.log_variance, scales, whole, intervals)
     shared = None if guidance is None else guidance.replace(scale=None, interval=None, rescale=1.0 * guidance.rescale)
-    shape = tuple(sample_shape)
     start = (table.start_std, _start_shares(table), table.tau[0] < table.tau[-1])
     options = options._replace(has_aux=whole is not None)
     around = (steering, noise, None, apply_fn, shape, options, None if whole is None else cache.split)
@@ -199,7 +207,7 @@ def check_prediction(table: SamplerTable, prediction: str) -> None:
     """Raises InputError if a prediction says nothing about x_0 at one of a table's times, or suits no such table."""
     if all(map(is_concrete, (table.t, table.signal, table.noise))):
         predictions.check_signal(table.name, prediction, table.t, table.signal, table.noise)
-        if predictions.sees_end(prediction):
+        if predictions.sees_end(prediction) and isinstance(table, SamplerTable):
             check_ends(table)
 
 
