@@ -16,7 +16,6 @@ that other programs used meanwhile. --out writes the rows into a page, between t
 "measured: end". The digits and the 2.2M network take about half an hour on two cores, the 35.7M one longer.
 """
 
-import copy
 import importlib.util
 import os
 import platform
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import time
 
+import in_torch
 import pages
 from absl import app, flags
 from networks import NETWORKS
@@ -51,7 +51,8 @@ def main(_):
         sys.exit(HOW_TO_INSTALL)
     if _WORKER.value:
         network, batch = NETWORKS[_NETWORKS.value[0]], int(_BATCHES.value[0])
-        serve(ours(network, batch) if _WORKER.value == "ours" else in_torch(_WORKER.value, network, batch))
+        asked = network, batch, _STEPS.value, _DTYPE.value
+        serve(ours(*asked) if _WORKER.value == "ours" else in_torch.side(*asked, _WORKER.value, _DEVICE.value))
         return
     pages.check(_OUT.value, *PLACE)
     print(machine(), flush=True)
@@ -185,7 +186,7 @@ def serve(side):
         print("=", time.perf_counter() - start, flush=True)
 
 
-def ours(network, batch):
+def ours(network, batch, steps, dtype):
     """This library, over one device per core."""
     import jax
     import jax.numpy as jnp
@@ -199,16 +200,16 @@ def ours(network, batch):
     devices.prepare()
     mesh = devices.training_mesh(batch)
     shape = network.image
-    model = network.ours(dtype=_DTYPE.value)
+    model = network.ours(dtype=dtype)
     apply_fn = as_apply_fn(model)
     everywhere, split = NamedSharding(mesh, PartitionSpec()), devices.batch_sharding(mesh)
     weights = init(model, shape)
-    params = jax.tree.map(lambda leaf: leaf.astype(_DTYPE.value if leaf.ndim > 1 else leaf.dtype), weights)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype if leaf.ndim > 1 else leaf.dtype), weights)
     params = jax.device_put(params, everywhere)
     x = jax.device_put(jax.random.normal(jax.random.key(1), (batch, *shape)), split)
     t = jax.device_put(jnp.full((batch,), 500.0), split)
     schedule = schedules.linear()
-    table = solvers.ddim(schedule, timesteps.uniform(schedule, _STEPS.value))
+    table = solvers.ddim(schedule, timesteps.uniform(schedule, steps))
     keys = jax.device_put(jnp.arange(batch), split)
 
     def sampling(params, key, ids):
@@ -223,114 +224,6 @@ def ours(network, batch):
     if "training" in _OPERATIONS.value:
         operations["training"] = training_step(model, weights, mesh, batch, shape)
     return f"{count:,} parameters, jax {jax.__version__}, {devices.describe(mesh)}", operations
-
-
-def in_torch(side, network, batch):
-    """diffusers' UNet2DModel in torch, eager or compiled, on all cores, in the faster memory layout."""
-    import torch
-
-    sys.modules["torchvision"] = None  # not needed, and one that was built for another torch fails to import
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.manual_seed(0)
-    candidates = {}
-    device = {"cpu": "cpu", "gpu": "cuda"}[_DEVICE.value]
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for layout in (torch.contiguous_format, torch.channels_last):
-        model = torch_unet(network).to(device, memory_format=layout)
-        x = torch.randn(batch, network.image[-1], *network.image[:2]).to(device).contiguous(memory_format=layout)
-        run = torch_training_step(model, x)
-        run()
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        candidates[layout] = time.perf_counter() - start, model, x
-    layout = min(candidates, key=lambda layout: candidates[layout][0])
-    _, model, x = candidates[layout]
-    count = sum(p.numel() for p in model.parameters())
-    dtype = getattr(torch, _DTYPE.value)
-    drawing, t, small = copy.deepcopy(model).to(dtype), torch.full((batch,), 500, device=device), x.to(dtype)
-    if side == "compile":
-        model = torch.compile(model)
-        # CUDA graphs, as one compiled scan has no dispatch either.
-        drawing = torch.compile(drawing, mode="reduce-overhead" if device == "cuda" else "default")
-    training = torch_training_step(model, x)
-    operations = {
-        "training": lambda: (training(), wait()),
-        "network": lambda: (torch_network(drawing, small, t), wait()),
-        "sampling": lambda: (torch_sampling(drawing, small), wait()),
-    }
-    import diffusers
-
-    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    return f"{count:,} parameters, {versions}, {torch.get_num_threads()} threads, {layout}", operations
-
-
-def torch_unet(network):
-    """UNet2DModel in the layout of `network`; that of 35.7M has the config of google/ddpm-cifar10-32."""
-    from diffusers import UNet2DModel
-
-    sizes = [network.image[0] // 2**level for level in range(len(network.multipliers))]
-    attention = ["Attn" if size in network.attention else "" for size in sizes]
-    return UNet2DModel(
-        sample_size=network.image[0],
-        in_channels=network.image[-1],
-        out_channels=network.image[-1],
-        block_out_channels=[network.width * m for m in network.multipliers],
-        layers_per_block=network.num_blocks,
-        down_block_types=[f"{kind}DownBlock2D" for kind in attention],
-        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(attention)],
-        attention_head_dim=None,
-        norm_num_groups=min(32, network.width // 4),
-        norm_eps=1e-6,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-    )
-
-
-def torch_training_step(network, x):
-    """A function that makes one step: noise, mse, gradient, clip, Adam, EMA."""
-    import torch
-
-    params = list(network.parameters())
-    optimizer = torch.optim.Adam(params, lr=1e-4, fused=x.is_cuda)
-    ema = [p.detach().clone() for p in params]
-
-    def run():
-        t = torch.randint(1, 1001, (x.shape[0],), device=x.device)
-        signal = torch.cos(t / 1000 * torch.pi / 2)[:, None, None, None]
-        noise = torch.randn_like(x)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=_DTYPE.value == "bfloat16"):
-            predicted = network(signal * x + torch.sqrt(1 - signal**2) * noise, t).sample
-        torch.nn.functional.mse_loss(predicted.float(), noise).backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(ema, params, 0.001)
-
-    return run
-
-
-def torch_network(network, x, t):
-    import torch
-
-    with torch.inference_mode():
-        network(x, t)
-
-
-def torch_sampling(network, x):
-    """diffusers' DDIM loop."""
-    import torch
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(_STEPS.value)
-    sample = torch.randn_like(x)
-    with torch.inference_mode():
-        for t in scheduler.timesteps.to(sample.device):
-            sample = scheduler.step(network(sample, t).sample, t, sample).prev_sample
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from diffusion import jax_environment  # noqa: F401, I001 - first, as it looks at what importing JAX would trip over
 from diffusion import editing, gaussian, schedules, solvers, timesteps
 from diffusion.around import Steering
+from diffusion.brownian import Brownian
 from diffusion.caching import Cache
 from diffusion.errors import InputError
 from diffusion.guidance import Guidance
@@ -13,6 +14,7 @@ from diffusion.solvers import SamplerTable
 __version__ = "0.2.0"
 
 __all__ = [
+    "Brownian",
     "Cache",
     "Guidance",
     "InputError",

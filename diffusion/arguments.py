@@ -7,18 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from diffusion.adaptive import Adaptive
 from diffusion.around import Steering
+from diffusion.brownian import Brownian
 from diffusion.caching import Cache
-from diffusion.errors import InputError
+from diffusion.errors import InputError, nearest
 from diffusion.guidance import Guidance
 from diffusion.images import check_floats
 from diffusion.solvers.table import SamplerTable
 from diffusion.types import Images
 
+_SHORT = {
+    "guidance_scale": "scale",
+    "null_cond": "null",
+    "guidance_interval": "interval",
+    "guidance_rescale": "rescale",
+    "guidance_rule": "rule",
+}
+"""The keywords of `sample` that are short for fields of its guidance."""
+
 
 def check_table(table: Any) -> None:
     """Raises InputError for what is often given in the place of a table."""
-    if isinstance(table, SamplerTable):
+    if isinstance(table, SamplerTable | Adaptive):
         return
     make = "make one by solver(schedule, tau), as diffusion.solvers.ddim(schedule, tau)"
     if callable(table):
@@ -71,6 +82,41 @@ def check_known(known: Any, shape: tuple[int, ...]) -> tuple[Images, Images] | N
     if is_concrete(mask) and not np.all((np.asarray(mask) >= 0) & (np.asarray(mask) <= 1)):
         raise InputError("the mask of known holds values outside 0..1; give 1 where pixels are known, and 0 elsewhere")
     return placed
+
+
+def check_guidance(guidance: Any, short: dict[str, Any], cond: Any) -> Guidance | None:
+    """Returns the guidance that the arguments of `sample` ask for, or None where it would change nothing.
+
+    Raises:
+      InputError: guidance that is none, or given twice, or a field of it that `Guidance.check` refuses.
+      TypeError: an unknown keyword.
+    """
+    for name in short:
+        if name not in _SHORT:
+            raise TypeError(f"sample() has no argument {name!r}; {nearest(name, _SHORT)}")
+    if not isinstance(guidance, Guidance | None):
+        raise InputError(f"guidance is {type(guidance).__name__}; give a diffusion.Guidance")
+    if guidance is not None and short:
+        raise InputError(f"{next(iter(short))} is short for a field of guidance; give one or the other")
+    guidance = guidance or Guidance(**{_SHORT[name]: value for name, value in short.items()})
+    acts = guidance.acts()
+    # Even a guidance that does nothing may be misspelt; its conditions count only where it acts.
+    guidance.check(cond, acts)
+    return guidance if acts else None
+
+
+def check_noise(noise: Any, table: SamplerTable) -> Int[Array, "stages 2"] | None:
+    """Returns between which places on its brownian path each stage draws its noise, or None for noise of each stage.
+
+    Raises:
+      InputError: what is no `Brownian`, or one on whose path the table has no places.
+    """
+    if noise is None:
+        return None
+    if not isinstance(noise, Brownian):
+        raise InputError(f"noise is a {type(noise).__name__}; give diffusion.Brownian(schedule.num_timesteps)")
+    noise.check()
+    return noise.intervals(table)
 
 
 def check_steering(steering: Any) -> None:

@@ -199,6 +199,10 @@ MISTAKES = [
     ("sample.py", [RUN, "--eta=1.5"], r"eta is 1.5; it must lie in 0\.\.1"),
     ("sample.py", [RUN, "--eta=nan"], "eta is nan"),
     ("sample.py", [RUN, "--sampler=dimm"], "did you mean 'ddim'"),
+    ("sample.py", [RUN, "--eta=1", "--afs=score"], "draws noise in its first step"),
+    ("sample.py", [RUN, "--corrector=langevni"], "corrector is 'langevni'; did you mean 'langevin'"),
+    ("sample.py", [RUN, "--sampler=unipc", "--corrector=langevin"], "cannot have a Langevin corrector; use"),
+    ("sample.py", [RUN, "--noise=brownian", "--eta=0"], "draws no noise in its steps, so none can be brownian"),
     ("sample.py", [RUN, "--tau=unifrom"], "did you mean 'uniform'"),
     ("sample.py", [RUN, "--tau=explicit:times=10,20"], "not strictly descending"),
     (

@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 
 from diffusion import machine
-from diffusion.commands.sources import Sampling
+from diffusion.commands.samplings import Sampling
 from diffusion.errors import InputError
 
 AUTO = "auto"

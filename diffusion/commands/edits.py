@@ -16,7 +16,7 @@ from diffusion.commands import learned, prompts, samplers, usage
 from diffusion.data import decoding
 from diffusion.errors import InputError, printable, require_range
 from diffusion.model import Model
-from diffusion.solvers import SamplerTable, resampled
+from diffusion.solvers import SamplerTable
 from diffusion.types import Images
 
 STRENGTH = 0.6
@@ -58,7 +58,7 @@ class Edit(NamedTuple):
 
 
 def define_flags() -> None:
-    """Defines the flags that `started`, `repeated` and `open_edit` read."""
+    """Defines the flags that `started` and `open_edit` read, and --resample."""
     usage.group("From a picture, or between two images")
     flags.DEFINE_string("init", None, "A picture to start from in place of noise; its centred square is resized.")
     flags.DEFINE_float(
@@ -119,11 +119,6 @@ def started(given: Any, sampler: str, tau: str) -> str:
     return options.write(choice._replace(options={**choice.options, "start": strength}), leading)
 
 
-def repeated(given: Any, table: SamplerTable) -> SamplerTable:
-    """Returns the table whose steps are made as often as --resample says."""
-    return table if given.resample == 1 else resampled(table, given.resample)
-
-
 def open_edit(given: Any, model: Model, labels: Sequence[int], table: SamplerTable) -> Edit | None:
     """Returns what the flags ask for, or None if images are drawn whole from noise.
 
@@ -139,6 +134,8 @@ def open_edit(given: Any, model: Model, labels: Sequence[int], table: SamplerTab
     """
     if given.interpolate is not None:
         return _between(given, model, labels, table)
+    if given.init is not None and table.start is not None:
+        raise InputError("--afs knows what pure noise holds, and --init starts from a picture; leave out one")
     return None if given.init is None else _from_picture(given, model, table)
 
 
@@ -203,7 +200,7 @@ def _between(given, model, labels, table):
             f"{table.name} adds noise in its steps, by which neighbours differ; take a sampler that adds none, as ddim "
             "with --eta=0"
         )
-    std = np.float32(np.hypot(table.signal[0], table.noise[0]))
+    std = np.float32(table.start_std)
 
     def start(ids):
         with jax.enable_x64(False):

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from diffusion import data, devices, files, options
 from diffusion.commands import (
     aliases,
+    altering,
     batching,
     bits,
-    caching,
     cli,
     datasets,
     drawing,
@@ -41,6 +41,7 @@ from diffusion.commands import (
     ranking,
     reconstructions,
     samplers,
+    samplings,
     shared_flags,
     sources,
     students,
@@ -59,6 +60,7 @@ _STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default
 _ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
 _GUIDANCE = flags.DEFINE_list("guidance", None, "Scales of the guidance, each in a row of its own, as 1,1.5,2,3,4.")
 _TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as sample.py's --tau. Default: config.sample.tau.")
+altering.define_flags()
 shared_flags.define_cache_flag()
 usage.group("What they are compared with, and how")
 _FEATURES = flags.DEFINE_string("features", None, "pixels, classifier or inception. Default: pixels for digits.")
@@ -101,10 +103,11 @@ _OUT = flags.DEFINE_string("out", None, "Output folder. Default: the run folder.
 
 OF_DRAWING = ("samplers", "steps", "etas", "metrics", "num", "labels", "dynamic_threshold", "cache")
 OF_DRAWING += ("guidance", "guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model")
+OF_DRAWING += altering.FLAGS
 """The flags that only matter if samples are drawn."""
 
 NOT_RANKED = ("steps", "etas", "guidance", "metrics", "features", "inception", "data", "split", "first", "cache")
-NOT_RANKED += ("bound", "variances", "likelihood")
+NOT_RANKED += ("bound", "variances", "likelihood", *altering.FLAGS)
 
 OF_SAMPLES = (*OF_DRAWING, "features", "inception")
 """The flags that only matter where samples, or what an autoencoder gives back, are measured."""
@@ -223,10 +226,7 @@ def _samplings(source, entries, tau):
     """Yields what draws the samples of each row."""
     for e in entries:
         asked = source if e.guidance is None else sources.at_scale(source, e.guidance)
-        sampling = sources.make_sampling(asked, e.sampler, e.steps, tau, e.eta)
-        model = source.trained.model
-        cache = caching.asked(flags.FLAGS.cache, model, sampling.table, asked.guidance)
-        yield sampling._replace(cache=cache)
+        yield samplings.added(flags.FLAGS, samplings.make_sampling(asked, e.sampler, e.steps, tau, e.eta))
 
 
 def _say_what_to_expect(space, reference, settings, metrics, num):

@@ -24,6 +24,7 @@ from diffusion.commands import (
     prompts,
     rollouts,
     samplers,
+    samplings,
     shared_flags,
     sources,
     students,
@@ -84,7 +85,7 @@ def _teacher(source):
         raise InputError(f"teacher is {_TEACHER.value}, which draws noise at every step; take unipc:order=3")
     if _TEACHER_CALLS.value > (most := model.schedule.num_timesteps):
         raise InputError(f"teacher_calls is {_TEACHER_CALLS.value}; this model has {most} timesteps: give 2..{most}")
-    sampling = sources.make_sampling(source, _TEACHER.value, _TEACHER_CALLS.value, "uniform")
+    sampling = samplings.make_sampling(source, _TEACHER.value, _TEACHER_CALLS.value, "uniform")
     try:
         return from_table(sampling.table)
     except InputError as error:

@@ -29,7 +29,8 @@ from diffusion.commands import (
     students,
     usage,
 )
-from diffusion.commands.sources import Source, make_sampling
+from diffusion.commands.samplings import make_sampling
+from diffusion.commands.sources import Source
 from diffusion.errors import InputError
 from diffusion.evaluation import ranking
 from diffusion.evaluation.ranking import Candidate, Row

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffusion import devices, files
 from diffusion.autoencoder import MAX_PIXELS
-from diffusion.commands import batching, cli, edits, jobs, prompts, samplers, shared_flags, sources, usage
+from diffusion.commands import altering, batching, cli, edits, jobs, prompts, samplers, samplings, shared_flags, usage
 from diffusion.conditions import Prompts
 from diffusion.errors import printable
 from diffusion.images import sheet, write_gif, write_png
@@ -27,6 +27,7 @@ from diffusion.training import environment
 
 shared_flags.define_source_flags()
 shared_flags.define_sampler_flags()
+altering.define_flags()
 shared_flags.define_cache_flag()
 edits.define_flags()
 usage.group("What is drawn and written")
@@ -55,7 +56,7 @@ def main() -> None:
         print(samplers.describe())
         return
     # What to draw.
-    sampling = sources.open_sampling()
+    sampling = samplings.open_sampling()
     ids = _ids(sampling)
     print(sampling.title(len(ids)))
     for note in sampling.notes():
@@ -165,7 +166,7 @@ def _label(sampling, ids):
     if len(ids) > _shard(sampling):  # so that it never meets a job of one file
         parts.append(f"{len(ids)}images" + f"={jobs.write_ids(ids)}" * (_SEEDS.value is not None))
     others = ("clip", "dynamic_threshold", "labels", "ema", "cache", *(n for n in given if n.startswith("guidance_")))
-    others += tuple(name for name in prompts.FLAGS if name != "prompts")
+    others += (*altering.FLAGS, *(name for name in prompts.FLAGS if name != "prompts"))
     if given.prompts is not None:  # known by what is in it
         parts.append(f"prompts={digest_of(sampling.source.settings)[:8]}")
     for name in others:

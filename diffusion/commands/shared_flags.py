@@ -1,4 +1,4 @@
-"""The flags that sample.py and evaluate.py share; `sources` reads them."""
+"""The flags that sample.py and evaluate.py share; `sources` and `samplings` read them."""
 
 import shlex
 
@@ -77,7 +77,7 @@ def define_cache_flag() -> None:
 
 
 def define_sampler_flags() -> None:
-    """Defines the flags that `sources.open_sampling` reads besides those of `define_source_flags`."""
+    """Defines the flags that `samplings.open_sampling` reads besides those of `define_source_flags`."""
     usage.group("The sampler")
     flags.DEFINE_integer("steps", None, "Number of steps S. Default: config.sample.steps.")
     flags.DEFINE_string(

@@ -53,7 +53,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.log_variance = fields["log_variance"]
         times = np.asarray(fields["t"]) + time_shift
         self._times = times.astype(np.int64 if np.all(times == np.round(times)) else np.float32)
-        self.init_noise_sigma = float(np.hypot(self.signal[0], self.noise[0]))
+        usual = [np.hypot(self.signal[0], self.noise[0])]
+        self._start = np.asarray(fields.get("start", usual))  # only tables with an analytic first step have one
+        self.init_noise_sigma = float(self._start[0])
         self.set_timesteps()
 
     @classmethod
@@ -102,7 +104,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         output, share = model_output[:, :channels], model_output[:, channels:]
         estimate, seen = self._estimate(output, sample, stage)
         rows = self.update[stage]
-        columns = [seen, *(self._registers or [torch.zeros_like(sample)] * (len(rows) - 1)), estimate]
+        if stage == 0:  # multiples of the noise that the network sees first, or empty
+            shares = np.pad(self._start / self._start[0], (0, len(rows) - len(self._start)))
+            self._registers = [share * sample for share in shares[1:].tolist()]
+        columns = [seen, *self._registers, estimate]
         if np.any(rows[:, -1]):
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             columns.append(noise if self.log_variance is None else self._spread(share, stage) * noise)

@@ -6,6 +6,7 @@
 from collections.abc import Callable
 
 from diffusion.solvers.adams import deis, ipndm, lms, plms, pndm
+from diffusion.solvers.afs import analytic_first
 from diffusion.solvers.ddim import ddim, ddpm, split_noise
 from diffusion.solvers.differentiable import differentiable
 from diffusion.solvers.exponential import dpm_solver_multistep, dpm_solver_pp
@@ -27,13 +28,15 @@ from diffusion.solvers.forms import (
     step_orders,
 )
 from diffusion.solvers.heun import edm, heun, restart
+from diffusion.solvers.langevin import CORRECTORS, langevin
+from diffusion.solvers.moments import gaussian_moments
 from diffusion.solvers.onestep import analytic_dpm, consistency, euler, euler_ancestral, sigma_hat, tcd
 from diffusion.solvers.predictor_corrector import sa_solver, unipc
 from diffusion.solvers.resampling import resampled
 from diffusion.solvers.rungekutta import rk
 from diffusion.solvers.singlestep import dpm_solver, dpm_solver_pp_singlestep
 from diffusion.solvers.stochastic import dpm_solver_pp_sde, er_sde
-from diffusion.solvers.table import SamplerTable, from_json, gaussian_moments, make_table, reverse
+from diffusion.solvers.table import SamplerTable, from_json, make_table, reverse
 
 SOLVERS: dict[str, Callable[..., SamplerTable]] = {
     "ddim": ddim,
@@ -67,6 +70,7 @@ ESTIMATED_SOLVERS: dict[str, Callable[..., SamplerTable]] = {"analytic_dpm": ana
 """Solvers that also need gamma, which `diffusion.learning.analytic` estimates from a network and its data."""
 
 __all__ = [
+    "CORRECTORS",
     "ESTIMATED_SOLVERS",
     "SOLVERS",
     "Form",
@@ -74,6 +78,7 @@ __all__ = [
     "SamplerTable",
     "Stage",
     "analytic_dpm",
+    "analytic_first",
     "build",
     "check_order",
     "columns",
@@ -100,6 +105,7 @@ __all__ = [
     "grid_levels",
     "heun",
     "ipndm",
+    "langevin",
     "levels",
     "lms",
     "make_table",

@@ -53,13 +53,15 @@ def from_table(table: SamplerTable) -> History:
     them the form of such a solver is another sampler than its table. With every other choice it is the same one.
 
     Raises:
-      InputError: the table draws noise or takes its variance from the network, or keeps an earlier x after a stage that
-        makes x without the x before it.
+      InputError: the table draws noise or takes its variance from the network, has an analytic first step, or keeps an
+        earlier x after a stage that makes x without the x before it.
     """
     update = np.asarray(table.update, np.float64)
     stages, registers, _ = update.shape
     if table.log_variance is not None or np.any(update[:, :, -1]):
         raise InputError(f"{table.name} draws noise at every step; only deterministic samplers have a history form")
+    if table.start is not None:
+        raise InputError(f"{table.name} makes its first step without a call and has no history form; leave out the AFS")
     # Each register as a linear form in the present x, which comes first, and in D_0, D_1, ....
     forms = np.zeros((registers, 1 + stages))
     forms[0, 0] = 1

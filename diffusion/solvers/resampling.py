@@ -42,4 +42,4 @@ def resampled(table: SamplerTable, repeats: int = 10) -> SamplerTable:
     times = int(repeats)
     update = np.stack([*[back] * (times - 1), rows], axis=1).reshape(-1, 1, 3)
     levels = [np.repeat(np.asarray(values), times) for values in (table.t, table.signal, table.noise)]
-    return make_table(f"{table.name}, resampled {times} times", table.tau, *levels, update)
+    return make_table(f"{table.name}, resampled {times} times", table.tau, *levels, update, start=table.start)

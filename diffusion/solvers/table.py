@@ -1,7 +1,8 @@
 """A sampler table holds a fixed-step sampler as a few small arrays.
 
 A sampler is an explicit general linear method with one network call a stage. It holds R registers (images); register
-0 is what the network sees, and the sample at the end. The others are 0 at the start. Stage i computes
+0 is what the network sees, and the sample at the end. The others are 0 at the start, unless the table says otherwise.
+Stage i computes
 
     D  = the denoised estimate of x_0 from register 0 at time t[i]
     R' = update[i] @ [R_0, ..., R_{R-1}, D, z]
@@ -56,6 +57,8 @@ class SamplerTable:
       log_variance: [stages, 2], logs of the smallest and largest variance of a model that predicts where between them
         its own lies (improved DDPM, arXiv:2102.09672, Eq. 15), or None. z is scaled by it before its column is.
       facts: what it was made for, such as {"prediction": "eps"} of a learned one, see `facts`; {} for a solver's.
+      start: [R], what the registers begin with, as multiples of one draw of standard normal noise, see
+        `analytic_first`; or None, where register 0 begins with (signal[0]^2 + noise[0]^2)^(1/2) and the others with 0.
     """
 
     tau: Float[np.ndarray, "S+1"]
@@ -66,14 +69,15 @@ class SamplerTable:
     name: str
     log_variance: Float[np.ndarray, "stages 2"] | None = None
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    start: Float[np.ndarray, "R"] | None = None
 
     def tree_flatten(self):
-        arrays = (self.tau, self.t, self.signal, self.noise, self.update, self.log_variance)
+        arrays = (self.tau, self.t, self.signal, self.noise, self.update, self.log_variance, self.start)
         return arrays, _Label(self.name, self.facts)
 
     @classmethod
     def tree_unflatten(cls, label, arrays):
-        return cls(*arrays[:5], name=label.name, log_variance=arrays[5], facts=label.facts)
+        return cls(*arrays[:5], name=label.name, log_variance=arrays[5], facts=label.facts, start=arrays[6])
 
     @property
     def nfe(self) -> int:
@@ -84,6 +88,11 @@ class SamplerTable:
     def num_registers(self) -> int:
         """Counts the registers: R images, which the scan carries."""
         return self.update.shape[1]
+
+    @property
+    def start_std(self) -> Float[np.ndarray, ""]:
+        """Returns the standard deviation of the noise that the network sees first."""
+        return (self.signal[0] ** 2 + self.noise[0] ** 2) ** 0.5 if self.start is None else self.start[0]
 
     def reverse(self, iterations: int = 1, rule: str = "new") -> "SamplerTable":
         """Builds the table from samples back to noise; see `reverse`."""
@@ -117,6 +126,8 @@ class SamplerTable:
         columns = [*(f"R{i}" for i in range(self.num_registers)), "D", "z"]
         calls = f"{self.name}: {self.nfe} network calls, {self.num_registers} register(s)"
         title = f"{calls}, tau {self.tau[0]:g} to {self.tau[-1]:g}"
+        if self.start is not None:
+            title += f"; at the start {', '.join(f'{share:.5f}' for share in self.start)} of the noise"
         rows = []
         for i in range(self.nfe):
             if self.nfe <= 30 or not 15 <= i < self.nfe - 15:
@@ -127,7 +138,7 @@ class SamplerTable:
         return title, columns, rows
 
 
-def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> SamplerTable:
+def make_table(name: str, tau, t, signal, noise, update, log_variance=None, start=None) -> SamplerTable:
     """Checks the arrays of a sampler and puts them into a table, in float64; arguments as SamplerTable's attributes.
 
     `build` of `diffusion.solvers.forms` calls it for a solver written in stages.
@@ -137,12 +148,11 @@ def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> S
         name that is no text.
     """
     arrays = [np.asarray(a, np.float64) for a in (tau, t, signal, noise, update)]
-    if log_variance is not None:
-        log_variance = np.asarray(log_variance, np.float64)
+    log_variance, start = (None if a is None else np.asarray(a, np.float64) for a in (log_variance, start))
     if not isinstance(name, str):
         raise InputError(f"the name of a table is {name!r}; give a text")
-    labels = ("tau", "t", "signal", "noise", "update", "log_variance")
-    for label, array in zip(labels, [*arrays, 0.0 if log_variance is None else log_variance], strict=True):
+    others = (0.0 if a is None else a for a in (log_variance, start))
+    for label, array in zip(_ARRAYS, [*arrays, *others], strict=True):
         if not np.all(np.isfinite(array)):
             stage = int(np.argwhere(~np.isfinite(np.atleast_1d(array)))[0][0])
             raise InputError(f"{name}: {label} is not finite at stage {stage}; this solver cannot take this grid")
@@ -154,7 +164,9 @@ def make_table(name: str, tau, t, signal, noise, update, log_variance=None) -> S
             f"{name}: update has shape {arrays[-1].shape}, t {arrays[1].shape}, tau {arrays[0].shape}; "
             "want (stages, R, R + 2), (stages,), (S + 1,)"
         )
-    return SamplerTable(*arrays, name=name, log_variance=log_variance)
+    if start is not None and (start.shape != (registers,) or not start[0] > 0):
+        raise InputError(f"{name}: start has shape {start.shape}; want ({registers},), and a first entry above 0")
+    return SamplerTable(*arrays, name=name, log_variance=log_variance, start=start)
 
 
 VERSION = 2
@@ -165,10 +177,12 @@ def to_json(table: SamplerTable) -> str:
     """Writes a table as JSON, every number to the last bit."""
     arrays = {name: getattr(table, name) for name in _ARRAYS}
     fields = {name: None if array is None else np.asarray(array).tolist() for name, array in arrays.items()}
+    if table.start is None:  # as in the files of programs that know no other start
+        del fields["start"]
     return json.dumps({"version": VERSION, "name": table.name, "facts": dict(table.facts), **fields})
 
 
-_ARRAYS = ("tau", "t", "signal", "noise", "update", "log_variance")
+_ARRAYS = ("tau", "t", "signal", "noise", "update", "log_variance", "start")
 
 
 TEXT_LIMIT, MAX_REGISTERS, MAX_NAME = 2**24, 64, 1000
@@ -189,10 +203,10 @@ def from_json(text: str) -> SamplerTable:
         if len(text) > TEXT_LIMIT:
             raise ValueError(f"it has {len(text):,} characters")
         fields = json.loads(text)
-        if isinstance(fields, dict) and fields.keys() == names - {"version", "facts"}:
+        if isinstance(fields, dict) and fields.keys() == names - {"version", "facts", "start"}:
             fields |= {"version": 1, "facts": {}}
-        if not isinstance(fields, dict) or set(fields) != names:
-            raise ValueError(f"it must have the fields {', '.join(sorted(names))} and no other")
+        if not isinstance(fields, dict) or set(fields) | {"start"} != names:
+            raise ValueError(f"it must have the fields {', '.join(sorted(names - {'start'}))} and no other")
         version, facts = fields.pop("version"), fields.pop("facts")
         if version not in (1, VERSION):
             raise ValueError(f"its version is {str(version)[:20]!r}, and this program knows those up to {VERSION}")
@@ -248,7 +262,8 @@ def reverse(table: SamplerTable, iterations: int = 1, rule: str = "new") -> Samp
     signal_s, noise_s = np.append(1.0, signal_t[:-1]), np.append(0.0, noise_t[:-1])
     row = np.asarray(table.update)[::-1, 0]
     expected = ddim_rows(signal_t, noise_t, signal_s, noise_s)
-    if table.num_registers != 1 or not np.allclose(row, expected, rtol=0, atol=1e-10) or np.any(signal_t == 0):
+    is_ddim = table.num_registers == 1 and table.start is None and np.allclose(row, expected, rtol=0, atol=1e-10)
+    if not is_ddim or np.any(signal_t == 0):
         raise InputError(f"{table.name} cannot be reversed; use ddim with eta 0, from a time with some signal")
     # Registers: the guess of x_t, which the network sees; the same, as it was before guidance or clipping moved it; and
     # x_s. All three are x_s when a step begins, but the very first finds the images in register 0 alone.
@@ -268,53 +283,3 @@ def reverse(table: SamplerTable, iterations: int = 1, rule: str = "new") -> Samp
             updates.append([x_t, x_t, x_t if k == iterations - 1 else x_s])
     name = f"reverse {table.name}" + (", present" if rule == "present" else "")
     return make_table(name, np.asarray(table.tau)[::-1], *levels_t[asked].T, np.array(updates))
-
-
-def gaussian_moments(table: SamplerTable, mean, covariance, start=None):
-    """Computes the exact mean and covariance of the samples when the data is Gaussian, with no sampling.
-
-    For such data the ideal D is affine in x, D = mean + a C (a^2 C + n^2)^{-1} (x - a mean), so the registers stay
-    jointly Gaussian and the table determines their moments, along each principal axis of C.
-
-    Args:
-      table: any table without learned variance.
-      mean: of the data; a number, or [d].
-      covariance: of the data; a number, or [d, d], symmetric.
-      start: (mean, variance) of every coordinate of register 0 at the start; (0, a^2 + n^2) if not given, as `sample`
-        starts. Numbers or [d] along the principal axes.
-
-    Returns:
-      (mean, covariance) of the samples, shaped as given, float64.
-
-    Raises:
-      InputError: the table has a learned variance, or goes from samples to noise and no start is given.
-    """
-    if table.log_variance is not None:
-        raise InputError(f"{table.name}: the variance of the steps is the network's, not the table's")
-    if table.tau[0] < table.tau[-1] and start is None:
-        raise InputError(f"{table.name} starts from images; give their moments as start")
-    if np.ndim(covariance) == 0:
-        first, second = _axis_moments(table, np.atleast_1d(mean), np.atleast_1d(covariance), start)
-        return (float(first[0]), float(second[0])) if first.size == 1 else (first, float(second[0]))
-    variances, axes = np.linalg.eigh(np.asarray(covariance, np.float64))
-    mean = np.broadcast_to(np.asarray(mean, np.float64), variances.shape)
-    first, second = _axis_moments(table, axes.T @ mean, variances, start)
-    return axes @ first, (axes * second) @ axes.T
-
-
-def _axis_moments(table, mean, variance, start):
-    """Propagates mean and variance of d independent coordinates, each [d], and returns them, each [d]."""
-    mean, variance = np.broadcast_arrays(np.asarray(mean, np.float64), np.asarray(variance, np.float64))
-    d, registers = mean.size, table.num_registers
-    start_mean, start_variance = start or (0.0, table.signal[0] ** 2 + table.noise[0] ** 2)
-    first, second = np.zeros((d, registers)), np.zeros((d, registers, registers))
-    first[:, 0], second[:, 0, 0] = start_mean, start_variance
-    for a, n, row in zip(table.signal, table.noise, table.update, strict=True):
-        # The ideal D is affine in register 0, D = slope R_0 + (1 - slope a) mean, so it folds into that column.
-        slope = a * variance / (a**2 * variance + n**2)
-        from_d, from_z = row[:, -2], row[:, -1]
-        linear = np.tile(row[:, :-2], (d, 1, 1))
-        linear[:, :, 0] += slope[:, None] * from_d
-        first = np.einsum("dij,dj->di", linear, first) + ((1 - slope * a) * mean)[:, None] * from_d
-        second = linear @ second @ linear.transpose(0, 2, 1) + np.outer(from_z, from_z)
-    return first[:, 0], second[:, 0, 0]

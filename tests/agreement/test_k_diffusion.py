@@ -9,16 +9,19 @@ import sys
 import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import mixture_denoiser
+from reference import ideal_network, mixture_denoiser
 
 torch = pytest.importorskip("torch")
 SPEC = importlib.util.find_spec("k_diffusion")
 if SPEC is None:
     pytest.skip("k-diffusion is not installed: pip install --no-deps k-diffusion", allow_module_level=True)
 
-from diffusion import schedules, timesteps  # noqa: E402
+from diffusion import sample, schedules, timesteps  # noqa: E402
+from diffusion.adaptive import adaptive  # noqa: E402
 from diffusion.commands.samplers import make_table  # noqa: E402
 from diffusion.solvers import (  # noqa: E402
     dpm_solver,
@@ -195,3 +198,26 @@ def test_a_name_of_theirs_is_their_sampler(k, tau, name, stages):
         np.testing.assert_allclose(one, other, atol=1e-5)
     else:
         agree(one, other)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("tolerance", [0.05, 0.001])
+@pytest.mark.filterwarnings("ignore:To copy construct")
+def test_the_adaptive_solver_takes_the_steps_of_sample_dpm_adaptive(k, float64, order, tolerance):
+    """Sample by sample, because its error is that of the whole batch; ours asks once more at the end."""
+    rtol, atol = (float(np.float32(value)) for value in (tolerance, tolerance / 6))  # theirs are of that type
+    solver = adaptive(LINEAR, [900, 0], order, rtol=rtol, atol=atol)
+    network = ideal_network(LINEAR, lambda x, a, n: mixture_denoiser(x, a, n, jnp))
+    start = np.array([[-1.9, 0.2], [0.3, 0.8], [2.1, -0.4]])
+    shared = {"prediction": "x0", "return_trajectory": True}
+    found, calls = sample(network, None, solver, jax.random.key(0), 3, (2,), x_init=jnp.asarray(start), **shared)
+    first, last = sigmas(solver.t)
+    options = {"order": order, "rtol": rtol, "atol": atol, "disable": True, "return_info": True}
+    for x, ours, count in zip(start, found, calls, strict=True):
+        y = torch.from_numpy(x / LINEAR.at(900.0)[0])[None]
+        y, info = k.sample_dpm_adaptive(
+            Network(), y, torch.tensor(last).double(), torch.tensor(first).double(), **options
+        )
+        assert info["nfe"] + 1 == count
+        a, n = LINEAR.at(solver.end)
+        np.testing.assert_allclose(ours, mixture_denoiser(a * y.numpy()[0], a, n), rtol=0, atol=1e-10)

@@ -44,6 +44,7 @@ TABLES = {
     "heun": solvers.heun(LINEAR, timesteps.karras(LINEAR, STEPS, start=START)),
     "singlestep": solvers.dpm_solver_pp_singlestep(LINEAR, timesteps.log_snr(LINEAR, STEPS, start=START), 3),
     "plms": solvers.plms(LINEAR, TAU),
+    "afs unipc": solvers.analytic_first(solvers.unipc(LINEAR, TAU)),
     "learned": learned(solvers.unipc(LINEAR, TAU, 2)),
     "learned for the digits": solvers.from_json((pretrained.tables("digits") / "5.json").read_text()),
 }
@@ -86,7 +87,10 @@ def drawn_there(scheduler, calls):
     stages = iter(range(calls + 1))
 
     def ours(shape, **_):
-        return torch.from_numpy(noise_of_ours(next(stages)).transpose(0, 3, 1, 2).copy())
+        stage = next(stages)
+        # Other pipelines multiply the start by init_noise_sigma; this one takes it for 1.
+        scale = 1 if stage else scheduler.init_noise_sigma
+        return torch.from_numpy(scale * noise_of_ours(stage).transpose(0, 3, 1, 2))
 
     pipeline = diffusers.DDPMPipeline(network(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
