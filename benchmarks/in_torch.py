@@ -6,7 +6,7 @@ import sys
 import time
 
 
-def side(network, batch, steps, dtype, how, device):  # noqa: PLR0913
+def side(network, batch, steps, dtype, how, device):
     """What torch runs, and its operations by name.
 
     Args:
