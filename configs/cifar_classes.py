@@ -1,11 +1,11 @@
-"""CIFAR-10 with its ten classes in minutes of a GPU: colour pictures that can be asked for by class, and guided.
+"""CIFAR-10 with its ten classes, in pixels, for a GPU: colour pictures that can be asked for by class, and guided.
 
     python train.py --config=configs/cifar_classes.py [--config.data.path=cifar-10-binary.tar.gz]
     python sample.py --labels=ship,horse --guidance_scale=2
 
 DDPM's network at half its width, a quarter of its work, with attention at 8x8 as well. It predicts v on the cosine
 schedule and computes in bfloat16. The learning rate is constant and samples are drawn from an average of the weights,
-so a run can be stopped at any time, and goes on with the same command.
+so a run can be stopped at any time, and goes on with the same command. It has not been trained to an end yet.
 """
 
 from configs import cifar
