@@ -61,8 +61,8 @@ def embed_told(
     """
 
     def embed(number, name, last=init):
-        hidden = nn.Dense(width, dtype=dtype, kernel_init=init, name=f"{name}_1")
-        out = nn.Dense(width, dtype=dtype, kernel_init=last, name=f"{name}_2")
+        hidden = Dense(width, dtype=dtype, kernel_init=init, name=f"{name}_1")
+        out = Dense(width, dtype=dtype, kernel_init=last, name=f"{name}_2")
         return out(nn.swish(hidden(sinusoidal_embedding(number, features))))
 
     labels, scales = cond if network.sees_scale and cond is not None else (cond, None)
@@ -228,12 +228,12 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x, embedding, dropout_keys=None):
         h = Conv(self.features, dtype=self.dtype, name="conv_1")(nn.swish(GroupNorm(name="norm_1")(x)))
-        time = nn.Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="time")(nn.swish(embedding))
+        time = Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="time")(nn.swish(embedding))
         h = nn.swish(GroupNorm(name="norm_2")(h + time[:, None, None, :]))
         h = dropout(dropout_keys, self.layer, self.dropout, h)
         h = Conv(self.features, dtype=self.dtype, kernel_init=ZERO, name="conv_2")(h)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
+            x = Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
         return x + h
 
 
@@ -253,11 +253,11 @@ class SelfAttention(nn.Module):
         h = GroupNorm(groups=self.groups, name="norm")(x).reshape(batch, height * width, channels)
 
         def heads(name):
-            projected = nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h)
+            projected = Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h)
             return projected.reshape(batch, height * width, self.num_heads, channels // self.num_heads)
 
         h = attend(heads("query"), heads("key"), heads("value"))
-        out = nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="out")
+        out = Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="out")
         return x + out(h.reshape(batch, height, width, channels))
 
 
