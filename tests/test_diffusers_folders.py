@@ -406,7 +406,7 @@ def test_damaged_weights_are_refused_by_name(what, said, folder):
         (CONFIG, {"act_fn": "elu"}, "act_fn is 'elu'; .*valid: gelu"),
         (CONFIG, {"window_size": 8}, "has a field 'window_size', which this version does not know"),
         (CONFIG, {"sample_size": None}, "sample_size is null; give image_size"),
-        (CONFIG, {"sample_size": 7}, "images of 7x7 cannot be halved 1 times"),
+        (CONFIG, {"sample_size": 7}, "an input of 7x7 cannot be halved 1 times"),
         (CONFIG, {"out_channels": 5}, "out_channels is 5, of 1 in_channels"),
         (CONFIG, {"norm_num_groups": 5}, "norm_num_groups is 5; it must divide the 8 channels"),
         (CONFIG, {"layers_per_block": 5000}, "more than 1,000 blocks"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from reference import refused
-from tiny import assert_same
+from tiny import assert_same, made_autoencoder
 
 import diffusion
 from configs import digits
@@ -19,7 +19,7 @@ from diffusion.errors import InputError
 from diffusion.guidance import Guidance
 from diffusion.interop import safetensors_file
 from diffusion.model import Trained, make_model
-from diffusion.pretrained import weights
+from diffusion.pretrained import autoencoders, weights
 from diffusion.sealed import digest
 from diffusion.solvers import from_json
 
@@ -51,6 +51,24 @@ def test_weights_config_and_figures_come_back(trained, file):
     np.testing.assert_array_equal(
         loaded.model.apply_fn(loaded.params, x, t, None), trained.model.apply_fn(trained.params, x, t, None)
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("/home/me/photos.zip", "photos.zip"), ("~/photos", "photos"), ("mine/photos", "mine/photos"), ("", "")],
+)
+def test_a_file_that_travels_names_no_folder_of_a_machine(trained, tmp_path, given, kept):
+    config = trained.config.copy_and_resolve_references()
+    config.data.path = config.teacher = given
+    weights.save(tmp_path / "it.safetensors", trained._replace(config=config))
+    found = weights.load(tmp_path / "it.safetensors").config
+    assert (found.data.path, found.teacher) == (kept, kept)
+    assert config.data.path == given  # the run's own stays as it is
+    coder = made_autoencoder()
+    with coder.config.unlocked():
+        coder.config.data.path = given
+    autoencoders.save(tmp_path / "coder.safetensors", coder)
+    assert autoencoders.load(tmp_path / "coder.safetensors").config.data.path == kept
 
 
 def test_the_same_model_gives_the_same_file(trained, file, tmp_path):

@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from diffusion.errors import InputError, nearest, require_range
-from diffusion.models.layers import DTYPES
+from diffusion.models.layers import DTYPES, Dense
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -93,7 +93,7 @@ class Layer(nn.Module):
             return nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name=name)
 
         def dense(features, name):
-            return nn.Dense(features, dtype=self.dtype, name=name)
+            return Dense(features, dtype=self.dtype, name=name)
 
         h = norm("layer_norm1")(x)
 

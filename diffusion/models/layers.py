@@ -1,11 +1,13 @@
 """Defines the UNet's layers: group norm, dropout, residual block, self-attention, resampling, time embedding."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Key
 
 from diffusion.errors import InputError
@@ -59,8 +61,8 @@ def embed_told(
     """
 
     def embed(number, name, last=init):
-        hidden = nn.Dense(width, dtype=dtype, kernel_init=init, name=f"{name}_1")
-        out = nn.Dense(width, dtype=dtype, kernel_init=last, name=f"{name}_2")
+        hidden = Dense(width, dtype=dtype, kernel_init=init, name=f"{name}_1")
+        out = Dense(width, dtype=dtype, kernel_init=last, name=f"{name}_2")
         return out(nn.swish(hidden(sinusoidal_embedding(number, features))))
 
     labels, scales = cond if network.sees_scale and cond is not None else (cond, None)
@@ -132,6 +134,41 @@ class GroupNorm(nn.Module):
         return (x32 * gain.reshape(per_sample) + shift.reshape(per_sample)).astype(x.dtype)
 
 
+def in_turn(x: Array, kernel: Array) -> Array:
+    """Returns the kernel of a layer that is applied to x; one that a CPU must widen from bfloat16 waits for x.
+
+    XLA widens all that it can before anything else, and keeps over a loop what does not change in it. All kernels would
+    be in the memory at once, in float32, twice as large as they are. So this one is made to depend on x, and
+    `optimization_barrier` does not do, as XLA takes it out before it puts its work in order.
+    """
+    if kernel.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+        return kernel
+    return _after(x.ravel()[0], kernel)
+
+
+@jax.custom_jvp
+def _after(first, kernel):
+    """Returns the kernel, whatever the number is, which XLA does not see."""
+    always = (first <= jnp.inf) | jnp.isnan(first)
+    # Of whole numbers, as a choice between numbers in bfloat16 would be made after they are widened.
+    bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16)
+    return jax.lax.bitcast_convert_type(jnp.where(always, bits, 0), kernel.dtype)
+
+
+@_after.defjvp
+def _after_jvp(primals, tangents):
+    return _after(*primals), tangents[1]
+
+
+def _promoted(x, kernel, bias, *, dtype):
+    """Does in a dense layer what flax does, with the kernel in its turn."""
+    return promote_dtype(x, in_turn(x, kernel), bias, dtype=dtype)
+
+
+Dense = partial(nn.Dense, promote_dtype=_promoted)
+"""A dense layer of flax with its kernel in its turn, see `in_turn`."""
+
+
 class Conv(nn.Module):
     """Convolves with a square kernel and a bias, [B, H, W, C] -> [B, H', W', features].
 
@@ -151,6 +188,7 @@ class Conv(nn.Module):
             "kernel", self.kernel_init, (self.kernel, self.kernel, x.shape[-1], self.features), jnp.float32
         )
         bias = self.param("bias", ZERO, (self.features,), jnp.float32)
+        kernel = in_turn(x, kernel)
         x, kernel, bias = x.astype(self.dtype), kernel.astype(self.dtype), bias.astype(self.dtype)
         strides, layout = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC")
         out = jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=layout)
@@ -190,12 +228,12 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x, embedding, dropout_keys=None):
         h = Conv(self.features, dtype=self.dtype, name="conv_1")(nn.swish(GroupNorm(name="norm_1")(x)))
-        time = nn.Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="time")(nn.swish(embedding))
+        time = Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="time")(nn.swish(embedding))
         h = nn.swish(GroupNorm(name="norm_2")(h + time[:, None, None, :]))
         h = dropout(dropout_keys, self.layer, self.dropout, h)
         h = Conv(self.features, dtype=self.dtype, kernel_init=ZERO, name="conv_2")(h)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
+            x = Dense(self.features, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
         return x + h
 
 
@@ -215,11 +253,11 @@ class SelfAttention(nn.Module):
         h = GroupNorm(groups=self.groups, name="norm")(x).reshape(batch, height * width, channels)
 
         def heads(name):
-            projected = nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h)
+            projected = Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h)
             return projected.reshape(batch, height * width, self.num_heads, channels // self.num_heads)
 
         h = attend(heads("query"), heads("key"), heads("value"))
-        out = nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="out")
+        out = Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="out")
         return x + out(h.reshape(batch, height, width, channels))
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 from diffusion.errors import InputError, require_range
 from diffusion.models.attention import attend
 from diffusion.models.deep import reused
-from diffusion.models.layers import DTYPES, ZERO, check_told, dropout, embed_told
+from diffusion.models.layers import DTYPES, ZERO, Dense, check_told, dropout, embed_told
 from diffusion.models.remat import check_remat, with_remat
 
 TIME_FEATURES = 256
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
 
         # Each patch becomes a token, which is told its place.
         tokens = _patches(x.astype(dtype), self.patch)
-        h = nn.Dense(self.width, dtype=dtype, kernel_init=_XAVIER, name="patches")(tokens)
+        h = Dense(self.width, dtype=dtype, kernel_init=_XAVIER, name="patches")(tokens)
         h += jnp.asarray(positions(rows, columns, self.width), dtype)[None]
 
         # What the timestep and the class say to every block.
@@ -90,7 +90,7 @@ class Transformer(nn.Module):
         # The last layers start at zero, so an untrained network predicts zero.
         shift, scale = _modulation(told, self.width, 2, dtype, "modulation")
         out_channels = self.out_channels or channels
-        out = nn.Dense(self.patch**2 * out_channels, dtype=dtype, kernel_init=ZERO, name="out")
+        out = Dense(self.patch**2 * out_channels, dtype=dtype, kernel_init=ZERO, name="out")
         return _image(out(_normalised(h, shift, scale)), rows, columns, self.patch).astype(jnp.float32)
 
     def _embed(self, t, cond, dtype):
@@ -139,8 +139,8 @@ class Block(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation(told, width, 6, self.dtype, "modulation")
         attended = self._attend(_normalised(h, shift_1, scale_1))
         h += gate_1 * dropout(dropout_keys, self.layer, self.dropout, attended)
-        inner = nn.Dense(round(width * self.mlp_ratio), dtype=self.dtype, kernel_init=_XAVIER, name="mlp_1")
-        outer = nn.Dense(width, dtype=self.dtype, kernel_init=_XAVIER, name="mlp_2")
+        inner = Dense(round(width * self.mlp_ratio), dtype=self.dtype, kernel_init=_XAVIER, name="mlp_1")
+        outer = Dense(width, dtype=self.dtype, kernel_init=_XAVIER, name="mlp_2")
         thought = outer(nn.gelu(inner(_normalised(h, shift_2, scale_2)), approximate=True))
         return h + gate_2 * dropout(dropout_keys, self.layer + 1, self.dropout, thought)
 
@@ -148,14 +148,14 @@ class Block(nn.Module):
         batch, tokens, width = h.shape
 
         def heads(name):
-            projected = nn.Dense(width, dtype=self.dtype, kernel_init=_XAVIER, name=name)(h)
+            projected = Dense(width, dtype=self.dtype, kernel_init=_XAVIER, name=name)(h)
             return projected.reshape(batch, tokens, self.num_heads, width // self.num_heads)
 
         query, key, value = heads("query"), heads("key"), heads("value")
         if self.qk_norm:
             query = nn.RMSNorm(dtype=self.dtype, name="query_norm")(query)
             key = nn.RMSNorm(dtype=self.dtype, name="key_norm")(key)
-        out = nn.Dense(width, dtype=self.dtype, kernel_init=_XAVIER, name="attention_out")
+        out = Dense(width, dtype=self.dtype, kernel_init=_XAVIER, name="attention_out")
         return out(attend(query, key, value).reshape(batch, tokens, width))
 
 
@@ -193,7 +193,7 @@ def _image(tokens, rows, columns, patch):
 
 def _modulation(told, width, count, dtype, name):
     """Returns count arrays [B, 1, width] that start at zero; the layer becomes one of the calling module's."""
-    values = nn.Dense(count * width, dtype=dtype, kernel_init=ZERO, name=name)(told)
+    values = Dense(count * width, dtype=dtype, kernel_init=ZERO, name=name)(told)
     return jnp.split(values[:, None, :], count, axis=-1)
 
 

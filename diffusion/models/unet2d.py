@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion.errors import InputError, nearest, require_range
+from diffusion.models.checks import check_choices, check_input
 from diffusion.models.deep import reused
 from diffusion.models.layers import DTYPES, ZERO, Conv, GroupNorm
 from diffusion.models.unet2d_blocks import ACTIVATIONS, DOWN, UP, DownBlock, MiddleBlock, Style, UpBlock, plain_name
@@ -212,19 +213,14 @@ class UNet2D(nn.Module):
     def _check(self, x, t, cond):
         """Raises InputError if the fields allow no network, or x, t or cond do not suit it."""
         levels = len(self.block_out_channels)
-        choices = (("dtype", DTYPES), ("act_fn", ACTIVATIONS), ("resnet_time_scale_shift", ("default", "scale_shift")))
-        choices += (("downsample_type", ("conv", "resnet")), ("upsample_type", ("conv", "resnet")))
-        choices += (("time_embedding_type", TIME_TYPES), ("class_embed_type", CLASS_TYPES))
-        choices += (("mid_block_type", ("UNetMidBlock2D", "")),)
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise InputError(f"unet2d.{name} is {getattr(self, name)!r}; {nearest(getattr(self, name), allowed)}")
+        choices = {"dtype": DTYPES, "act_fn": ACTIVATIONS, "resnet_time_scale_shift": ("default", "scale_shift")}
+        choices |= {"downsample_type": ("conv", "resnet"), "upsample_type": ("conv", "resnet")}
+        choices |= {"time_embedding_type": TIME_TYPES, "class_embed_type": CLASS_TYPES}
+        check_choices(self, "unet2d", choices | {"mid_block_type": ("UNetMidBlock2D", "")})
         if not levels or not all(isinstance(width, int) and width >= 4 for width in self.block_out_channels):
             raise InputError(f"unet2d.block_out_channels are {self.block_out_channels}; give widths of at least 4")
         for name, low in _LOWEST.items():
             require_range(f"unet2d.{name}", getattr(self, name), low)
-        require_range("unet2d.dropout", self.dropout, 0, 1, open_ends="high")
-        require_range("unet2d.mid_block_scale_factor", self.mid_block_scale_factor, 0, open_ends="low")
         if self.time_embedding_type == "learned":
             require_range("unet2d.num_train_timesteps", self.num_train_timesteps, 1)
         if self.time_embedding_type == "fourier" and not self.time_scale + self.time_shift > 0:
@@ -236,18 +232,9 @@ class UNet2D(nn.Module):
             raise InputError(f"unet2d.freq_shift is {self.freq_shift}; it must be below half of the first channels")
         _check_kinds(self.down_block_types, self.up_block_types, levels, x.shape[-1], self.out_channels)
         self._check_widths()
-        if self.sees_end or self.sees_scale:
-            raise InputError("network unet2d cannot be told where a step ends or a guidance scale; take network unet")
-        factor = 2 ** (levels - 1)
-        if x.shape[1] % factor or x.shape[2] % factor:
-            raise InputError(
-                f"images of {x.shape[1]}x{x.shape[2]} cannot be halved {levels - 1} times; use sizes that are "
-                f"multiples of {factor} or fewer unet2d.block_out_channels"
-            )
+        check_input(self, "unet2d", x, t)
         if cond is not None and not self.num_classes and not self.class_embed_type:
             raise InputError("class labels were given to an unconditional model; set model.num_classes")
-        if t.ndim != 1:
-            raise InputError(f"t has shape {t.shape}; this network takes [B]")
 
     def _check_widths(self):
         """Raises InputError if channels are no multiples of the groups, or narrower than a head."""

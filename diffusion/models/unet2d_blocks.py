@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from diffusion.models.attention import attend
-from diffusion.models.layers import INIT, ZERO, Conv, GroupNorm, dropout
+from diffusion.models.layers import INIT, ZERO, Conv, Dense, GroupNorm, dropout
 
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -160,7 +160,7 @@ class Resnet(nn.Module):
 
         # The time shifts the activations, or scales and shifts them behind the norm.
         width = self.features * (2 if style.scale_shift else 1)
-        time = nn.Dense(width, dtype=dtype, kernel_init=INIT, name="time_emb_proj")(act(embedding))[:, None, None, :]
+        time = Dense(width, dtype=dtype, kernel_init=INIT, name="time_emb_proj")(act(embedding))[:, None, None, :]
         norm = style.norm("norm2", self.groups_out or style.groups_of(self.features))
         if style.scale_shift:
             scale, shift = jnp.split(time, 2, axis=-1)
@@ -190,7 +190,7 @@ class Attention(nn.Module):
         h = h.reshape(batch, height * width, channels)
 
         def dense(features, name, init=INIT):
-            return nn.Dense(features, dtype=self.style.dtype, kernel_init=init, name=name)
+            return Dense(features, dtype=self.style.dtype, kernel_init=init, name=name)
 
         def heads(name):
             return dense(channels // head_dim * head_dim, name)(h).reshape(batch, height * width, -1, head_dim)

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion.errors import InputError, nearest, require_range
+from diffusion.models.checks import check_choices, check_input
 from diffusion.models.deep import reused
 from diffusion.models.layers import DTYPES, ZERO, Conv, GroupNorm
 from diffusion.models.unet2d_blocks import ACTIVATIONS, Style
@@ -197,12 +198,8 @@ class UNet2DCondition(nn.Module):
     def _check(self, x, t):
         """Raises InputError if the fields allow no network, or x or t does not suit it."""
         name, levels = "unet2d_condition", len(self.block_out_channels)
-        choices = (("dtype", DTYPES), ("act_fn", ACTIVATIONS), ("resnet_time_scale_shift", ("default", "scale_shift")))
-        for field, allowed in (*choices, ("mid_block_type", MIDDLE)):
-            if getattr(self, field) not in allowed:
-                raise InputError(
-                    f"{name}.{field} is {getattr(self, field)!r}; {nearest(getattr(self, field), allowed)}"
-                )
+        choices = {"dtype": DTYPES, "act_fn": ACTIVATIONS, "resnet_time_scale_shift": ("default", "scale_shift")}
+        check_choices(self, name, choices | {"mid_block_type": MIDDLE})
         for field, known in (("down_block_types", DOWN), ("up_block_types", UP)):
             kinds = getattr(self, field)
             if wrong := [kind for kind in kinds if kind not in known]:
@@ -216,16 +213,7 @@ class UNet2DCondition(nn.Module):
         if len(set(self._by_level("cross_attention_dim"))) > 1:
             raise InputError(f"{name}.cross_attention_dim is {self.cross_attention_dim}; a text has one width")
         self._check_numbers()
-        if self.sees_end or self.sees_scale:
-            raise InputError(f"network {name} cannot be told where a step ends or a guidance scale; take network unet")
-        factor = 2 ** (levels - 1)
-        if x.shape[1] % factor or x.shape[2] % factor:
-            raise InputError(
-                f"latents of {x.shape[1]}x{x.shape[2]} cannot be halved {levels - 1} times; take sizes of which they "
-                f"are multiples of {factor}"
-            )
-        if t.ndim != 1:
-            raise InputError(f"t has shape {t.shape}; this network takes [B]")
+        check_input(self, name, x, t)
 
     def _check_numbers(self):
         """Raises InputError if a number is out of its range, or channels are no multiples of groups or heads."""
@@ -233,8 +221,6 @@ class UNet2DCondition(nn.Module):
         require_range(f"{name}.norm_num_groups", self.norm_num_groups, 1)
         require_range(f"{name}.downsample_padding", self.downsample_padding, 0)
         require_range(f"{name}.picture_channels", self.picture_channels, 0)
-        require_range(f"{name}.dropout", self.dropout, 0, 1, open_ends="high")
-        require_range(f"{name}.mid_block_scale_factor", self.mid_block_scale_factor, 0, open_ends="low")
         for width, heads in zip(self.block_out_channels, self._by_level("attention_head_dim"), strict=True):
             require_range(f"{name}.block_out_channels", width, 4)
             if width % self.norm_num_groups or width % heads:

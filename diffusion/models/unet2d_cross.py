@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from diffusion.models.attention import attend
-from diffusion.models.layers import INIT, ZERO, GroupNorm
+from diffusion.models.layers import INIT, ZERO, Dense, GroupNorm
 from diffusion.models.unet2d_blocks import Resampler, Resnet, Style
 
 PLAIN_EPS = 1e-5
@@ -45,11 +45,11 @@ class CrossAttention(nn.Module):
         seen = x if context is None else context
 
         def heads(name, h):
-            h = nn.Dense(channels, use_bias=False, dtype=self.dtype, kernel_init=INIT, name=name)(h)
+            h = Dense(channels, use_bias=False, dtype=self.dtype, kernel_init=INIT, name=name)(h)
             return h.reshape(batch, h.shape[1], self.num_heads, -1)
 
         h = attend_in_parts(heads("to_q", x), heads("to_k", seen), heads("to_v", seen))
-        return nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name="to_out_0")(h.reshape(x.shape))
+        return Dense(channels, dtype=self.dtype, kernel_init=INIT, name="to_out_0")(h.reshape(x.shape))
 
 
 class Gated(nn.Module):
@@ -60,7 +60,7 @@ class Gated(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        h = nn.Dense(2 * self.features, dtype=self.dtype, kernel_init=INIT, name="proj")(x)
+        h = Dense(2 * self.features, dtype=self.dtype, kernel_init=INIT, name="proj")(x)
         h, gate = jnp.split(h, 2, axis=-1)
         return h * nn.gelu(gate, approximate=False)
 
@@ -73,7 +73,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = Gated(4 * x.shape[-1], self.dtype, name="net_0")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=INIT, name="net_2")(h)
+        return Dense(x.shape[-1], dtype=self.dtype, kernel_init=INIT, name="net_2")(h)
 
 
 class TransformerBlock(nn.Module):
@@ -104,10 +104,10 @@ class TextTransformer(nn.Module):
     def __call__(self, x, context):
         batch, height, width, channels = x.shape
         h = GroupNorm(groups=self.groups, epsilon=1e-6, name="norm")(x).reshape(batch, height * width, channels)
-        h = nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name="proj_in")(h)
+        h = Dense(channels, dtype=self.dtype, kernel_init=INIT, name="proj_in")(h)
         for i in range(self.depth):
             h = TransformerBlock(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")(h, context)
-        h = nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="proj_out")(h)
+        h = Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="proj_out")(h)
         return x + h.reshape(x.shape)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from diffusion.models.layers import INIT
+from diffusion.models.layers import INIT, Dense
 from diffusion.predictions import SIGMA_DATA
 
 
@@ -20,8 +20,8 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, features):
-        h = nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="linear_1")(features)
-        return nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="linear_2")(self.act(h))
+        h = Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="linear_1")(features)
+        return Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="linear_2")(self.act(h))
 
 
 def with_boundary(

@@ -82,6 +82,7 @@ def write(path: str | os.PathLike, params: Params, facts: Mapping[str, Any], dty
       dtype: as for `save`.
     """
     check_finite(params, "the model")
+    facts = _travelling(facts)
     arrays = flax.traverse_util.flatten_dict(_kept(params, dtype), sep="/")
     # The digest is of the parameters as they are read, whatever the type in which they are kept.
     facts = {"format": _FORMATS[-1], **facts, "sha256": digest(_restored(arrays))}
@@ -90,6 +91,24 @@ def write(path: str | os.PathLike, params: Params, facts: Mapping[str, Any], dty
     path = Path(path)
     remove_temporaries(path.parent, re.escape(path.name))
     write_atomically(path, safetensors.numpy.save(arrays, {_ENTRY: json.dumps(facts, sort_keys=True)}))
+
+
+_PATHS = (("data", "path"), ("teacher",), ("latents",))
+"""The fields of a config that may be paths."""
+
+
+def _travelling(facts):
+    """Returns facts for a file that others get: of a path from the root of this machine only its last part is kept."""
+    config = dict(facts["config"])
+    for *sections, name in _PATHS:
+        section = config
+        for part in sections:
+            section[part] = section = dict(section[part])
+        value = section.get(name) or ""
+        if value.startswith("~") or Path(value).is_absolute():
+            section[name] = Path(value).name
+    autoencoder = {_AUTOENCODER: _travelling(facts[_AUTOENCODER])} if _AUTOENCODER in facts else {}
+    return {**facts, "config": config, **autoencoder}
 
 
 def _kept(params, dtype):
