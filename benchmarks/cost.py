@@ -13,6 +13,7 @@ cost" and "computed: end".
 prints instead how much memory the compiled training step needs under each policy of config.model.remat.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -109,19 +110,33 @@ def row(name, operation, counted):
 
 
 def print_memory():
-    """Prints the memory that the compiled training step takes besides the state, under each policy."""
-    print("| network, batch | remat | working memory, MiB | GFLOP |")
-    print("|---|---|---|---|")
+    """Prints what each policy keeps for the backward pass, and the memory of the compiled training step."""
+    print("| network, batch | remat | kept for the backward pass, MiB | working memory, MiB | GFLOP |")
+    print("|---|---|---|---|---|")
     for name in _NETWORKS.value:
         for batch in map(int, _BATCHES.value):
             for remat in POLICIES:
-                model = NETWORKS[name].ours(remat=remat)
-                lowered = lowered_step(model, devices.training_mesh(1), batch, NETWORKS[name].image)
-                memory = lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
-                print(
-                    f"| {name}, {batch} | {remat} | {memory:,.0f} | {lowered.cost_analysis()['flops'] / 1e9:,.0f} |",
-                    flush=True,
-                )
+                network, model = NETWORKS[name], NETWORKS[name].ours(remat=remat)
+                lowered = lowered_step(model, devices.training_mesh(1), batch, network.image)
+                memory = lowered.compile().memory_analysis().temp_size_in_bytes
+                cells = [f"{size / 2**20:,.0f}" for size in (kept(model, batch, network.image), memory)]
+                flops = lowered.cost_analysis()["flops"] / 1e9
+                print(f"| {name}, {batch} | {remat} | {' | '.join(cells)} | {flops:,.0f} |", flush=True)
+
+
+def kept(model, batch, image):
+    """Bytes that a network call leaves for its backward pass, besides the parameters."""
+    params = jax.eval_shape(lambda: init(model, image))
+
+    def backward(params):
+        call = partial(as_apply_fn(model), x=jnp.zeros((batch, *image)), t=jnp.ones(batch))
+        return jax.vjp(lambda params: call(params), params)[1]
+
+    sizes = [
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        for tree in (jax.eval_shape(backward, params), params)
+    ]
+    return sizes[0] - sizes[1]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,14 @@ def float64():
         yield
 
 
+@pytest.fixture(scope="module")
+def hardly_optimized():
+    """Lets XLA hardly optimize, for modules whose tests take longer to compile than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def compile_once(tmp_path_factory):
     """Lets commands in other processes share what XLA compiled; most of their time is compilation."""

@@ -8,6 +8,8 @@ from reference import refused
 
 from diffusion.models import Transformer, UNet, as_apply_fn
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 NETWORKS = {
     "unet": lambda remat: UNet(8, (1,), 1, (8,), dropout=0.2, remat=remat),
     "transformer": lambda remat: Transformer(width=16, depth=2, num_heads=2, dropout=0.2, remat=remat),
@@ -41,13 +43,11 @@ def kept(model, params):
 @every_network
 def test_every_policy_has_the_same_parameters_and_gradients(make):
     params = random_params(make("none"))
-    # Without LLVM's optimizations, which take most of the time of compiling.
-    quickly = {"compiler_options": {"xla_backend_optimization_level": 0}}
-    exact = jax.jit(jax.grad(loss(make("none"))), **quickly)(params, *GIVEN)
+    exact = jax.jit(jax.grad(loss(make("none"))))(params, *GIVEN)
     largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(exact))
     assert largest > 0
     for remat in ("products", "full"):
-        again = jax.jit(jax.grad(loss(make(remat))), **quickly)(params, *GIVEN)
+        again = jax.jit(jax.grad(loss(make(remat))))(params, *GIVEN)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest), exact, again)
 
 

@@ -9,6 +9,8 @@ from reference import refused
 from diffusion.models import Transformer, as_apply_fn
 from diffusion.models.transformer import positions
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 SMALL = {"width": 16, "depth": 2, "num_heads": 2}
 
 

@@ -10,6 +10,8 @@ from reference import refused
 from diffusion.models import UNet, as_apply_fn
 from diffusion.models.layers import GroupNorm, ResidualBlock, SelfAttention, dropout, num_groups, sinusoidal_embedding
 
+pytestmark = pytest.mark.usefixtures("hardly_optimized")
+
 SMALL = {"width": 8, "multipliers": (1, 2), "num_blocks": 1, "attention_resolutions": (4,)}
 
 
