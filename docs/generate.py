@@ -160,6 +160,7 @@ ORDERS = {
 def samplers(page: str) -> str:
     """Returns a section for each sampler: calls, order, options, other names and papers; and one for the grids."""
     from diffusion import options, schedules, timesteps
+    from diffusion.adaptive import ADAPTIVE
     from diffusion.commands.samplers import OWN_LENGTH, SAMPLERS, make_table
     from diffusion.solvers import names
 
@@ -169,6 +170,10 @@ def samplers(page: str) -> str:
         counts = [make_table(schedule, name, steps, "uniform", resources=half).nfe for steps in (10, 20, 30)]
         called = [f"`{other}` = `{ours}`" for other, ours in foreign if ours.partition(":")[0] == name]
         facts = {"calls, by default": _formula(*counts), "order": ORDERS[name], "other names": ", ".join(called)}
+        sections.append(_choice(name, function, options.defaults(function, 2), facts))
+    for name, function in ADAPTIVE.items():
+        called = [f"`{other}` = `{ours}`" for other, ours in foreign if ours.partition(":")[0] == name]
+        facts = {"calls": "as many as each image needs", "order": "`order`", "other names": ", ".join(called)}
         sections.append(_choice(name, function, options.defaults(function, 2), facts))
     sections.append("\n## Grids of timesteps")
     for table, leading in ((timesteps.GRIDS | timesteps.MODEL_GRIDS, 2), (OWN_LENGTH, 1)):

@@ -125,6 +125,17 @@ def test_a_large_job_is_resumed_where_it_was_killed(trained, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "arr_0.npz")["arr_0"], np.concatenate(contents))
 
 
+def test_an_adaptive_sampler_says_its_calls_and_repeats_its_job(trained, tmp_path):
+    asked = (f"--workdir={trained}/runs/digits", "--sampler=adaptive:order=2", "--tau=uniform:start=0.9", "--num=5")
+    first, again = (run("sample.py", *asked, "--out=images", cwd=tmp_path) for _ in range(2))
+    assert "as many network calls as each needs" in first.stdout
+    record = json.loads((tmp_path / "images" / "sampling.json").read_text())
+    assert re.search(r"network calls of an image: \d+ to \d+, ", first.stdout)
+    assert again.returncode == 0, again.stderr
+    assert "replaces the images of another job" not in again.stdout  # although it tells how many calls there were
+    assert record["adaptive"]["end"] == 1.0
+
+
 def test_a_linked_folder_of_samples_is_refused_and_what_it_points_to_stays(trained, tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()

@@ -199,6 +199,12 @@ MISTAKES = [
     ("sample.py", [RUN, "--eta=1.5"], r"eta is 1.5; it must lie in 0\.\.1"),
     ("sample.py", [RUN, "--eta=nan"], "eta is nan"),
     ("sample.py", [RUN, "--sampler=dimm"], "did you mean 'ddim'"),
+    ("sample.py", [RUN, "--sampler=adaptive:rtol=-1"], "rtol is -1.0; it must be at least 0"),
+    (
+        "sample.py",
+        [RUN, "--sampler=adaptive", "--steps=5"],
+        "--steps is for samplers with a number of steps",
+    ),
     ("sample.py", [RUN, "--eta=1", "--afs=score"], "draws noise in its first step"),
     ("sample.py", [RUN, "--corrector=langevni"], "corrector is 'langevni'; did you mean 'langevin'"),
     ("sample.py", [RUN, "--sampler=unipc", "--corrector=langevin"], "cannot have a Langevin corrector; use"),

@@ -10,6 +10,7 @@ import pytest
 import diffusion
 from configs import default
 from diffusion import options, schedules, solvers, timesteps
+from diffusion.adaptive import ADAPTIVE
 from diffusion.commands.samplers import SAMPLERS, TAUS
 from diffusion.guidance import RULES
 from diffusion.learning import paths
@@ -60,8 +61,8 @@ def test_the_page_of_samplers_has_every_one_with_its_calls_options_and_other_nam
     page = generate.fill("<!-- generated: samplers -->")
     assert generate.ORDERS.keys() == SAMPLERS.keys()
     parts = dict(part.split("\n", 1) for part in page.split("\n### ")[1:])
-    assert parts.keys() == {*SAMPLERS, *TAUS} - paths.GRIDS.keys()
-    for name, function in SAMPLERS.items():
+    assert parts.keys() == {*SAMPLERS, *ADAPTIVE, *TAUS} - paths.GRIDS.keys()
+    for name, function in (SAMPLERS | ADAPTIVE).items():
         for option in options.defaults(function, 2):
             assert f"`{option}`" in parts[name]
     for other, ours in foreign.SAMPLERS.items():

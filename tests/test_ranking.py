@@ -3,17 +3,19 @@
 import csv
 import re
 import subprocess
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import command as command_line
 from commands import run
 from reference import refused
 
 import diffusion
 from diffusion import pretrained, schedules, solvers, testbeds, timesteps
-from diffusion.commands import opening, rollouts, sources
+from diffusion.commands import opening, ranked, rollouts, sources
 from diffusion.commands import ranking as command
 from diffusion.evaluation import ranking
 from diffusion.guidance import Guidance
@@ -128,6 +130,45 @@ def test_the_command_ranks_a_model_by_the_distance_to_its_own_solution(trained, 
     drawn = run("sample.py", *commands[0].split(), "--num=2", "--dry_run", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
     assert "2 network calls" in drawn.stdout
+
+
+def test_what_was_measured_stays_measured_and_belongs_to_its_model_and_noises(tmp_path):
+    one, other = (entry.table for entry in entries()[:2])
+    begun, squares = ranked.Ranked(tmp_path, {"seed": 0}), np.array([0.1, np.inf])
+    begun.add(one, range(2), squares)
+    samples = begun.solution(lambda: (np.zeros(3), np.ones(3)))
+    with open(tmp_path / ranked.ROWS, "a") as rows:
+        rows.write('["half a li')  # it was killed here
+    again = ranked.Ranked(tmp_path, {"seed": 0})
+    np.testing.assert_array_equal(again.squares(one, range(2)), squares)
+    assert again.squares(one, range(2, 4)) is None
+    assert again.squares(other, range(2)) is None
+    np.testing.assert_array_equal(again.solution(lambda: pytest.fail("it is there")), samples)
+    again.add(other, range(2), squares)
+    assert len(ranked.Ranked(tmp_path, {"seed": 0})) == 2
+    strange = ranked.Ranked(tmp_path, {"seed": 1})
+    assert len(strange) == 0
+    np.testing.assert_array_equal(strange.solution(lambda: (np.ones(1), np.ones(2)))[1], np.ones(2))
+    strange.remove()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("compile_once")
+def test_a_ranking_goes_on_where_it_was_stopped_and_says_the_same(trained, tmp_path):
+    asked = (f"--workdir={trained}/runs/digits", "--rank", "--calls=2", "--samplers=deis", "--num=2")
+    whole = run("evaluate.py", *asked, "--out=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    rows = tmp_path / "parts" / ranked.ROWS
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command_line("evaluate.py", *asked, "--out=parts"), cwd=tmp_path, **quiet) as process:
+        while process.poll() is None and not (rows.exists() and rows.read_bytes().count(b"\n") > 3):
+            time.sleep(0.01)
+        process.kill()
+    again = run("evaluate.py", *asked, "--out=parts", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"^\d+ rows are there already", again.stdout, re.MULTILINE)
+    assert (tmp_path / "parts/ranking.csv").read_bytes() == (tmp_path / "whole/ranking.csv").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir() if "lock" not in path.name) == ["ranking.csv"]
 
 
 def test_a_guidance_without_a_solution_in_many_steps_is_refused():

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffusion.adaptive import ADAPTIVE
 from diffusion.errors import InputError
 from diffusion.interop.diffusers import schedulers
 from diffusion.learning import paths
@@ -44,7 +45,7 @@ def meaning(sampler: str) -> foreign.Meaning:
             )
         return _scheduler(call[1], call[2])
     name, colon, options = sampler.partition(":")
-    if name in SOLVERS | ESTIMATED_SOLVERS:
+    if name in SOLVERS | ESTIMATED_SOLVERS | ADAPTIVE:
         return foreign.Meaning(sampler)
     found = foreign.meaning(name, {foreign.plain(known): known for known in SOLVERS | ESTIMATED_SOLVERS})
     if found is None:

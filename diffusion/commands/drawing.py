@@ -80,7 +80,8 @@ def draw(
       mesh: each batch is split over its "data" axis.
       labels: classes; sample i has labels[i % len(labels)]. () for none.
       batch_size: samples at a time.
-      options: go to `diffusion.sample`, where x_init is a function of the numbers of a batch. A model that takes the
+      options: go to `diffusion.sample`, where x_init is a function of the numbers of a batch; and calls, a list that
+        takes the number of network calls of each sample of an adaptive solver. A model that takes the
         guidance scale as an input is told that of `guidance`.
     """
     ids = np.asarray(sample_ids, np.uint32)
@@ -92,15 +93,19 @@ def draw(
     if (guidance := options.get("guidance")) is not None:
         options["guidance"] = guidance.replace(reference_params=jax.device_put(guidance.reference_params, everywhere))
     key = jax.device_put(key, everywhere)
-    x_init = options.pop("x_init", None)
+    x_init, calls = options.pop("x_init", None), options.pop("calls", None)
     for start in range(0, len(ids), size):
         batch = ids[start : start + size]
         padded = np.pad(batch, (0, size - len(batch)), mode="edge")
         placed = {"sample_ids": padded, **conditions_of(model, padded, labels, options.get("guidance"))}
         placed |= {} if x_init is None else {"x_init": x_init(padded)}
         placed = jax.device_put(placed, split)
+        found = _sample(model, params, table, key, return_trajectory=calls is not None, **placed, **options)
         # Only real samples count from here, not what filled the batch up.
-        yield np.asarray(_sample(model, params, table, key, **placed, **options))[: len(batch)]
+        if calls is not None:
+            found, counts = found
+            calls += np.asarray(counts)[: len(batch)].tolist()
+        yield np.asarray(found)[: len(batch)]
 
 
 def frames(
@@ -134,6 +139,7 @@ def working_memory(
     if "x_init" in options:
         options["x_init"] = options["x_init"](ids)
     guidance = options.pop("guidance", None)
+    options.pop("calls", None)
     given = {"sample_ids": ids, **conditions_of(model, ids, labels, guidance)}
 
     def run(params, second, given):

@@ -12,6 +12,7 @@ from absl import flags
 from jaxtyping import Bool, Float32, UInt8
 
 from diffusion import editing, files, keys, options, predictions, spaces
+from diffusion.adaptive import Adaptive
 from diffusion.commands import learned, prompts, samplers, usage
 from diffusion.data import decoding
 from diffusion.errors import InputError, printable, require_range
@@ -119,7 +120,7 @@ def started(given: Any, sampler: str, tau: str) -> str:
     return options.write(choice._replace(options={**choice.options, "start": strength}), leading)
 
 
-def open_edit(given: Any, model: Model, labels: Sequence[int], table: SamplerTable) -> Edit | None:
+def open_edit(given: Any, model: Model, labels: Sequence[int], table: SamplerTable | Adaptive) -> Edit | None:
     """Returns what the flags ask for, or None if images are drawn whole from noise.
 
     Args:
@@ -195,7 +196,8 @@ def _between(given, model, labels, table):
         raise InputError(f"num is {count}; going from one image to another takes at least 2")
     if len(set(labels)) > 1:
         raise InputError("images between two others are of one class: name it with --labels")
-    if table.log_variance is not None or np.any(table.update[:, :, -1]):
+    is_table = isinstance(table, SamplerTable)
+    if table.log_variance is not None or (is_table and np.any(table.update[:, :, -1])):
         raise InputError(
             f"{table.name} adds noise in its steps, by which neighbours differ; take a sampler that adds none, as ddim "
             "with --eta=0"

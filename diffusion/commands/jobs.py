@@ -210,7 +210,7 @@ class Job:
         return comparable(found)
 
 
-_FACTS = {"seconds_with_compilation", "devices", "versions"}
+_FACTS = {"seconds_with_compilation", "devices", "versions", "calls_of_an_image"}
 """What the record of a finished job says of how it went."""
 
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 from tqdm import tqdm
 
-from diffusion import devices, files, options
+from diffusion import devices, files, keys, options
 from diffusion.commands import (
     aliases,
     batching,
@@ -29,6 +29,7 @@ from diffusion.commands import (
     students,
     usage,
 )
+from diffusion.commands.ranked import Ranked
 from diffusion.commands.samplings import make_sampling
 from diffusion.commands.sources import Source
 from diffusion.errors import InputError
@@ -131,7 +132,7 @@ def rank(asked: Plan, out: Path) -> None:
     # What cannot work is found before the solution, which takes a while.
     entries = {budget: _entries(asked, budget) for budget in asked.budgets}
     with files.locked(out, "measuring into", ".evaluation.lock"):
-        files.remove_temporaries(out, NAME.replace(".", r"\."), out)
+        files.remove_temporaries(out, r"ranking\.(csv|rows\.jsonl|solution\.npz)", out)
         if (out / NAME).is_dir():
             raise InputError(f"{out / NAME} is a folder; move it away, or name another --out")
         source, model = asked.source, asked.source.trained.model
@@ -143,13 +144,17 @@ def rank(asked: Plan, out: Path) -> None:
         everywhere = NamedSharding(mesh, PartitionSpec())
         how = source.sampling_options() | {"key": rollouts.key_of(source.seed, "rank"), "labels": source.labels}
         draw = partial(drawing.draw, model, jax.device_put(source.trained.params, everywhere), mesh=mesh, **how)
-        solution = _solution(asked, draw)
+        ranked = Ranked(out, _facts(asked))
+        if len(ranked):
+            print(f"{len(ranked):,} rows are there already")
+        solution = _solution(asked, draw, ranked)
         rows: list[dict[str, Any]] = []
         for budget in asked.budgets:
-            ranked = _ranked(asked, draw, entries[budget], solution, budget)
-            _print(source, ranked, budget)
-            rows += [_record(source, budget, place, row) for place, row in enumerate(ranked, 1)]
+            best = _best(asked, draw, entries[budget], solution, budget, ranked)
+            _print(source, best, budget)
+            rows += [_record(source, budget, place, row) for place, row in enumerate(best, 1)]
             files.write_atomically(out / NAME, _as_csv(rows), out)
+        ranked.remove()
     print(f"wrote {out / NAME}")
 
 
@@ -185,19 +190,28 @@ def _learned(source: Source, budget: int) -> Iterator[Candidate]:
         print(f"note: {note}")
 
 
-def _solution(asked, draw) -> Float[np.ndarray, "N *shape"]:
+def _facts(asked):
+    """Returns what determines the rows of a ranking besides their tables."""
+    source = asked.source
+    from_noise = {"seed": source.seed, "generator": keys.GENERATOR, "labels": list(source.labels), "num": asked.num}
+    return {"weights_sha256": source.sha256, "solver": SOLVER, "steps": STEPS, **source.settings, **from_noise}
+
+
+def _solution(asked, draw, ranked) -> Float[np.ndarray, "N *shape"]:
     """Returns the samples of many steps, and says how near they are to those of half as many."""
     source, began = asked.source, time.perf_counter()
     most = min(STEPS, source.trained.model.schedule.num_timesteps)
-    found = []
-    for steps in (max(1, most // 2), most):
+
+    def samples(steps):
         table = make_sampling(source, SOLVER if steps > 2 else "ddim", steps, "uniform").table
         parts = []
         with tqdm(total=asked.num, unit="image", desc=f"{steps} steps", leave=False, disable=None) as progress:
             for part in draw(table, range(asked.num), batch_size=asked.batch_size):
                 parts.append(part)
                 progress.update(len(part))
-        found.append(np.concatenate(parts))
+        return np.concatenate(parts)
+
+    found = ranked.solution(lambda: (samples(max(1, most // 2)), samples(most)))
     if not np.isfinite(found[1]).all():
         raise InputError("the samples in many steps are not finite: the weights have diverged; take another checkpoint")
     apart = float(np.sqrt(ranking.squares(*found).mean()))
@@ -209,7 +223,7 @@ def _solution(asked, draw) -> Float[np.ndarray, "N *shape"]:
     return found[1]
 
 
-def _ranked(asked, draw, entries, solution, budget) -> list[Row]:
+def _best(asked, draw, entries, solution, budget, ranked) -> list[Row]:
     """Returns the rows, the best first: those that were run on all noises come before the others."""
     first = min(FIRST, asked.num)
 
@@ -217,9 +231,12 @@ def _ranked(asked, draw, entries, solution, budget) -> list[Row]:
         def run(table):
             return np.concatenate(list(draw(table, ids, batch_size=asked.batch_size)))
 
-        calls = sum(entry.table.nfe for entry in entries)
-        with _Progress(f"{budget} calls, {what}", calls) as progress:
-            for row in ranking.rank(run, entries, solution[ids.start : ids.stop]):
+        known = [(entry, ranked.squares(entry.table, ids)) for entry in entries]
+        yield from (Row(entry, squares) for entry, squares in known if squares is not None)
+        left = [entry for entry, squares in known if squares is None]
+        with _Progress(f"{budget} calls, {what}", sum(entry.table.nfe for entry in left)) as progress:
+            for row in ranking.rank(run, left, solution[ids.start : ids.stop]):
+                ranked.add(row.candidate.table, ids, row.squares)
                 progress.advance(row.candidate.table.nfe)
                 yield row
 

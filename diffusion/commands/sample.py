@@ -130,11 +130,21 @@ def _sample_into(out, ids, sampling):
         count = size() if _told_prompts(sampling) else 64
         write_gif(out / "trajectory.gif", [sheet(frame) for frame in sampling.frames(ids[:count])])
     job.finish(
+        **_calls(sampling),
         seconds_with_compilation=round(seconds, 3),
         devices=devices.describe(mesh),
         versions=environment.versions(),
     )
     print(f"{seconds:.1f} s, compilation included; wrote {out / 'grid.png'}, {job.path(0).name} and sampling.json")
+
+
+def _calls(sampling):
+    """Returns how many network calls the images took that were drawn now, where no table says it, and prints it."""
+    if not sampling.calls:
+        return {}
+    found = {"least": min(sampling.calls), "most": max(sampling.calls), "mean": np.mean(sampling.calls)}
+    print("network calls of an image: {least} to {most}, {mean:.1f} on average".format(**found))
+    return {"calls_of_an_image": found}
 
 
 def _draw(sampling, job, mesh, size):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusion import options, schedules, timesteps
+from diffusion.adaptive import ADAPTIVE
 from diffusion.commands import aliases, learned, own
 from diffusion.errors import InputError, users_code
 from diffusion.guidance import RULES
@@ -126,6 +127,8 @@ def make_table(
     if sampler == learned.LEARNED:
         raise InputError(f"sampler {sampler} is a table learned for a trained model by learn.py; name a solver here")
     sampler = aliases.without_grid(sampler)
+    if _name(sampler) in ADAPTIVE:
+        raise InputError(f"sampler {sampler} has as many calls as an image needs: only sample.py draws with it")
     choice = options.parse("sampler", sampler, SAMPLERS, leading=2)
     if eta is not None:
         choice = _with_eta(choice, eta)
@@ -182,6 +185,7 @@ def describe() -> str:
 
     sections = (
         ("samplers (network calls for 10 steps), --sampler", SAMPLERS, 2, calls),
+        ("samplers that choose their own steps, --sampler", ADAPTIVE, 2, None),
         ("grids of --steps timesteps, --tau", GRIDS, 2, None),
         ("grids of their own length, --tau", OWN_LENGTH, 1, None),
         ("grids of --steps timesteps for certain models, --tau", MODEL_GRIDS, 2, None),

@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from diffusion import keys
+from diffusion.adaptive import Adaptive
 from diffusion.brownian import Brownian
 from diffusion.caching import Cache
 from diffusion.commands import (
+    adapting,
     aliases,
     altering,
     caching,
@@ -45,10 +47,11 @@ class Sampling(NamedTuple):
       cache: which network calls compute the deep levels, or None for all.
       noise: how the noise of the steps is drawn, or None for new noise in each call.
       altered: what the flags of `altering` say, for the record.
+      calls: takes the number of calls of each image that is drawn, where only the images say it; or None.
     """
 
     source: Source
-    table: SamplerTable
+    table: SamplerTable | Adaptive
     sampler: str
     steps: int
     tau: str
@@ -56,6 +59,7 @@ class Sampling(NamedTuple):
     cache: Cache | None = None
     noise: Brownian | None = None
     altered: Mapping[str, str] = MappingProxyType({})
+    calls: list[int] | None = None
 
     def title(self, num: int) -> str:
         """Says in one line which model draws how many images with what."""
@@ -63,6 +67,10 @@ class Sampling(NamedTuple):
         edited = "" if self.edit is None else self.edit.words
         classes = guiding.named(self.source.labels, self.source.trained.model)
         drawn = f"{num:,} images{classes}{edited} with {self.table.name}{on}"
+        if self.calls is not None:
+            return (
+                f"{self.source.title()}: {drawn}, as many network calls as each needs, up to {self.table.max_calls:,}"
+            )
         whole = "" if self.cache is None else f", {self.cache.whole(self.table.nfe).sum()} of them whole"
         path = "" if self.noise is None else ", brownian noise"
         path += "" if self.table.start is None else ", none for the first step"
@@ -89,13 +97,11 @@ class Sampling(NamedTuple):
             "ema": source.trained.ema,
             "weights_sha256": source.sha256,
             "sampler": self.sampler,
-            "update_sha256": hashlib.sha256(self.table.update.tobytes()).hexdigest(),
-            **self._file_record(),
+            **self._table_record(),
             "table": self.table.name,
             "grid": self.tau,
             "steps": len(self.table.tau) - 1,
             "tau": self.table.tau.tolist(),
-            "nfe": self.table.nfe,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in source.settings.items()},
             "labels": list(source.labels),
             "seed": source.seed,
@@ -106,12 +112,16 @@ class Sampling(NamedTuple):
             **({} if self.cache is None else {"cache": np.flatnonzero(self.cache.whole(self.table.nfe)).tolist()}),
         }
 
-    def _file_record(self):
-        """Returns what tells a table from a file or a function of the user's apart from another of the same name."""
+    def _table_record(self):
+        """Returns what tells a table apart, and of one from a file or a function of the user's all of it."""
+        if self.calls is not None:
+            return {"adaptive": {name: getattr(self.table, name) for name in ("h_init", "end", "max_calls")}}
+        update = hashlib.sha256(self.table.update.tobytes()).hexdigest()
+        found = {"update_sha256": update, "nfe": self.table.nfe}
         named = samplers.is_file(self.sampler) or samplers.is_own(self.sampler) or self.sampler == learned.LEARNED
         if not named:
-            return {}
-        return {"table_sha256": hashlib.sha256(self.table.to_json().encode()).hexdigest()}
+            return found
+        return {**found, "table_sha256": hashlib.sha256(self.table.to_json().encode()).hexdigest()}
 
     def draw(self, ids: Sequence[int], mesh: Mesh, batch_size: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
         """Yields the images with these numbers, batch by batch."""
@@ -139,7 +149,8 @@ class Sampling(NamedTuple):
     def _options(self):
         """Returns what goes to `drawing` besides the table."""
         edited = {} if self.edit is None else self.edit.sampling_options()
-        return {**self.source.sampling_options(), **edited, "cache": self.cache, "noise": self.noise}
+        shared = {**self.source.sampling_options(), **edited}
+        return shared | ({"cache": self.cache, "noise": self.noise} if self.calls is None else {"calls": self.calls})
 
 
 def make_sampling(source: Source, sampler: str, steps: int, tau: str, eta: float | None = None) -> Sampling:
@@ -179,6 +190,10 @@ def open_sampling() -> Sampling:
     sampler = own.stored("sampler", "sampler", given.sampler, config.sampler)
     tau = aliases.grid(config.tau if given.tau is None else given.tau)
     sampler, tau = aliases.chosen(sampler, tau, tau_given=given.tau is not None)
+    if adapting.is_adaptive(sampler):
+        tau = edits.started(given, sampler, tau)
+        found = Sampling(source, adapting.solver(given, source, sampler, tau), sampler, 1, "", calls=[])
+        return found._replace(edit=edits.open_edit(given, source.trained.model, source.labels, found.table))
     if sampler == learned.LEARNED and given.tau is not None:
         raise InputError("a learned table has its own grid; leave out --tau")
     if samplers.is_file(sampler):

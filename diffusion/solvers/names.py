@@ -30,6 +30,7 @@ SAMPLERS: dict[str, str] = {
     "dpm_2": "dpm_solver:order=2",
     "dpm_2_ancestral": "dpm_solver:order=2,eta=1",
     "dpm_2_a": "dpm_solver:order=2,eta=1",
+    "dpm_adaptive": "adaptive",
     "dpm_fast": "dpm_solver:order=3,calls=fast",
     "dpmpp_2s": _2S,
     "dpmpp_2s_ancestral": f"{_2S},eta=1",
