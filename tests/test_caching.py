@@ -20,8 +20,6 @@ from diffusion.guidance import Guidance
 from diffusion.models import Transformer, UNet, UNet2D, UNet2DCondition, as_apply_fn, as_split
 from diffusion.solvers import ddim, ddpm, dpm_solver, dpm_solver_pp, unipc
 
-pytestmark = pytest.mark.usefixtures("hardly_optimized")
-
 LINEAR = schedules.linear(100, 1e-3, 0.1)
 TAU = timesteps.uniform(LINEAR, 7)
 COND, NULL = np.array([1.0, -0.6, 2.0]), np.array([0.1, 0.1, -0.2])

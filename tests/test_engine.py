@@ -10,8 +10,6 @@ import diffusion
 from diffusion import sampling, schedules, solvers, timesteps
 from diffusion.solvers import SOLVERS, ddim, ddpm, make_table
 
-pytestmark = pytest.mark.usefixtures("hardly_optimized")
-
 T = 50
 LINEAR = schedules.linear(T, 1e-3, 0.2)
 GRIDS = (timesteps.uniform, timesteps.quadratic, timesteps.log_snr, timesteps.karras)

@@ -8,8 +8,6 @@ from reference import refused
 
 from diffusion.models import Transformer, UNet, as_apply_fn
 
-pytestmark = pytest.mark.usefixtures("hardly_optimized")
-
 NETWORKS = {
     "unet": lambda remat: UNet(8, (1,), 1, (8,), dropout=0.2, remat=remat),
     "transformer": lambda remat: Transformer(width=16, depth=2, num_heads=2, dropout=0.2, remat=remat),
