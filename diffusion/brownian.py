@@ -78,7 +78,7 @@ class Brownian:
             at = table.t[draws][np.argmax(ends[draws] <= begins[draws])]
             raise InputError(
                 f"{table.name} draws noise at t = {at:g} for no time of its own, and so not from one brownian path; "
-                "take a sampler whose noise is that of a step down, as ddim with an eta, or fewer steps"
+                "take fewer steps, or noise that is that of a step down, as of ddim with an eta and no corrector"
             )
 
     def value(self, key: jax.Array, place: Int[Array, ""], shape: tuple[int, ...]) -> Images:

@@ -172,6 +172,9 @@ def test_what_cannot_have_a_corrector_is_refused():
             langevin(ddim(LINEAR, tau), snr)
     with refused("steps is 0"):
         langevin(ddim(LINEAR, tau), steps=0)
+    for build in (langevin, solvers.resampled):
+        with refused("has 5,000,000,0.* network calls; give fewer, up to 1,000,000"):
+            build(ddim(LINEAR, tau), **{"steps" if build is langevin else "repeats": 10**9})
     for table in (unipc(LINEAR, tau), solvers.ddpm(LINEAR, tau, "learned"), ddim(LINEAR, tau).reverse()):
         with refused("cannot have a Langevin corrector"):
             langevin(table)

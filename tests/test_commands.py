@@ -77,7 +77,7 @@ def test_a_command_given_again_takes_every_program_from_the_cache_and_says_so(tr
     for _ in range(2):
         done = run("sample.py", "--steps=2", "--num=2", "--out=cached", cwd=trained, env=env)
         assert done.returncode == 0, done.stderr
-        said = r"compiled (\d+) programs and took (\d+) from the cache in \d+\.\d s; kept (\d+) in (.*)"
+        said = r"programs: (\d+) compiled and (\d+) from the cache, in \d+\.\d s; (\d+) kept in (.*)"
         told.append(re.fullmatch(said, done.stdout.splitlines()[-1]).groups())
     (made, *first), second = told
     assert int(made) > 0

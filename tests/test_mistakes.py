@@ -305,6 +305,7 @@ MISTAKES = [
     ("evaluate.py", [RUN, "--bound="], "bound is ''; write numbers"),
     ("evaluate.py", [RUN, "--steps="], "steps is ''; write numbers"),
     ("evaluate.py", [RUN, "--samplers=,"], "names no sampler"),
+    ("evaluate.py", [RUN, "--etas="], "etas is ''; write numbers"),
     ("evaluate.py", [RUN, "--metrics="], "no metric is named"),
     ("evaluate.py", [RUN, "--bound=5", "--metrics=frechet"], "--metrics is for samples"),
     ("evaluate.py", [RUN, "--likelihood=5", "--clip=none"], "--clip goes with --bound"),

@@ -396,6 +396,7 @@ def test_wrong_options_are_refused_in_one_line():
         ("noisy is .*between 0 and 1", sa_solver, {"noisy": (0.8, 0.2)}),
         ("order is 5.*0..4", sa_solver, {"corrector_order": 5}),
         ("repeats is -1", restart, {"repeats": -1}),
+        ("has .* network calls; give fewer, up to 1,000,000", restart, {"repeats": 10**9}),
         ("s_min is 2.*s_max", restart, {"s_min": 2.0}),
         ("order is 1.*2..4", rk, {"order": 1}),
     ):

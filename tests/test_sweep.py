@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from diffusion.commands.sweep import Entry, Results, plan
+from diffusion.commands.sweep import Entry, Results, Row, head, plan
 from diffusion.errors import InputError
 from diffusion.options import split
 
@@ -33,6 +33,13 @@ def test_every_entry_comes_with_every_scale_of_the_guidance():
     assert [entry.label() for entry in entries[1:3]] == ["ddim eta=0 scale=2.5", "unipc scale=1"]
     with pytest.raises(InputError, match="twice"):
         plan(["ddim"], [5], [], [2.0, 2.0])
+
+
+def test_rows_say_what_flags_add_to_their_samplers():
+    (entry,) = plan(["ddim"], [5], [0.0], added={"afs": "score", "cache": "2"})
+    assert entry.label() == "ddim eta=0 afs=score cache=2"
+    assert Row(entry, 5, 4, [1.0]).line(40).index("     5     4") == 40
+    assert head(["recall"], 40).index("steps calls") == 41
 
 
 @pytest.mark.parametrize("twice", [(["ddim", "ddim"], [5], []), (["ddim"], [5, 5], []), (["ddim"], [5], [0.0, 0.0])])

@@ -36,7 +36,7 @@ def define_flags() -> None:
 
 def settings(given: Any) -> dict[str, str]:
     """Returns what the flags ask for, for the record; nothing for what is left as it is."""
-    return {name: given[name].value for name in FLAGS if not given[name].using_default_value}
+    return {name: given[name].value for name in FLAGS if given[name].value != given[name].default}
 
 
 def with_first(given: Any, config: ConfigDict, table: SamplerTable) -> SamplerTable:

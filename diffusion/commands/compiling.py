@@ -23,10 +23,9 @@ class Compiled:
         if (self.seconds < 1 and not self.found) or jax.process_index() > 0:
             return ""
         where = jax.config.jax_compilation_cache_dir or "no folder"
-        return (
-            f"compiled {self.count - self.found:,} programs and took {self.found:,} from the cache in "
-            f"{self.seconds:.1f} s; kept {self.kept:,} in {where}"
-        )
+        made = self.count - self.found
+        found = f"programs: {made:,} compiled and {self.found:,} from the cache, in {self.seconds:.1f} s"
+        return f"{found}; {self.kept:,} kept in {where}"
 
     def _hear(self, event, **_):
         self.found += event == "/jax/compilation_cache/cache_hits"

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32, UInt8
 
 from diffusion import keys
+from diffusion.adaptive import Adaptive
 from diffusion.conditions import Conditions, Prompts
 from diffusion.errors import InputError, printable
 from diffusion.guidance import Guidance
@@ -25,7 +26,7 @@ MAX_ROWS = 16
 def generate(
     model: Model,
     params: Params,
-    table: SamplerTable,
+    table: SamplerTable | Adaptive,
     sample_ids: Sequence[int],
     *,
     seed: int,
@@ -49,15 +50,22 @@ def generate(
         bad = ~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
         if bad.any():
             first = ids[done : done + len(samples)][bad][0]
-            raise InputError(f"image {first} is not finite: the weights diverged, or {table.name} on this grid")
+            raise InputError(f"image {first} is not finite: the weights diverged, or {_doubt(table)}")
         done += len(samples)
         yield model.space.decode(samples)
+
+
+def _doubt(table):
+    """Says why a sampler may have made what is not finite, where the weights are good."""
+    if isinstance(table, Adaptive):
+        return f"{table.max_calls:,} network calls are too few; give more max_calls, or a larger rtol"
+    return f"{table.name} on this grid"
 
 
 def draw(
     model: Model,
     params: Params,
-    table: SamplerTable,
+    table: SamplerTable | Adaptive,
     sample_ids: Sequence[int],
     *,
     key: jax.Array,

@@ -57,7 +57,7 @@ shared_flags.define_source_flags()
 usage.group("The samples")
 _SAMPLERS = flags.DEFINE_string("samplers", None, "As sample.py's --sampler, with commas. Default: the run's.")
 _STEPS = flags.DEFINE_list("steps", None, "Numbers of steps, as 5,10,25. Default: the run's config.sample.steps (25).")
-_ETAS = flags.DEFINE_list("etas", [], "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
+_ETAS = flags.DEFINE_list("etas", None, "Values for the samplers that have an eta, as 0,1. Default: the sampler's own.")
 _GUIDANCE = flags.DEFINE_list("guidance", None, "Scales of the guidance, each in a row of its own, as 1,1.5,2,3,4.")
 _TAU = flags.DEFINE_string("tau", None, "Timesteps to visit, as sample.py's --tau. Default: config.sample.tau.")
 altering.define_flags()
@@ -143,9 +143,9 @@ def main() -> None:
     size, load = batching.fixed(flags.FLAGS.batch_size, "a bound or likelihood"), partial(_first_images, source)
     if _BOUND.value is not None:
         tau = source.trained.config.sample.tau if _TAU.value is None else _TAU.value
-        bits.measure_bound(source, out, _numbers("bound", _BOUND.value, int), tau, load, size, _VARIANCES.value)
+        bits.measure_bound(source, out, sweep.numbers("bound", _BOUND.value, int), tau, load, size, _VARIANCES.value)
     if _LIKELIHOOD.value is not None:
-        bits.measure_likelihood(source, out, _numbers("likelihood", _LIKELIHOOD.value, int), load, size)
+        bits.measure_likelihood(source, out, sweep.numbers("likelihood", _LIKELIHOOD.value, int), load, size)
 
 
 def measure_autoencoder(found: reconstructions.Source) -> None:
@@ -177,12 +177,12 @@ def measure_samples(source: sources.Source, out: Path) -> None:
     tau = config.sample.tau if _TAU.value is None else _TAU.value
     names = options.split(own.stored("sampler", "samplers", _SAMPLERS.value, config.sample.sampler))
     names = [aliases.without_grid(name, say=True) for name in names]
-    steps = None if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
+    steps = sweep.numbers("steps", _STEPS.value, int) or None
     steps = samplers.chosen_steps(tau, steps, [students.default_steps(source.trained)])
     if _GUIDANCE.value is not None:
         _refuse(["guidance_scale"], "is one scale, and --guidance gives several")
-    scales = [] if _GUIDANCE.value is None else _numbers("guidance", _GUIDANCE.value, float)
-    entries = sweep.plan(names, steps, _numbers("etas", _ETAS.value, float) if _ETAS.value else [], scales)
+    etas, scales = sweep.numbers("etas", _ETAS.value, float), sweep.numbers("guidance", _GUIDANCE.value, float)
+    entries = sweep.plan(names, steps, etas, scales, samplings.words(flags.FLAGS))
     # What the samples are compared with, and by which figures.
     compared = _compared(source)
     name = _FEATURES.value or ("pixels" if compared.config.data.name == "digits" else "inception")
@@ -191,7 +191,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
         raise InputError("accuracy is of the class that was asked for, and this model has no classes; leave it out")
     if all(samplers.is_file(name) for name in names):
         _refuse(["steps", "tau"], "does nothing for tables in files, which have their own grid")
-    samplings = list(_samplings(source, entries, tau))
+    planned = list(_samplings(source, entries, tau))
     real, split = _real_images(source)
     num = _NUM.value or len(real.images)
     settings = features.settings(metrics, len(real.images), num)
@@ -204,10 +204,11 @@ def measure_samples(source: sources.Source, out: Path) -> None:
         print(f"{source.title()}: {num:,} samples against {len(real.images):,} real images")
         _say_what_to_expect(space, reference, settings, metrics, num)
         shown = [figure for metric in metrics for figure in features.figure_names(metric, space.name)]
-        print(sweep.head(shown))
+        width = max(32, *(len(entry.label()) for entry in entries))
+        print(sweep.head(shown, width))
         facts = {"num": num, "features": space.key, "split": split, "data": data.fingerprint(real)}
         rows = []
-        for entry, sampling in zip(entries, samplings, strict=True):
+        for entry, sampling in zip(entries, planned, strict=True):
             record = {**sampling.record(), "eta": entry.eta, **facts}
             known = results.figures(record)
             left = [metric for metric in metrics if not known.keys() >= {*features.figure_names(metric, space.name)}]
@@ -216,7 +217,7 @@ def measure_samples(source: sources.Source, out: Path) -> None:
                 known = results.figures(record)
             values = [known[figure] for figure in shown]
             rows.append(sweep.Row(entry, len(sampling.table.tau) - 1, sampling.table.nfe, values))
-            print(rows[-1].line(), flush=True)
+            print(rows[-1].line(width), flush=True)
     drawn = "evaluation.png" if _GUIDANCE.value is None else "guidance.png"
     sweep.plot(out / drawn, source.title(), rows, shown)
     print(f"wrote evaluation.csv, evaluation.json and {drawn} in {out}")
@@ -301,17 +302,6 @@ def _first(real):
         raise InputError(f"--first={first} is more than the {len(real.images)} images of the data")
     labels = None if real.labels is None else real.labels[:first]
     return real._replace(images=real.images[np.arange(first)], labels=labels)
-
-
-def _numbers(flag, texts, kind):
-    """Returns the numbers in the value of a flag; raises InputError for anything else."""
-    try:
-        if texts:
-            return [kind(text) for text in texts]
-    except ValueError:
-        pass
-    example = "5,10,25" if kind is int else "0,0.5,1"
-    raise InputError(f"{flag} is {','.join(texts)!r}; write numbers as {example}") from None
 
 
 def launch() -> None:

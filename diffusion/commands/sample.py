@@ -171,7 +171,9 @@ def _label(sampling, ids):
     sampler = sampling.sampler
     if samplers.is_file(sampler):  # known by what is in it, wherever it lies
         sampler = f"{Path(sampler).stem}-{hashlib.sha256(sampling.table.to_json().encode()).hexdigest()[:8]}"
-    parts = [sampler, f"{len(sampling.table.tau) - 1}steps", sampling.tau, f"seed{sampling.source.seed}"]
+    adaptive = sampling.calls is not None  # which has no steps, and of a grid only the start
+    length = f"from{sampling.table.tau[0]:g}" if adaptive else f"{len(sampling.table.tau) - 1}steps"
+    parts = [sampler, length, sampling.tau, f"seed{sampling.source.seed}"]
     parts[1:1] = [] if given.eta is None else [f"eta{given.eta:g}"]
     if len(ids) > _shard(sampling):  # so that it never meets a job of one file
         parts.append(f"{len(ids)}images" + f"={jobs.write_ids(ids)}" * (_SEEDS.value is not None))

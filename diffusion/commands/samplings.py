@@ -41,8 +41,8 @@ class Sampling(NamedTuple):
     Attributes:
       source: the model.
       table: the sampler.
-      sampler, steps, tau: the names and the number that the table was asked for by; a table from a file has its own
-        grid, and steps 0 and tau "".
+      sampler, steps, tau: the names and the number that the table was asked for by; a table from a file and an adaptive
+        solver have a grid of their own, and steps 0 and tau "".
       edit: what images start from and keep, or None.
       cache: which network calls compute the deep levels, or None for all.
       noise: how the noise of the steps is drawn, or None for new noise in each call.
@@ -78,8 +78,7 @@ class Sampling(NamedTuple):
 
     def notes(self) -> Iterator[str]:
         """Yields what a user may not expect of the images."""
-        steps = len(self.table.tau) - 1
-        if self.tau in GRIDS and steps != self.steps:
+        if self.tau in GRIDS and (steps := len(self.table.tau) - 1) != self.steps:
             yield f"tau {self.tau} makes {steps} steps of --steps={self.steps}"
         yield from learned.notes(self.table, self.source.facts())
         model = self.source.trained.model
@@ -100,7 +99,6 @@ class Sampling(NamedTuple):
             **self._table_record(),
             "table": self.table.name,
             "grid": self.tau,
-            "steps": len(self.table.tau) - 1,
             "tau": self.table.tau.tolist(),
             **{k: list(v) if isinstance(v, tuple) else v for k, v in source.settings.items()},
             "labels": list(source.labels),
@@ -117,7 +115,7 @@ class Sampling(NamedTuple):
         if self.calls is not None:
             return {"adaptive": {name: getattr(self.table, name) for name in ("h_init", "end", "max_calls")}}
         update = hashlib.sha256(self.table.update.tobytes()).hexdigest()
-        found = {"update_sha256": update, "nfe": self.table.nfe}
+        found = {"update_sha256": update, "nfe": self.table.nfe, "steps": len(self.table.tau) - 1}
         named = samplers.is_file(self.sampler) or samplers.is_own(self.sampler) or self.sampler == learned.LEARNED
         if not named:
             return found
@@ -192,7 +190,7 @@ def open_sampling() -> Sampling:
     sampler, tau = aliases.chosen(sampler, tau, tau_given=given.tau is not None)
     if adapting.is_adaptive(sampler):
         tau = edits.started(given, sampler, tau)
-        found = Sampling(source, adapting.solver(given, source, sampler, tau), sampler, 1, "", calls=[])
+        found = Sampling(source, adapting.solver(given, source, sampler, tau), sampler, 0, "", calls=[])
         return found._replace(edit=edits.open_edit(given, source.trained.model, source.labels, found.table))
     if sampler == learned.LEARNED and given.tau is not None:
         raise InputError("a learned table has its own grid; leave out --tau")
@@ -208,6 +206,11 @@ def open_sampling() -> Sampling:
     if edit is not None and edit.told is not None:
         source = source._replace(opened=source.opened.with_model(prompts.with_picture(model, edit.told)))
     return sampling._replace(source=source, edit=edit)
+
+
+def words(given: Any) -> dict[str, str]:
+    """Returns what the flags that `added` reads ask for, by their names; nothing for what is left as it is."""
+    return altering.settings(given) | ({} if given.cache is None else {"cache": given.cache})
 
 
 def added(given: Any, sampling: Sampling, repeats: int = 1) -> Sampling:

@@ -3,8 +3,9 @@
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from diffusion import sealed
@@ -23,27 +24,47 @@ class Entry(NamedTuple):
       steps: S; 0 for a file, whose table has its own grid.
       eta: None if the sampler has none, or sets it in its own options.
       guidance: the scale; None for that of the flags.
+      added: what the flags add to the sampler, as "afs=score cache=2".
     """
 
     sampler: str
     steps: int
     eta: float | None
     guidance: float | None = None
+    added: str = ""
 
     def label(self) -> str:
-        """Returns what this row is called in a table: the sampler, its eta and the scale of the guidance."""
+        """Returns what a table calls this row: the sampler, its eta, what is added, and the scale of the guidance."""
         parts = [self.sampler]
         parts += [] if self.eta is None else [f"eta={self.eta:g}"]
+        parts += [self.added] if self.added else []
         parts += [] if self.guidance is None else [f"scale={self.guidance:g}"]
         return " ".join(parts)
 
 
+def numbers(flag: str, texts: Sequence[str] | None, kind: Callable[[str], Any]) -> list[Any]:
+    """Returns the numbers in the value of a flag, none if it is not given; raises InputError for anything else."""
+    if texts is None:
+        return []
+    try:
+        if texts:
+            return [kind(text) for text in texts]
+    except ValueError:
+        pass
+    example = "5,10,25" if kind is int else "0,0.5,1"
+    raise InputError(f"{flag} is {','.join(texts)!r}; write numbers as {example}") from None
+
+
 def plan(
-    samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float], scales: Sequence[float] = ()
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    etas: Sequence[float],
+    scales: Sequence[float] = (),
+    added: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Entry]:
     """Returns every sampler with every number of steps, and with every eta unless it has none or sets its own.
 
-    Each of these comes with every scale of the guidance, if any are given.
+    Each of these comes with every scale of the guidance, if any are given, and has what the flags add to all samplers.
 
     Raises:
       InputError: an entry comes twice, there are no entries, or etas are given and no sampler takes one.
@@ -55,7 +76,8 @@ def plan(
         default = default_eta(sampler)
         for eta in [None] if default is None else etas or [default]:
             entries += [Entry(sampler, count, eta) for count in ([0] if is_file(sampler) else steps)]
-    entries = [entry._replace(guidance=scale) for entry in entries for scale in scales or [None]]
+    words = " ".join(f"{name}={value}" for name, value in added.items())
+    entries = [entry._replace(guidance=scale, added=words) for entry in entries for scale in scales or [None]]
     if etas and all(entry.eta is None for entry in entries):
         raise InputError(f"etas are given, but none of {', '.join(samplers)} takes one; leave them out")
     if len(set(entries)) < len(entries):
@@ -67,7 +89,7 @@ _ROW = {"identity": str, "metrics": dict, "record": dict}
 
 _COLUMNS = ("run", "checkpoint_step", "ema", "sampler", "eta", "grid", "steps", "nfe", "clip", "dynamic_threshold")
 _COLUMNS += ("guidance_scale", "guidance_interval", "guidance_rescale", "guidance_rule", "guidance_model_sha256")
-_COLUMNS += ("cache", "labels", "features", "split", "num", "seed")
+_COLUMNS += ("afs", "corrector", "noise", "cache", "labels", "features", "split", "num", "seed")
 
 
 ROWS_LIMIT = 2**24
@@ -177,14 +199,16 @@ class Row(NamedTuple):
     calls: int
     values: Sequence[float]
 
-    def line(self) -> str:
-        """Returns the row as a line of the printed table."""
-        return f"{self.entry.label():32} {self.steps:5} {self.calls:5} " + " ".join(f"{x:18.4f}" for x in self.values)
+    def line(self, width: int) -> str:
+        """Returns the row as a line of the printed table, whose labels take so many characters."""
+        return f"{self.entry.label():{width}} {self.steps:5} {self.calls:5} " + " ".join(
+            f"{x:18.4f}" for x in self.values
+        )
 
 
-def head(figures: Sequence[str]) -> str:
+def head(figures: Sequence[str], width: int) -> str:
     """Returns the first line of the printed table, for the lines of `Row.line`."""
-    return f"{'sampler':32} {'steps':>5} {'calls':>5} " + " ".join(f"{figure:>18}" for figure in figures)
+    return f"{'sampler':{width}} {'steps':>5} {'calls':>5} " + " ".join(f"{figure:>18}" for figure in figures)
 
 
 def plot(path: Path, title: str, rows: Sequence[Row], figures: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from diffusion.solvers.forms import (
     levels,
     runge_kutta,
 )
-from diffusion.solvers.table import SamplerTable
+from diffusion.solvers.table import SamplerTable, check_calls
 from diffusion.timesteps import require_concrete
 
 
@@ -133,6 +133,7 @@ def restart(
     low = max(int(np.argmin(np.abs(log_sigma - np.log(s_min)))), min(1, len(grid) - 2))
     high = min(int(np.argmin(np.abs(log_sigma - np.log(s_max)))), max(low - 1, 0))
     again = grid[high : low + 1]
+    check_calls(name, 2 * (len(grid) - 1 + repeats * (low - high)) - 1)
     way = [*pairwise(grid[: low + 1]), *[*pairwise(again)] * int(repeats), *pairwise(grid[low:])]
     starts, ends = [at for at, _ in way], [to for _, to in way]
     jump = s_noise * np.sqrt(again[0].rho ** 2 - again[-1].rho ** 2)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from diffusion.errors import InputError, is_whole, require_range
-from diffusion.solvers.table import SamplerTable, make_table
+from diffusion.solvers.table import SamplerTable, check_calls, make_table
 
 
 def langevin(table: SamplerTable, snr: float = 0.16, steps: int = 1) -> SamplerTable:
@@ -35,6 +35,7 @@ def langevin(table: SamplerTable, snr: float = 0.16, steps: int = 1) -> SamplerT
             f"{table.name} cannot have a Langevin corrector; use a table of one register and a fixed variance that "
             "goes from noise to images, as ddim or ddpm"
         )
+    check_calls(f"{table.name} with {steps:,} Langevin steps each", table.nfe * (steps + 1))
     signal, noise = np.asarray(table.signal), np.asarray(table.noise)
     step = 2 * snr**2  # in units of n^2
     x = np.full_like(signal, 1 - step)

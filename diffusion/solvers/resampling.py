@@ -4,7 +4,7 @@ import numpy as np
 
 from diffusion.errors import InputError, is_whole
 from diffusion.schedules import transition_var
-from diffusion.solvers.table import SamplerTable, make_table
+from diffusion.solvers.table import SamplerTable, check_calls, make_table
 
 
 def resampled(table: SamplerTable, repeats: int = 10) -> SamplerTable:
@@ -33,6 +33,7 @@ def resampled(table: SamplerTable, repeats: int = 10) -> SamplerTable:
             f"{table.name} cannot be resampled; use a table of one register and a fixed variance that goes from noise "
             "to images, as ddim or ddpm"
         )
+    check_calls(f"{table.name} resampled {repeats:,} times", table.nfe * repeats)
     rows = table.update[:, 0]
     a_t, n_t = np.asarray(table.signal), np.asarray(table.noise)
     a_s, n_s = np.append(a_t[1:], 1.0), np.append(n_t[1:], 0.0)

@@ -169,6 +169,16 @@ def make_table(name: str, tau, t, signal, noise, update, log_variance=None, star
     return SamplerTable(*arrays, name=name, log_variance=log_variance, start=start)
 
 
+MAX_CALLS = 10**6
+"""More network calls than anybody waits for are a slip of the pen, and rows for them would fill the memory."""
+
+
+def check_calls(name: str, calls: float) -> None:
+    """Raises InputError for more network calls than a table may have; for solvers, before they lay out the rows."""
+    if calls > MAX_CALLS:
+        raise InputError(f"{name} has {calls:,.0f} network calls; give fewer, up to {MAX_CALLS:,}")
+
+
 VERSION = 2
 """Of the JSON form. The first had neither a version nor facts, and is still read."""
 
