@@ -237,15 +237,18 @@ def test_an_inpainting_network_is_told_the_picture_and_the_mask(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "one.png")
     drawn = []
-    for white in (4, 6):
+    for white, sampler in ((4, "ddim"), (6, "ddim"), (6, "adaptive:order=2,rtol=1,atol=1")):
         mask = np.repeat([[255] * white + [0] * (8 - white)], 8, axis=0).astype(np.uint8)
         Image.fromarray(mask).save(tmp_path / "mask.png")
-        asked = ("--workdir=fill", "--steps=2", "--guidance_scale=3", "--prompt=a cat", f"--out={white}")
-        found = run("sample.py", *asked, "--init=one.png", "--mask=mask.png", cwd=tmp_path)
+        steps = ("--steps=2",) if sampler == "ddim" else ()
+        asked = ("--workdir=fill", f"--sampler={sampler}", *steps, "--guidance_scale=3", "--prompt=a cat")
+        found = run("sample.py", *asked, "--out=drawn", "--init=one.png", "--mask=mask.png", cwd=tmp_path)
         assert found.returncode == 0, found.stderr
-        drawn.append(load_samples(tmp_path / str(white)).images[0])
+        drawn.append(load_samples(tmp_path / "drawn").images[0])
         np.testing.assert_array_equal(drawn[-1][:, white:], picture[:, white:])
     assert np.any(drawn[0][:, :4] != drawn[1][:, :4])  # from the same noise: the network is told the mask
+    # The folder's own grid, leading, starts where its number of steps says, which this sampler has not.
+    assert json.loads((tmp_path / "drawn" / "sampling.json").read_text())["tau"] == [1000, 0]
     for program, arguments, said in (
         ("sample.py", ["--init=one.png"], "draws a part of a picture anew: draw with sample.py, and give --init"),
         ("sample.py", ["--init=one.png", "--mask=mask.png", "--resample=3"], "--resample is for models that"),

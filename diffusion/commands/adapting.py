@@ -21,6 +21,23 @@ def is_adaptive(sampler: str) -> bool:
     return sampler.partition(":")[0] in ADAPTIVE
 
 
+def grid(given: Any, tau: str) -> str:
+    """Returns a grid with a start of its own: that of the model, unless it starts the lower the fewer its steps are.
+
+    Args:
+      given: all flags.
+      tau: what --tau or the model names.
+
+    Raises:
+      InputError: --tau names such a grid.
+    """
+    if tau.partition(":")[0] != "leading":
+        return tau
+    if given.tau is not None:
+        raise InputError(f"tau {tau} starts where its number of steps says, and adaptive has none; take uniform")
+    return "uniform"
+
+
 def solver(given: Any, source: Source, sampler: str, tau: str) -> Adaptive:
     """Returns the adaptive solver that the flags ask for.
 

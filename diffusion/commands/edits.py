@@ -136,7 +136,9 @@ def open_edit(given: Any, model: Model, labels: Sequence[int], table: SamplerTab
     if given.interpolate is not None:
         return _between(given, model, labels, table)
     if given.init is not None and table.start is not None:
-        raise InputError("--afs knows what pure noise holds, and --init starts from a picture; leave out one")
+        raise InputError(
+            "--afs is for images that are drawn whole from noise, and --init gives a picture; leave out one"
+        )
     return None if given.init is None else _from_picture(given, model, table)
 
 

@@ -142,8 +142,9 @@ def _calls(sampling):
     """Returns how many network calls the images took that were drawn now, where no table says it, and prints it."""
     if not sampling.calls:
         return {}
-    found = {"least": min(sampling.calls), "most": max(sampling.calls), "mean": np.mean(sampling.calls)}
-    print("network calls of an image: {least} to {most}, {mean:.1f} on average".format(**found))
+    calls = sampling.calls
+    found = {"images": len(calls), "least": min(calls), "most": max(calls), "mean": np.mean(calls)}
+    print("network calls of an image: {least} to {most}, {mean:.1f} on average over {images:,}".format(**found))
     return {"calls_of_an_image": found}
 
 

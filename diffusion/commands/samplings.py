@@ -189,9 +189,19 @@ def open_sampling() -> Sampling:
     tau = aliases.grid(config.tau if given.tau is None else given.tau)
     sampler, tau = aliases.chosen(sampler, tau, tau_given=given.tau is not None)
     if adapting.is_adaptive(sampler):
-        tau = edits.started(given, sampler, tau)
-        found = Sampling(source, adapting.solver(given, source, sampler, tau), sampler, 0, "", calls=[])
-        return found._replace(edit=edits.open_edit(given, source.trained.model, source.labels, found.table))
+        tau = edits.started(given, sampler, adapting.grid(given, tau))
+        sampling = Sampling(source, adapting.solver(given, source, sampler, tau), sampler, 0, "", calls=[])
+    else:
+        sampling = _of_steps(given, source, sampler, tau)
+    edit = edits.open_edit(given, source.trained.model, source.labels, sampling.table)
+    if edit is not None and edit.told is not None:
+        model = prompts.with_picture(source.trained.model, edit.told)
+        sampling = sampling._replace(source=source._replace(opened=source.opened.with_model(model)))
+    return sampling._replace(edit=edit)
+
+
+def _of_steps(given, source, sampler, tau):
+    """Returns the model with a sampler that has a number of steps, and with what flags add to it."""
     if sampler == learned.LEARNED and given.tau is not None:
         raise InputError("a learned table has its own grid; leave out --tau")
     if samplers.is_file(sampler):
@@ -200,12 +210,7 @@ def open_sampling() -> Sampling:
             raise InputError(f"the table in {sampler} has its own grid; leave out --{useless[0]}")
     steps = samplers.chosen_steps(tau, given.steps, students.default_steps(source.trained))
     sampling = make_sampling(source, sampler, steps, edits.started(given, sampler, tau), given.eta)
-    sampling = added(given, sampling, repeats=given.resample)
-    model = source.trained.model
-    edit = edits.open_edit(given, model, source.labels, sampling.table)
-    if edit is not None and edit.told is not None:
-        source = source._replace(opened=source.opened.with_model(prompts.with_picture(model, edit.told)))
-    return sampling._replace(source=source, edit=edit)
+    return added(given, sampling, repeats=given.resample)
 
 
 def words(given: Any) -> dict[str, str]:
