@@ -206,7 +206,6 @@ MISTAKES = [
         "--steps is for samplers with a number of steps",
     ),
     ("sample.py", [RUN, "--sampler=adaptive", "--tau=leading"], "leading starts where its .* none; take uniform"),
-    ("sample.py", [RUN, "--sampler=adaptive:max_calls=4"], "4 network calls are too few; give more max_calls"),
     ("sample.py", [RUN, "--corrector=langevin:steps=999999999"], "network calls; give fewer, up to 1,000,000"),
     ("sample.py", [RUN, "--eta=1", "--afs=score"], "draws noise in its first step"),
     ("sample.py", [RUN, "--corrector=langevni"], "corrector is 'langevni'; did you mean 'langevin'"),
