@@ -154,8 +154,9 @@ def existing(path: str | os.PathLike) -> RunFolder:
         runs = [str(run) for run in folder.path.parent.glob("*") if run.is_dir()] if not folder.path.exists() else []
         guess = nearest(str(path), runs).partition("valid:")[0]
         raise InputError(
-            f"{path} holds no checkpoint; {guess}--workdir names a run folder such as runs/digits, or a "
-            "folder of diffusers, which has model_index.json or the config.json of a network"
+            f"{path} holds no checkpoint; {guess}--workdir names a run folder such as runs/digits, a folder of "
+            "diffusers, which has model_index.json or the config.json of a network, or a model of the Hugging Face "
+            "Hub, as google/ddpm-cifar10-32"
         )
     return folder
 
