@@ -3,7 +3,7 @@
 import numpy as np
 
 from diffusion.errors import InputError, is_whole, require_range
-from diffusion.solvers.table import SamplerTable, check_calls, make_table
+from diffusion.solvers.table import SamplerTable, check_calls, check_memoryless, make_table
 
 
 def langevin(table: SamplerTable, snr: float = 0.16, steps: int = 1) -> SamplerTable:
@@ -30,11 +30,7 @@ def langevin(table: SamplerTable, snr: float = 0.16, steps: int = 1) -> SamplerT
     require_range("snr", snr, 0, 1, open_ends="low")
     if not is_whole(steps) or steps < 1:
         raise InputError(f"steps is {steps}; it must be a whole number of at least 1")
-    if table.num_registers != 1 or table.log_variance is not None or table.tau[0] < table.tau[-1]:
-        raise InputError(
-            f"{table.name} cannot have a Langevin corrector; use a table of one register and a fixed variance that "
-            "goes from noise to images, as ddim or ddpm"
-        )
+    check_memoryless(table, "have a Langevin corrector")
     check_calls(f"{table.name} with {steps:,} Langevin steps each", table.nfe * (steps + 1))
     signal, noise = np.asarray(table.signal), np.asarray(table.noise)
     step = 2 * snr**2  # in units of n^2

@@ -4,7 +4,7 @@ import numpy as np
 
 from diffusion.errors import InputError, is_whole
 from diffusion.schedules import transition_var
-from diffusion.solvers.table import SamplerTable, check_calls, make_table
+from diffusion.solvers.table import SamplerTable, check_calls, check_memoryless, make_table
 
 
 def resampled(table: SamplerTable, repeats: int = 10) -> SamplerTable:
@@ -28,11 +28,7 @@ def resampled(table: SamplerTable, repeats: int = 10) -> SamplerTable:
     """
     if not is_whole(repeats) or repeats < 1:
         raise InputError(f"repeats is {repeats}; it must be a whole number of at least 1")
-    if table.num_registers != 1 or table.log_variance is not None or table.tau[0] < table.tau[-1]:
-        raise InputError(
-            f"{table.name} cannot be resampled; use a table of one register and a fixed variance that goes from noise "
-            "to images, as ddim or ddpm"
-        )
+    check_memoryless(table, "be resampled")
     check_calls(f"{table.name} resampled {repeats:,} times", table.nfe * repeats)
     rows = table.update[:, 0]
     a_t, n_t = np.asarray(table.signal), np.asarray(table.noise)

@@ -179,6 +179,20 @@ def check_calls(name: str, calls: float) -> None:
         raise InputError(f"{name} has {calls:,.0f} network calls; give fewer, up to {MAX_CALLS:,}")
 
 
+def check_memoryless(table: SamplerTable, what: str) -> None:
+    """Raises InputError for a table in which no step may be made again, as what it keeps would be of another x.
+
+    Args:
+      table: kept are registers, and the variance of the network's own steps.
+      what: how the message goes on after "cannot".
+    """
+    if table.num_registers != 1 or table.log_variance is not None or table.tau[0] < table.tau[-1]:
+        raise InputError(
+            f"{table.name} cannot {what}; use a table of one register and a fixed variance that goes from noise to "
+            "images, as ddim or ddpm"
+        )
+
+
 VERSION = 2
 """Of the JSON form. The first had neither a version nor facts, and is still read."""
 
