@@ -19,8 +19,8 @@ class Compiled:
         jax.monitoring.register_event_duration_secs_listener(self._hear_duration)
 
     def line(self) -> str:
-        """Returns what to say of them, or "" where nobody waited for it, and in all processes but the first."""
-        if (self.seconds < 1 and not self.found) or jax.process_index() > 0:
+        """Returns what to say of them, or "" where there are none, and in all processes but the first."""
+        if not self.count or jax.process_index() > 0:
             return ""
         where = jax.config.jax_compilation_cache_dir or "no folder"
         made = self.count - self.found
