@@ -145,7 +145,7 @@ def test_help_shows_every_flag_once_and_every_field(program):
     assert long.stdout == short.stdout
     shown = re.findall(r"^  --([\w.]+)", long.stdout, re.MULTILINE)
     sources = [f"commands/{program}.py"] + ["commands/edits.py"] * (program == "sample")
-    sources += ["commands/shared_flags.py"] * (program in ("sample", "evaluate"))
+    sources += ["commands/shared_flags.py", "commands/altering.py"] * (program in ("sample", "evaluate"))
     text = "".join((ROOT / "diffusion" / name).read_text() for name in sources)
     if program == "evaluate":  # it has flags of its own in place of these
         text = re.sub(r"def define_sampler_flags.*?(?=\ndef |\Z)", "", text, flags=re.DOTALL)
