@@ -141,7 +141,7 @@ def sample(  # noqa: PLR0913
       callback: (stage, x, x0), called on the host after each network call, as for previews; x0 is the estimate. It may
         raise, which ends the run. Other callbacks compile nothing, but sample must not be inside jit, grad or vmap.
       noise: draws the noise of the steps by time, so that other numbers of steps see the same, see
-        `diffusion.Brownian`; None draws it for each call.
+        `diffusion.brownian.Brownian`; None draws it for each call.
       short: guidance_scale, null_cond, guidance_interval, guidance_rescale and guidance_rule are short for a guidance
         with these fields: sample(..., cond=labels, null_cond=nulls, guidance_scale=3).
 
