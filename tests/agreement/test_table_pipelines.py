@@ -44,14 +44,16 @@ def stable(pipeline):  # noqa: F811
     return pipe, interop.load(folder)
 
 
-def scheduled(table, image_shape):
-    """A scheduler of a table, and a function in the place of torch's noise: ours, first that of the start."""
+def scheduled(table, image_shape, start=1.0):
+    """A scheduler of a table, and a function in the place of torch's noise: ours, first that of the start, scaled."""
     from diffusion.interop.table_scheduler import TableScheduler
 
     stages = iter(range(table.nfe + 1))
 
     def ours(shape, **_):
-        z = torch.from_numpy(noise_of_ours(next(stages), COUNT, image_shape).transpose(0, 3, 1, 2).copy())
+        stage = next(stages)
+        z = torch.from_numpy(noise_of_ours(stage, COUNT, image_shape).transpose(0, 3, 1, 2).copy())
+        z = z if stage else start * z
         return torch.cat([z] * (shape[0] // COUNT))  # a pipeline of DiT has every latent twice
 
     return TableScheduler(table.to_json()), ours
@@ -78,7 +80,8 @@ AFTER = "diffusion.interop.table_scheduler.randn_tensor"
 def test_a_table_draws_the_same_classes_inside_dit(name, dit):
     pipe, trained = dit
     table = TABLES[name]
-    pipe.scheduler, ours = scheduled(table, trained.model.image_shape)
+    # The pipeline of DiT takes init_noise_sigma for 1.
+    pipe.scheduler, ours = scheduled(table, trained.model.image_shape, start=float(table.start_std))
     seen = []
     hook = pipe.vae.post_quant_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with mock.patch("diffusers.pipelines.dit.pipeline_dit.randn_tensor", ours), mock.patch(AFTER, ours):
