@@ -9,10 +9,12 @@ Each batch runs in a process of its own, so that memory is its own, too. --toget
 side, on a device whose memory has place for all, before one after the other is timed.
 """
 
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -40,21 +42,29 @@ def main(_):
         return
     cases = [(dtype, batch) for dtype in _DTYPES.value for batch in _BATCHES.value]
     for group in [cases] if _TOGETHER.value else [[case] for case in cases]:
-        processes = {case: start(*case) for case in group}
-        # The first line comes once a process has compiled; it then waits for one from us.
-        ready = {case: process.stdout.readline() for case, process in processes.items()}
-        for case, process in processes.items():
-            rest, errors = process.communicate("go\n" if ready[case] else None)
-            if process.returncode and "RESOURCE_EXHAUSTED" not in errors:
-                sys.exit(errors)
-            print(rest.strip() or f"{case[0]}, batch {case[1]}: too large for the memory", flush=True)
+        with contextlib.ExitStack() as files:
+            # In files, as a process that fills a pipe which nobody reads yet would wait for ever.
+            errors = {case: files.enter_context(tempfile.TemporaryFile("w+")) for case in group}
+            report({case: start(*case, errors[case]) for case in group}, errors)
 
 
-def start(dtype, batch):
-    """A process that measures one case."""
+def report(processes, errors):
+    """Prints what each process measures, one after the other once all have compiled; ends with the errors of one."""
+    # The first line comes once a process has compiled; it then waits for one from us.
+    ready = {case: process.stdout.readline() for case, process in processes.items()}
+    for case, process in processes.items():
+        rest, _ = process.communicate("go\n" if ready[case] else None)
+        errors[case].seek(0)
+        if process.returncode and "RESOURCE_EXHAUSTED" not in (text := errors[case].read()):
+            sys.exit(text)
+        print(rest.strip() or f"{case[0]}, batch {case[1]}: too large for the memory", flush=True)
+
+
+def start(dtype, batch, errors):
+    """A process that measures one case and writes its errors into a file."""
     command = [sys.executable, __file__, *sys.argv[1:], f"--batches={batch}", f"--dtypes={dtype}", "--one"]
     env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if _TOGETHER.value else None
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
     return subprocess.Popen(command, text=True, env=env, **pipes)
 
 
