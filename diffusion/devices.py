@@ -1,7 +1,6 @@
 """Counts devices and processes, and lays a batch and a train state over them."""
 
 import contextlib
-import ctypes
 import os
 import re
 import resource
@@ -14,12 +13,8 @@ import numpy as np
 import pooch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from diffusion import jax_environment, machine, process
+from diffusion import heap, jax_environment, machine, process
 from diffusion.errors import InputError, require_range
-
-# Parameters of glibc's mallopt (malloc.h), by which we ask for one heap for all threads, no block straight from the
-# system, and no memory given back.
-MALLOC_ARENA_MAX, MALLOC_MMAP_MAX, MALLOC_TRIM_THRESHOLD = -8, -4, -1
 
 HEARTBEAT = 30
 """After how many seconds without a sign of life a process of a run counts as lost."""
@@ -50,7 +45,7 @@ def prepare(opens: bool = True) -> None:
     """
     if (wrong := jax_environment.wrong_num_cpu_devices) is not None:
         raise InputError(f"JAX_NUM_CPU_DEVICES is {wrong!r}; give a whole number above 0, or unset it")
-    _reuse_memory()
+    heap.prepare()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:  # JAX itself reads this variable
         jax.config.update("jax_num_cpu_devices", machine.cores())
     if jax.config.jax_compilation_cache_dir is None:
@@ -77,21 +72,6 @@ def check_platform() -> None:
             f"JAX_PLATFORMS is {asked!r}, and JAX finds no such device here{reason}; unset it, or install JAX for that "
             "device"
         ) from error
-
-
-def _reuse_memory() -> None:
-    """Lets the process keep the memory that it frees, where the C library is glibc.
-
-    XLA allocates a program's working memory anew at every call. glibc takes so large a block from the system and gives
-    it back each time, and the system fills every page with zeros: a quarter of a million page faults in one training
-    step, a tenth to a fifth of its time. The price is that the process stays as large as it was at its peak.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    for parameter, value in ((MALLOC_ARENA_MAX, 1), (MALLOC_MMAP_MAX, 0), (MALLOC_TRIM_THRESHOLD, -1)):
-        mallopt(parameter, value)
 
 
 def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -65,7 +65,7 @@ def test_a_cpu_gets_a_device_for_each_core_that_may_be_used(monkeypatch):
     asked = {}
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
     monkeypatch.setattr(devices.machine, "cores", lambda: 7)
-    monkeypatch.setattr(devices, "_reuse_memory", lambda: None)
+    monkeypatch.setattr(devices.heap, "prepare", lambda: None)
     monkeypatch.setattr(devices.jax.config, "update", asked.__setitem__)
     devices.prepare()
     assert asked["jax_num_cpu_devices"] == 7

@@ -8,7 +8,15 @@ from flax import linen as nn
 from reference import refused
 
 from diffusion.models import UNet, as_apply_fn
-from diffusion.models.layers import GroupNorm, ResidualBlock, SelfAttention, dropout, num_groups, sinusoidal_embedding
+from diffusion.models.layers import (
+    Dense,
+    GroupNorm,
+    ResidualBlock,
+    SelfAttention,
+    dropout,
+    num_groups,
+    sinusoidal_embedding,
+)
 
 pytestmark = pytest.mark.usefixtures("hardly_optimized")
 
@@ -35,6 +43,25 @@ def random_params(model, image=(8, 8, 1)):
     """Random values for all parameters, also for those that start at zero."""
     rng = np.random.default_rng(9)
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.2, s.shape), s.dtype), shapes(model, image))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4, 5), (2, 9, 5), (2, 2, 3, 5), (4, 5)], ids=str)
+def test_a_dense_layer_has_the_values_and_derivatives_of_flax(shape):
+    """With more positions than features, fewer, and none."""
+    x, line = normal(shape), normal(shape, 1)
+    params = nn.Dense(7).init(key(2), x)["params"]
+
+    def moved(layer, params):  # the derivative along a line, as MeanFlow's loss has it
+        return jax.jvp(lambda x: jnp.square(layer.apply({"params": params}, x)), (x,), (line,))[1]
+
+    for of in (moved, lambda layer, params: layer.apply({"params": params}, x)):
+        found, back = jax.vjp(lambda p, of=of: of(Dense(7), p), params)
+        wanted, wanted_back = jax.vjp(lambda p, of=of: of(nn.Dense(7), p), params)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+        ahead = jnp.cos(found)
+        jax.tree.map(
+            lambda f, w: np.testing.assert_allclose(f, w, rtol=1e-5, atol=1e-4), back(ahead), wanted_back(ahead)
+        )
 
 
 def test_ddpms_cifar10_network_has_its_published_number_of_parameters():
