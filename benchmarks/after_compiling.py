@@ -3,8 +3,8 @@
     python benchmarks/after_compiling.py [--network=2.2M] [--batch=64] [--steps=15]
 
 Times the training step in the process that has just compiled it, with the heap as the compiler left it, and again
-after `heap.fill_holes`. It also says what a process takes that has the program from the cache, where there is nothing to
-fill; that one comes last. It takes about three minutes on two cores.
+after `heap.fill_holes`. Last comes a process that has the program from the cache, where there is nothing to fill. It
+takes about three minutes on two cores.
 """
 
 import os
@@ -60,7 +60,8 @@ def report(name, step):
         step()
         seconds.append(time.perf_counter() - start)
     low, *_, high = statistics.quantiles(seconds)
-    print(f"  {name}: {1e3 * statistics.median(seconds):.0f} ms ({1e3 * low:.0f} to {1e3 * high:.0f}), {resident():.1f} GiB")
+    middle = statistics.median(seconds)
+    print(f"  {name}: {1e3 * middle:.0f} ms ({1e3 * low:.0f} to {1e3 * high:.0f}), {resident():.1f} GiB")
 
 
 def resident():
