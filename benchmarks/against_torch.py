@@ -5,10 +5,10 @@
 
 35.7M is DDPM's network for CIFAR-10, 2.2M the same with a quarter of its width, and digits that of configs/digits.py.
 Each side lives in a process of its own, and they work in turns, in an order that turns round as well, of one untimed
-operation and as many timed ones as fit into a third of a second, so that a noisy machine slows all of them alike. Torch
-runs eagerly and under torch.compile, in the memory layout that is faster for it. On a GPU torch.compile captures CUDA
-graphs, except in training, and all that compiles does so before anything is timed. In bfloat16 both sides train with
-weights of float32, and draw with weights of bfloat16.
+operation and as many timed ones as take a third of a second or longer, so that a noisy machine slows all of them alike.
+Torch runs eagerly and under torch.compile, in the memory layout that is faster for it. On a GPU torch.compile captures
+CUDA graphs, except in training, and all that compiles does so before anything is timed. In bfloat16 both sides train
+with weights of float32, and draw with weights of bfloat16.
 
 A ratio is ours / torch, below 1 where ours is faster: the median of the paired ratios, with an interval that holds it
 in 95 % of the cases. Where that is wider than a tenth, no ratio is printed. The last column is the share of the cores
@@ -101,7 +101,7 @@ def measure(network, batches):
 def compile_all(workers):
     """Makes each operation for the first time; one side after the other, of each all batches at once.
 
-    Returns (batch, side, operation) -> seconds of the first call that needs no compilation.
+    Returns (batch, side, operation) -> seconds of a call that needs no compilation.
     """
     first = {}
     for operation in _OPERATIONS.value:

@@ -31,8 +31,10 @@ def prepare(opens: bool = True) -> None:
     """Gives a CPU one JAX device per core, and JAX a cache of compiled programs; call it before anything touches JAX.
 
     XLA's own threads scale badly inside one program. One program per core, each with its share of the batch, gave on
-    two cores 1.64 times the network calls and 1.34 times the training steps at 64 images of 32x32, and 1.30 and 0.92
-    times at 16 (benchmarks/devices.py, width 32, November 2026). Several GPUs use the same data-parallel mesh.
+    two cores 1.64 times the network calls and 1.34 times the training steps at 64 images of 32x32
+    (benchmarks/devices.py, width 32, November 2026). Several GPUs use the same data-parallel mesh.
+
+    Memory that the C library frees is kept, and its heap kept in order after compilations, see `diffusion.heap`.
 
     Compiled programs are kept in the user's cache (JAX_COMPILATION_CACHE_DIR overrides it), so that a command given
     again starts at once.

@@ -64,6 +64,13 @@ def test_a_dense_layer_has_the_values_and_derivatives_of_flax(shape):
         )
 
 
+def test_a_derivative_along_x_alone_multiplies_with_no_zeros():
+    layer, x = Dense(5), normal((2, 9, 5))
+    params = layer.init(key(), x)
+    text = str(jax.make_jaxpr(lambda d: jax.jvp(lambda x: layer.apply(params, x), (x,), (d,)))(x))
+    assert text.count("dot_general[") == 2
+
+
 def test_ddpms_cifar10_network_has_its_published_number_of_parameters():
     """35.7 M in the paper (appendix B); 35,746,307 in the authors' checkpoint."""
     tree = shapes(UNet(), (32, 32, 3))

@@ -2,6 +2,8 @@
 
 import jax
 
+from diffusion import heap
+
 
 class Compiled:
     """Counts, from when it is made, what this process compiles.
@@ -32,6 +34,6 @@ class Compiled:
         self.kept += event == "/jax/compilation_cache/cache_misses"  # told where a program is written
 
     def _hear_duration(self, event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
+        if event == heap.COMPILATION:
             self.count += 1
             self.seconds += seconds
