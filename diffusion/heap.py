@@ -9,6 +9,9 @@ import jax
 # Parameters of glibc's mallopt (malloc.h).
 ARENA_MAX, MMAP_MAX, TRIM_THRESHOLD = -8, -4, -1
 
+ADDRESSES = resource.RLIMIT_AS, resource.RLIMIT_DATA
+"""What limits the heap's length."""
+
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 """What JAX reports at the end of a compilation, or of reading a program from the cache."""
 
@@ -34,7 +37,7 @@ def prepare() -> None:
     XLA allocates a program's working memory anew at every call. glibc takes so large a block from the system and gives
     it back each time, and the system fills every page with zeros: a quarter of a million page faults in one training
     step, a tenth to a fifth of its time. So there is one heap for all threads, no block straight from the system, and
-    no memory given back. The price is that the process stays as large as it was at its peak.
+    no memory given back but after a compilation.
 
     What that leaves behind of a compilation, `fill_holes` takes care of.
     """
@@ -59,39 +62,63 @@ def _listen():
 
 
 def fill_holes() -> None:
-    """Gives the system back what is free in the heap, and takes the holes that are left out of use.
+    """Gives the system back what is free in the heap, and takes the small holes that are left out of use.
 
     A compiler leaves a hundred thousand holes of all sizes. A training step asks for a hundred thousand blocks, of
     which ten thousand have 64 to 256 KiB. For these glibc looks through the holes of about that size, one by one, for
-    the smallest that is large enough; and blocks from small holes lie all over the memory. The same program took 1.25
+    the smallest that is large enough; and blocks from small holes lie all over the memory. The same program took 1.3
     times as long in the process that had compiled it as in one that had it from the cache
     (benchmarks/after_compiling.py). So each hole is allocated and never used. Without its pages that costs addresses
-    and hardly any memory, and what the process asks for from now on comes from the end of the heap.
+    and hardly any memory, and what the process asks for from now on comes from large holes and the end of the heap.
 
-    Nothing happens where addresses are limited (`ulimit -v`), or where memory is not from glibc 2.33 or later.
+    Nothing happens where addresses are limited (`ulimit -v`, `ulimit -d`), or where memory is not from glibc 2.33 or
+    later. A thread that had a heap of its own before `prepare` fills none.
     """
     libc = _glibc()
-    if libc is None or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+    if libc is None or any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in ADDRESSES):
         return
     libc.malloc_trim(0)
-    usage, end = libc.mallinfo2(), libc.sbrk(0)
-    if end is None or end >= 2**63:  # the process has no such heap
+    end, usage = libc.sbrk(0), libc.mallinfo2()
+    if end is None or end >= 2**63 or libc.sbrk(0) != end:  # no such heap, or another thread makes it larger just now
         return
     # What lies between start and end, but not in the free part at its end, is a hole. Other threads work meanwhile, so
     # no more is taken than was free before.
     start, end, left = end - usage.heap, end - usage.top, usage.free - usage.top
-    size, spared = left, []
-    while size >= SMALLEST_HOLE and left > 0:
-        while left > 0 and (block := libc.malloc(size)):
-            if not start <= block < end:  # no hole of this size is left
+
+    def take(size):
+        """Returns a hole of this size, or None where there is none."""
+        block = libc.malloc(size)
+        if block is None or start <= block < end:
+            return block
+        libc.free(block)
+        return None
+
+    spared, missed, size = [], left, left
+    while size >= SMALLEST_HOLE:
+        while size <= left and (block := take(size)):
+            if size > LARGEST_HOLE:  # the whole of it is set aside, or smaller blocks would be cut from it
                 libc.free(block)
-                break
-            left -= size
-            if size > LARGEST_HOLE:  # out of the way, or smaller blocks would be cut from it
+                taken, block = _largest(take, libc.free, size, missed)
                 spared.append(block)
-        size -= max(16, size // 8)  # glibc's sizes are multiples of 16
+                left -= taken
+            else:
+                left -= size
+        missed, size = size, size - max(16, size // 8)  # glibc's sizes are multiples of 16
     for block in spared:
         libc.free(block)
+    libc.malloc_trim(0)  # what looking for large holes has added at the end
+
+
+def _largest(take, free, fits, too_large):
+    """Returns the size of the largest hole, between one that fits and one that is too large, and the block there."""
+    while too_large - fits > 2**16:
+        middle = (fits + too_large) // 2
+        if (block := take(middle)) is None:
+            too_large = middle
+        else:
+            free(block)
+            fits = middle
+    return fits, take(fits)
 
 
 @functools.cache

@@ -182,7 +182,7 @@ def _rows(x, kernel):
     """Returns x @ kernel for [B, N, C] and [C, D], of which the derivatives are products of single images.
 
     For one product of all images, XLA first lays x and the gradient out anew, and computes what it has fused with them
-    in an order that is slow: that took a twelfth of a training step.
+    in an order that is slow: that took a twentieth of a training step.
     """
     return x @ kernel
 
