@@ -31,8 +31,8 @@ def prepare(opens: bool = True) -> None:
     """Gives a CPU one JAX device per core, and JAX a cache of compiled programs; call it before anything touches JAX.
 
     XLA's own threads scale badly inside one program. One program per core, each with its share of the batch, gave on
-    two cores 1.64 times the network calls and 1.34 times the training steps at 64 images of 32x32
-    (benchmarks/devices.py, width 32, November 2026). Several GPUs use the same data-parallel mesh.
+    two cores 1.64 times the network calls and 1.34 times the training steps at 64 images of 32x32, and 1.64 and 0.87
+    times at 4 (benchmarks/devices.py, width 32, November 2026). Several GPUs use the same data-parallel mesh.
 
     Memory that the C library frees is kept, and its heap kept in order after compilations, see `diffusion.heap`.
 

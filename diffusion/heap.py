@@ -41,9 +41,7 @@ def prepare() -> None:
 
     What that leaves behind of a compilation, `fill_holes` takes care of.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is None:
         return
     for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
         mallopt(parameter, value)
@@ -124,14 +122,14 @@ def _largest(take, free, fits, too_large):
 @functools.cache
 def _glibc():
     """Returns the C library with the types of what is called, or None where memory is not from glibc 2.33 or later."""
+    libc = ctypes.CDLL(None)
     try:
-        libc = ctypes.CDLL(None)
         libc.mallinfo2.restype = _Usage
         libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
         libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
         libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
         libc.malloc_trim.argtypes = [ctypes.c_size_t]
         malloc, own = (ctypes.cast(x.malloc, ctypes.c_void_p).value for x in (libc, ctypes.CDLL("libc.so.6")))
-    except (AttributeError, OSError, TypeError):
+    except (AttributeError, OSError):
         return None
     return libc if malloc == own else None  # another allocator may be loaded before it

@@ -1,4 +1,4 @@
-"""The heap after a compilation: no block comes from a hole, no memory is held for one, and computing goes on."""
+"""The heap after a compilation: no block comes from a small hole, no memory is held for one, and large ones stay."""
 
 import resource
 import subprocess
