@@ -17,10 +17,9 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from configs import cifar
 from diffusion import devices, pretrained, solvers, timesteps
 from diffusion.caching import Cache
-from diffusion.commands import datasets, drawing, learned, opening
+from diffusion.commands import config_files, datasets, drawing, learned, opening, recipes
 from diffusion.evaluation import features
 from diffusion.guidance import Guidance
 from diffusion.images import to_floats
@@ -52,7 +51,8 @@ def main(_):
         model, params = opened.trained.model, opened.trained.params
         rows, clip = digits_rows(opened), opened.trained.clip
     else:
-        model = make_model(cifar.get_config(), (32, 32, 3))
+        recipes.alias()  # that a config may import another
+        model = make_model(config_files.read("configs/cifar.py"), (32, 32, 3))
         params, clip = model.init(jax.random.key(0)), "recompute"
         rows = [Row(ddim(model, 12), k) for k in (1, 2, 3)]
 
