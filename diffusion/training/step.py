@@ -85,10 +85,9 @@ def make_train_step(
       The step. It takes images uint8 [B, H, W, C], or what else the model's space draws its samples from; cond, a
       pytree with leading axis B or None; stop, float [number of devices], each above 0 where its process wants to stop.
     """
-    # XLA's gradient of a convolution to its kernel is many times slower inside a loop on a CPU.
-    unroll = mesh.devices.flat[0].platform == "cpu"
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     part_loss = _part_loss(model, objective, keys.threefry(key), options.label_dropout)
-    mean_gradient = _over_devices(_gradient(part_loss, options.microbatches, unroll), mesh)
+    mean_gradient = _over_devices(_gradient(part_loss, options.microbatches, unroll=on_cpu), mesh)
     first_ema = ema_name(options.ema_decays[0]) if options.ema_decays else None
 
     @keys.pinned
@@ -99,10 +98,10 @@ def make_train_step(
                 "microbatches"
             )
         if options.promotions:
-            state = _promoted(state, optimizer, jnp.asarray(options.promotions))
+            state = _promoted(state, optimizer, jnp.asarray(options.promotions), on_cpu)
         others = (state.ema_params.get(first_ema), state.teacher, frozen)
         ((loss, by_tenth), grads), stop = mean_gradient(state.params, others, (images, cond), stop, state.step)
-        after, grad_norm = _update(state, loss, by_tenth, grads, optimizer, options)
+        after, grad_norm = _update(state, loss, by_tenth, grads, optimizer, options, on_cpu)
         metrics = Metrics(loss, grad_norm, after.totals, after.skipped, after.skipped_in_row, stop)
         return jax.lax.with_sharding_constraint((after, metrics), devices.state_sharding(mesh, (after, metrics)))
 
@@ -171,6 +170,7 @@ def _gradient(part_loss, microbatches, unroll):
             return jax.tree.map(jnp.add, total, of_part(part)), None
 
         shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+        # XLA's gradient of a convolution to its kernel is many times slower inside a loop on a CPU.
         total, _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), parts, unroll=unroll)
         return jax.tree.map(lambda x: x / microbatches, total)
 
@@ -218,51 +218,56 @@ def _over_devices(gradient, mesh):
     return jax.shard_map(shared_gradient, mesh=mesh, in_specs=in_specs, out_specs=everywhere, check_vma=False)
 
 
-def _update(state, loss, by_tenth, grads, optimizer, options):
+def _update(state, loss, by_tenth, grads, optimizer, options, on_cpu):
     """Returns the state after a step, and the norm of the gradient; a step that is not finite changes only counters."""
     grad_norm = optax.tree.norm(options.learning(grads))
-    # optax raises decay rates to its own int32 counts, which strict promotion of dtypes would not let it do.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema_params = {
-        ema_name(decay): _average(
-            state.ema_params[ema_name(decay)], options.averaged(params), ema_decay_at(state.step, decay)
-        )
-        for decay in options.ema_decays
-    }
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if options.learning is not whole:
         good &= jnp.isfinite(optax.tree.norm(grads))
     totals = jax.tree.map(lambda x: jnp.where(state.step % options.log_every == 0, 0, x), state.totals)
     added = Totals(*(jnp.asarray(value, jnp.float32) for value in (1, loss, grad_norm, *by_tenth)))
-    changed = (params, ema_params, opt_state, jax.tree.map(jnp.add, totals, added))
-    unchanged = (state.params, state.ema_params, state.opt_state, totals)
-    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, unchanged)
+    decays = {ema_name(decay): decay for decay in options.ema_decays}
+
+    def changed():
+        # optax raises decay rates to its own int32 counts, which strict promotion of dtypes would not let it do.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        averaged = options.averaged(params)
+        ema_params = {
+            name: _average(state.ema_params[name], averaged, ema_decay_at(state.step, decay))
+            for name, decay in decays.items()
+        }
+        return params, ema_params, opt_state, jax.tree.map(jnp.add, totals, added)
+
+    kept = _choose(good, changed, (state.params, state.ema_params, state.opt_state, totals), on_cpu)
     skipped_in_row = jnp.where(good, 0, state.skipped_in_row + 1)
     skipped = state.skipped + jnp.asarray(~good, jnp.int32)
     return TrainState(state.step + 1, *kept, skipped, skipped_in_row, state.teacher), grad_norm
 
 
-def _promoted(state, optimizer, promotions):
+def _promoted(state, optimizer, promotions, on_cpu):
     """Makes the student its own teacher where a stage begins; the learning rate goes on by the count of all updates."""
-    begins = jnp.any(state.step == promotions)
 
     def goes_on(x):
         return isinstance(x, optax.ScaleByScheduleState)
 
-    fresh = jax.tree.map(
-        lambda new, old: old if goes_on(new) else new, optimizer.init(state.params), state.opt_state, is_leaf=goes_on
-    )
+    def promoted():
+        fresh = optimizer.init(state.params)
+        opt_state = jax.tree.map(lambda new, old: old if goes_on(new) else new, fresh, state.opt_state, is_leaf=goes_on)
+        return state.replace(
+            teacher=state.params, ema_params=dict.fromkeys(state.ema_params, state.params), opt_state=opt_state
+        )
 
-    def choose(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(begins, n, o), new, old)
+    return _choose(jnp.any(state.step == promotions), promoted, state, on_cpu)
 
-    return state.replace(
-        teacher=choose(state.params, state.teacher),
-        ema_params={name: choose(state.params, ema) for name, ema in state.ema_params.items()},
-        opt_state=choose(fresh, state.opt_state),
-    )
+
+def _choose(changes, changed, unchanged, on_cpu):
+    """Returns changed() or unchanged, pytrees of arrays."""
+    if on_cpu:  # A choice in each array takes twice as long to compile as a branch, and XLA copies the state for it.
+        return jax.lax.cond(changes, changed, lambda: unchanged)
+    # A branch would have the host wait for what decides.
+    return jax.tree.map(lambda new, old: jnp.where(changes, new, old), changed(), unchanged)
 
 
 def _average(ema, params, decay):
