@@ -1,7 +1,7 @@
 """Quality against seconds where deep levels are kept from call to call, beside fewer steps and learned tables.
 
     python benchmarks/caching.py [--network=digits] [--batch=64] [--rounds=9] [--num=1797]
-    python benchmarks/caching.py --network=cifar --batch=4 --rounds=5
+    python benchmarks/caching.py --network=cifar --batch=4 --rounds=7
 
 Every row is timed in turn with the first one, and its seconds are a ratio of neighbours: the median of all rounds with
 its quartiles. For the digits that ship there is also the Frechet distance of --num samples to the real images in
@@ -52,7 +52,7 @@ def main(_):
         rows, clip = digits_rows(opened), opened.trained.clip
     else:
         recipes.alias()  # that a config may import another
-        model = make_model(config_files.read("configs/cifar.py"), (32, 32, 3))
+        model = make_model(config_files.read(str(recipes.FOLDER / "cifar.py")), (32, 32, 3))
         params, clip = model.init(jax.random.key(0)), "recompute"
         rows = [Row(ddim(model, 12), k) for k in (1, 2, 3)]
 

@@ -24,6 +24,7 @@ from diffusion.objectives import choice, consistency, progressive
 from diffusion.objectives.losses import Batch
 from diffusion.objectives.teaching import Course
 from diffusion.training import checkpoints, saving
+from diffusion.training import step as training_step
 from diffusion.training.step import StepOptions, init_state, make_train_step
 
 SCHEDULE = schedules.cosine(64)
@@ -263,7 +264,11 @@ def same(left, right):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), left, right)
 
 
-def test_two_stages_are_two_runs_of_which_the_second_learns_from_the_first():
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_two_stages_are_two_runs_of_which_the_second_learns_from_the_first(on_cpu, monkeypatch):
+    """Accelerators choose in each array what a CPU chooses by a branch."""
+    choose = training_step._choose
+    monkeypatch.setattr(training_step, "_choose", lambda *asked: choose(*asked[:-1], on_cpu))
     step, state = staged_step((3,)), first_state()
     plain, other = staged_step(()), first_state()
     for _ in range(3):

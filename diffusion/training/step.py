@@ -263,10 +263,10 @@ def _promoted(state, optimizer, promotions, on_cpu):
 
 
 def _choose(changes, changed, unchanged, on_cpu):
-    """Returns changed() or unchanged, pytrees of arrays."""
+    """Returns changed() or unchanged, pytrees; all devices must agree on `changes`, as they may meet in changed()."""
     if on_cpu:  # A choice in each array takes twice as long to compile as a branch, and XLA copies the state for it.
         return jax.lax.cond(changes, changed, lambda: unchanged)
-    # A branch would have the host wait for what decides.
+    # On a GPU a branch would have the host wait for what decides.
     return jax.tree.map(lambda new, old: jnp.where(changes, new, old), changed(), unchanged)
 
 
